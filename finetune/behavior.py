@@ -1,0 +1,123 @@
+"""Where training trajectories come from: functions (context, count, generator) → trajectories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..samplers.policy import Prior
+from ..samplers.rollout import noise_back, rollout
+from ..samplers.trajectory import Trajectories
+
+
+@dataclass(frozen=True, eq=False)
+class PriorBank:
+    """N prior trajectories with their energies: reweighted by exp(-E/alpha) they are the tilted path law.
+
+    trajectories: states [K + 1, N, ...] and energy [N], NaN where invalid, +inf where the density is zero.
+    """
+
+    trajectories: Trajectories
+
+    def log_weight(self, alpha: float) -> Tensor:
+        """-E/alpha [N], -inf for invalid energies."""
+        energy = self.trajectories.energy
+        assert energy is not None
+        return torch.nan_to_num(-energy / alpha, nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
+
+    def log_z(self, alpha: float) -> float:
+        """log mean exp(-E/alpha) over the valid prior samples: the forward estimate of log Z."""
+        energy = self.trajectories.energy
+        assert energy is not None
+        valid = ~energy.isnan()
+        return (self.log_weight(alpha)[valid].logsumexp(0) - math.log(int(valid.sum()))).item()
+
+    def ess(self, alpha: float) -> float:
+        """Effective number of samples of the tilted law."""
+        return (1 / self.log_weight(alpha).softmax(0).square().sum()).item()
+
+    def draw(self, count: int, alpha: float, generator: torch.Generator) -> Tensor:
+        """Indices [count] drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights."""
+        cumulative = self.log_weight(alpha).double().softmax(0).cumsum(0)
+        first = torch.rand((), generator=generator, device=cumulative.device, dtype=torch.float64)
+        points = (torch.arange(count, device=cumulative.device) + first) / count
+        index = torch.searchsorted(cumulative, points).clamp(max=len(cumulative) - 1)
+        return index[torch.randperm(count, generator=generator, device=index.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a behavior may use. ``alpha`` is the current temperature, ``progress`` runs from 0 to 1 over the run."""
+
+    prior: Prior
+    policy: nn.Module
+    bank: PriorBank | None
+    alpha: float
+    progress: float
+    noise_scale: float = 1.0
+
+
+Behavior = Callable[[Context, int, torch.Generator], Trajectories]
+
+
+def on_policy(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Rollouts of the current policy."""
+    return rollout(context.prior, context.policy, count, generator)
+
+
+def prior(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Rollouts of the prior: full coverage, few of them near the target."""
+    return rollout(context.prior, None, count, generator)
+
+
+def inflated(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Policy rollouts with every kernel's noise times ``noise_scale``, annealed to 1 over the run."""
+    scale = 1 + (context.noise_scale - 1) * (1 - context.progress)
+    return rollout(context.prior, context.policy, count, generator, noise_scale=scale).with_(step_log_ratio=None)
+
+
+def tilted_prior(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Prior trajectories of the bank, resampled whole by exp(-E/alpha): the exact tilted path law as N grows."""
+    bank = _bank(context)
+    drawn = bank.trajectories.select(bank.draw(count, context.alpha, generator))
+    assert drawn.energy is not None
+    return drawn.with_(step_log_ratio=None, log_behavior=-drawn.energy / context.alpha - bank.log_z(context.alpha))
+
+
+def noised_back(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Terminal samples of the bank, drawn by exp(-E/alpha) and noised back: fresh trajectories without a rollout."""
+    bank = _bank(context)
+    drawn = bank.trajectories.select(bank.draw(count, context.alpha, generator))
+    fresh = noise_back(context.prior, drawn.terminal, generator)
+    # With a decoder the trajectory ends at decode(s_{K-1}), whose energy is not the drawn sample's.
+    return fresh if context.prior.chain.decoder else fresh.with_(energy=drawn.energy)
+
+
+def _bank(context: Context) -> PriorBank:
+    assert context.bank is not None, "the trainer fills the bank before a behavior that needs it"
+    return context.bank
+
+
+BEHAVIORS: dict[str, Behavior] = {
+    "on_policy": on_policy,
+    "prior": prior,
+    "inflated": inflated,
+    "tilted_prior": tilted_prior,
+    "noised_back": noised_back,
+}
+NEEDS_BANK = frozenset({"tilted_prior", "noised_back"})
+
+
+def draw(shares: dict[str, float], context: Context, count: int, generator: torch.Generator) -> dict[str, Trajectories]:
+    """``count`` trajectories split over behaviors by their shares (which sum to 1), by behavior name."""
+    parts, left = {}, count
+    for position, (name, share) in enumerate(shares.items()):
+        size = left if position == len(shares) - 1 else min(left, round(share * count))
+        left -= size
+        if size:
+            parts[name] = BEHAVIORS[name](context, size, generator)
+    return parts

@@ -1,0 +1,114 @@
+"""The configuration of a run: plain values, checked when built, importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+ObjectiveName = Literal["rtb", "log_variance", "trust_pcl", "reinforce_kl", "tlm"]
+BEHAVIOR_NAMES = ("on_policy", "prior", "inflated", "tilted_prior", "noised_back")
+# What each objective is right on (§4 of docs/theory.md says why); `objectives.OBJECTIVES` holds the same sets.
+DENSITY_FREE = ("rtb", "log_variance", "trust_pcl")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run depends on, next to the prior and the energy.
+
+    Errors: ValueError for a value no run can have, before any work is done.
+    """
+
+    objective: ObjectiveName = "log_variance"
+    """What is minimised; all five share their optimum, the tilted law."""
+    alpha: float = 1.0
+    """Temperature: the target is p_prior · exp(-E/alpha)."""
+    behavior: dict[str, float] | None = None
+    """Share of each behavior in a batch. None: half on_policy, half noised_back; reinforce_kl on_policy; tlm noised_back."""
+    updates: int = 60
+    """Gradient steps on the objective, after the warm start."""
+    batch_size: int = 512
+    """Trajectories an update and process."""
+    learning_rate: float = 1e-3
+    """Peak of a one-cycle schedule."""
+    log_z_learning_rate: float = 0.02
+    """For objectives that learn log Z."""
+    warm_start: Literal["tlm", "none"] = "tlm"
+    """Forward-KL fit to weighted prior samples, noised back, before the objective; nearly free."""
+    warm_start_updates: int = 400
+    warm_start_rows: int = 4096
+    """Transitions an update of the warm start."""
+    warm_start_learning_rate: float = 3e-3
+    bank_size: int = 20_000
+    """Prior trajectories drawn once, with their energies, for the warm start and the behaviors that need them."""
+    tempering_ess: float | None = 0.3
+    """Raise alpha until this share of a batch is effective, and lower it as the policy follows. None: never."""
+    huber: float | None = 5.0
+    """Residuals beyond this many nats count linearly. None: never."""
+    max_energy: float = 30.0
+    """E/alpha is capped this many nats above the lowest energy seen at the start; what +inf becomes in training."""
+    noise_scale: float = 1.5
+    """Initial noise inflation of the behavior 'inflated', annealed to 1."""
+    max_grad_norm: float = 10.0
+    memory_mb: float = 8.0
+    """What autograd may keep for one chunk of the second pass."""
+    max_invalid: float = 0.05
+    """Share of NaN or -inf energies above which the run stops."""
+    monitor_every: int = 20
+    """Updates between two monitoring points (ELBO and EUBO from fresh rollouts; they cost energy calls)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def refuse(wrong: bool, message: str) -> None:
+            if wrong:
+                raise ValueError(message)
+
+        names = ("rtb", "log_variance", "trust_pcl", "reinforce_kl", "tlm")
+        refuse(self.objective not in names, f"unknown objective {self.objective!r}; choose one of {', '.join(names)}.")
+        refuse(
+            not (self.alpha > 0 and self.alpha < float("inf")),
+            f"alpha is {self.alpha}; the target p_prior · exp(-E/alpha) needs a temperature alpha > 0.",
+        )
+        for name in ("batch_size", "learning_rate", "log_z_learning_rate", "bank_size", "max_energy", "memory_mb"):
+            refuse(not getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
+        for name in ("updates", "warm_start_updates"):
+            refuse(getattr(self, name) < 0, f"{name} is {getattr(self, name)}; it must not be negative.")
+        refuse(self.batch_size < 2, "batch_size must be at least 2: baselines and variances compare trajectories.")
+        refuse(self.warm_start not in ("tlm", "none"), f"warm_start is {self.warm_start!r}; choose 'tlm' or 'none'.")
+        refuse(self.noise_scale < 1, f"noise_scale is {self.noise_scale}; inflated noise is at least 1.")
+        refuse(
+            self.tempering_ess is not None and not 0 < self.tempering_ess < 1,
+            f"tempering_ess is {self.tempering_ess}; it is a share of the batch, between 0 and 1, or None.",
+        )
+        refuse(self.huber is not None and not self.huber > 0, f"huber is {self.huber}; give positive nats, or None.")
+        for name, share in self.shares.items():
+            refuse(name not in BEHAVIOR_NAMES, f"unknown behavior {name!r}; choose from {', '.join(BEHAVIOR_NAMES)}.")
+            refuse(not share > 0, f"the share of behavior {name} is {share}; leave it out instead.")
+        refuse(
+            abs(sum(self.shares.values()) - 1) > 1e-6,
+            f"the behavior shares {self.shares} sum to {sum(self.shares.values()):g}; they must sum to 1.",
+        )
+        refuse(
+            self.objective == "reinforce_kl" and "noised_back" in self.shares,
+            "reinforce_kl cannot use noised_back trajectories: off-policy it weights by policy/behavior, and the density of"
+            " their terminal samples is unknown. Use on_policy, prior, inflated or tilted_prior, or the objective"
+            " rtb, log_variance or trust_pcl, which need no density.",
+        )
+        refuse(
+            self.objective == "tlm" and not set(self.shares) <= {"tilted_prior", "noised_back"},
+            "tlm maximises the likelihood of trajectories of the tilted law; on others it fits the wrong law."
+            " Use behavior tilted_prior or noised_back.",
+        )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The behavior shares in force, on_policy first."""
+        if self.behavior is not None:
+            return dict(sorted(self.behavior.items(), key=lambda item: item[0] != "on_policy"))
+        if self.objective == "reinforce_kl":
+            return {"on_policy": 1.0}
+        if self.objective == "tlm":
+            return {"noised_back": 1.0}
+        return {"on_policy": 0.5, "noised_back": 0.5}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "behavior": self.shares}

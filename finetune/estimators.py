@@ -1,0 +1,93 @@
+"""Estimators from log-weights: log Z, ELBO, EUBO, effective sample sizes, Pareto-k, each with its standard error.
+
+``log_weight`` is lw = -E/alpha - Λ of a policy trajectory; ``target_weight`` normalised weights of the tilted law.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def log_mean_exp(log_weight: Tensor) -> tuple[float, float]:
+    """(log mean exp, standard error by the delta method); log_weight [N], -inf allowed."""
+    count = len(log_weight)
+    total = torch.logsumexp(log_weight.double(), 0)
+    if total == -torch.inf:
+        return -math.inf, math.inf
+    share = (log_weight.double() - total).exp()
+    variance = (share * count - 1).square().mean() / count
+    return (total - math.log(count)).item(), variance.sqrt().item()
+
+
+def ess(log_weight: Tensor) -> float:
+    """Effective share of the sample, (sum w)² / (N sum w²), between 1/N and 1; 0 where every weight is zero."""
+    if not torch.isfinite(log_weight).any():
+        return 0.0
+    share = log_weight.double().softmax(0)
+    return (1 / (share.square().sum() * len(share))).item()
+
+
+def weighted_mean(value: Tensor, weight: Tensor) -> tuple[float, float]:
+    """Self-normalised mean and its standard error; value, weight [N], weight sums to 1. Zero-weight values may be inf."""
+    kept = weight > 0
+    value, weight = value[kept].double(), weight[kept].double()
+    mean = (weight * value).sum()
+    return mean.item(), (weight.square() * (value - mean).square()).sum().sqrt().item()
+
+
+def mean(value: Tensor) -> tuple[float, float]:
+    """Plain mean and its standard error."""
+    value = value.double()
+    return value.mean().item(), (value.std() / math.sqrt(len(value))).item()
+
+
+def pareto_k(log_weight: Tensor) -> float:
+    """Shape of a generalised Pareto fitted to the largest weights: above .7 the mean of the weights cannot be trusted.
+
+    The tail is min(N/5, 3 sqrt(N)) weights (Vehtari et al. 2024, arXiv 1507.02646); the fit is Zhang and Stephens 2009
+    with the weak prior of the former. Fewer than 5 tail points, or a flat tail, give inf and -inf.
+    """
+    finite = log_weight[torch.isfinite(log_weight)].double()
+    tail_size = int(min(len(finite) / 5, 3 * math.sqrt(len(finite))))
+    if tail_size < 5:
+        return math.inf
+    ordered = (finite - finite.max()).exp().sort().values
+    excess = ordered[-tail_size:] - ordered[-tail_size - 1]
+    if excess[-1] <= 1e-12:
+        return -math.inf
+    excess = excess.clamp(min=1e-300)
+    count = 30 + int(math.sqrt(tail_size))
+    quartile = excess[int(tail_size / 4 + 0.5) - 1]
+    grid = torch.arange(1, count + 1, dtype=torch.float64)
+    theta = 1 / excess[-1] + (1 - (count / (grid - 0.5)).sqrt()) / (3 * quartile)
+    shape = torch.log1p(-theta[:, None] * excess).mean(1)
+    profile = tail_size * (torch.log(-theta / shape) - shape - 1)
+    theta_hat = (profile.softmax(0) * theta).sum()
+    k = torch.log1p(-theta_hat * excess).mean().item()
+    return (k * tail_size + 0.5 * 10) / (tail_size + 10)
+
+
+def start_variance(log_weight: Tensor) -> tuple[float, float]:
+    """Var over starts of log Z(s_0), less its Monte Carlo noise, with a jackknife standard error.
+
+    log_weight: [starts, rollouts ≥ 2] of policy rollouts from the same starts. For a policy near the optimum every lw of
+    one start is near log Z(s_0).
+    """
+    starts, rollouts = log_weight.shape
+    local = log_weight.double()
+    level = local.logsumexp(1) - math.log(rollouts)
+    relative = (local - level[:, None]).exp()
+    noise = relative.var(1) / rollouts
+    # The log of a mean is biased by -noise/2, by a different amount for each start; remove it first.
+    level = level + 0.5 * noise
+
+    def estimate(level: Tensor, noise: Tensor) -> Tensor:
+        return level.var() - noise.mean()
+
+    keep = ~torch.eye(starts, dtype=torch.bool)
+    leave_out = torch.stack([estimate(level[row], noise[row]) for row in keep])
+    error = ((starts - 1) / starts * (leave_out - leave_out.mean()).square().sum()).sqrt()
+    return max(0.0, estimate(level, noise).item()), error.item()

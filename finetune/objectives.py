@@ -1,0 +1,131 @@
+"""The objectives: pure functions of log-ratios and energies. One sign: x = Λ + E/alpha, residual = log Z + x.
+
+Each takes a `Batch` and returns a scalar; its gradient with respect to ``step_log_ratio`` is all that training needs
+(`gradients`), so a term that must not be differentiated is detached here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What an objective may see: the global batch of B trajectories of one condition.
+
+    step_log_ratio: [num_kernels, B] nats. energy: [B], finite (capped). valid: [B] bool, False where the energy was NaN.
+    log_behavior: [B] log behavior - log prior up to a constant, or None.
+    """
+
+    step_log_ratio: Tensor
+    energy: Tensor
+    valid: Tensor
+    log_behavior: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.step_log_ratio.ndim == 2, self.step_log_ratio.shape
+        batch = self.step_log_ratio.shape[1]
+        assert self.energy.shape == self.valid.shape == (batch,), (self.energy.shape, self.valid.shape)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """Λ [B]: nats, summed over steps."""
+        return self.step_log_ratio.sum(0)
+
+    @property
+    def weight(self) -> Tensor:
+        """[B], 1 for a valid trajectory and 0 for a masked one."""
+        return self.valid.to(self.energy)
+
+
+def _half_square(residual: Tensor, huber: float | None) -> Tensor:
+    """½ r², linear beyond ``huber`` nats."""
+    if huber is None:
+        return 0.5 * residual.square()
+    size = residual.abs()
+    return torch.where(size <= huber, 0.5 * residual.square(), huber * (size - 0.5 * huber))
+
+
+def rtb(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
+    """mean ½ (log Z + Λ + E/alpha)², relative trajectory balance (arXiv 2405.20971, eq. 9). Any trajectories."""
+    residual = log_z + batch.log_ratio + batch.energy / alpha
+    return (batch.weight * _half_square(residual, huber)).sum() / batch.weight.sum()
+
+
+def log_variance(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
+    """sum (x - mean x)² / (2 (B - 1)), x = Λ + E/alpha: VarGrad (arXiv 2405.20971, eq. 22-23). Any trajectories."""
+    x = batch.log_ratio + batch.energy / alpha
+    count = batch.weight.sum()
+    mean = (batch.weight * x).sum() / count
+    return (batch.weight * _half_square(x - mean, huber)).sum() / (count - 1)
+
+
+def trust_pcl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
+    """mean ½ (-V(s_0) - E - alpha Λ)² with V(s_0) = alpha log Z: full-length Trust-PCL (arXiv 1707.01891, eq. 14).
+
+    Equal to alpha² · rtb (arXiv 2509.01632, Prop. 1). ``huber`` is in nats, hence scaled by alpha.
+    """
+    residual = -alpha * log_z - batch.energy - alpha * batch.log_ratio
+    width = None if huber is None else alpha * huber
+    return (batch.weight * _half_square(residual, width)).sum() / batch.weight.sum()
+
+
+def reinforce_kl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
+    """-sum w sg[A] Λ, A = -E - alpha Λ minus the leave-one-out mean (arXiv 2509.01632, section 3.1).
+
+    w are self-normalised weights policy / behavior: uniform on-policy. Its on-policy gradient is alpha times that of
+    `log_variance` on the same trajectories.
+
+    Errors: ValueError where the weights' effective size falls below 10% of the batch: the estimate is then a few
+    trajectories' accident (inflated noise does this as the dimension grows).
+    """
+    if batch.log_behavior is None:
+        raise ValueError(
+            "reinforce_kl needs the behavior's density, and these trajectories have none; use on_policy, prior, inflated or"
+            " tilted_prior trajectories, or an objective that needs no density (rtb, log_variance, trust_pcl)."
+        )
+    log_ratio = batch.log_ratio
+    with torch.no_grad():
+        log_weight = (log_ratio - batch.log_behavior).masked_fill(~batch.valid, -torch.inf)
+        weight = log_weight.softmax(0)
+        effective = 1 / weight.square().sum() / batch.weight.sum()
+        if effective < 0.1:
+            raise ValueError(
+                f"the importance weights policy/behavior keep an effective {effective.item():.1%} of the batch, below 10%;"
+                " reinforce_kl would follow a few trajectories. Lower the noise inflation, use on_policy trajectories, or"
+                " use rtb or log_variance, which need no weights."
+            )
+        value = -batch.energy - alpha * log_ratio
+        others = ((weight * value).sum() - weight * value) / (1 - weight).clamp(min=1e-6)
+        advantage = value - others
+        if huber is not None:
+            advantage = advantage.clamp(-alpha * huber, alpha * huber)
+    return -(weight * advantage * log_ratio).sum()
+
+
+def tlm(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
+    """-mean Λ on trajectories of the tilted law: trajectory likelihood, the forward KL up to a constant."""
+    return -(batch.weight * batch.log_ratio).sum() / batch.weight.sum()
+
+
+class Objective(NamedTuple):
+    """An objective and what it asks of its surroundings."""
+
+    loss: Callable[[Batch, float, Tensor, float | None], Tensor]
+    learns_log_z: bool = False
+    # Behaviors whose trajectories it is right on; anything else is refused before the first update.
+    behaviors: frozenset[str] = frozenset({"on_policy", "prior", "inflated", "tilted_prior", "noised_back"})
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "rtb": Objective(rtb, learns_log_z=True),
+    "log_variance": Objective(log_variance),
+    "trust_pcl": Objective(trust_pcl, learns_log_z=True),
+    "reinforce_kl": Objective(reinforce_kl, behaviors=frozenset({"on_policy", "prior", "inflated", "tilted_prior"})),
+    "tlm": Objective(tlm, behaviors=frozenset({"tilted_prior", "noised_back"})),
+}

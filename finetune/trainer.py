@@ -1,0 +1,318 @@
+"""The trainer: behavior → trajectories → energies → log-ratios → objective → two-pass gradient → metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..samplers.log_ratio import step_log_ratio
+from ..samplers.policy import Prior, trainable_copy
+from ..samplers.rollout import noise_back_rows, rollout
+from ..samplers.trajectory import Trajectories, concatenate
+from .behavior import NEEDS_BANK, Context, PriorBank, draw
+from .config import TrainConfig
+from .energy import Energy, EnergyError, EnergyMeter
+from .estimators import ess, log_mean_exp
+from .gradients import backward_rows, backward_trajectories, chunk_rows, objective_gradient
+from .objectives import OBJECTIVES, Batch
+
+ROLLOUT_CHUNK = 4096
+MONITOR_SIZE = 512
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """What training leaves behind. ``log_z`` is the learned parameter, or the last batch's estimate without one."""
+
+    policy: nn.Module
+    log_z: float
+    energy_calls: int
+    seconds: float
+    history: list[dict[str, Any]] = field(repr=False)
+
+
+class Trainer:
+    """Fine-tune a prior toward an energy: ``Trainer(prior, energy, TrainConfig(alpha=0.5)).train()``.
+
+    policy: a trainable denoiser that starts at the prior; None makes a full copy (`trainable_copy`).
+    metrics: a file that receives one JSON object a line, or None. progress: show a bar on stderr.
+
+    Errors: ValueError for a pair of objective and behavior that cannot be right; EnergyError for an unusable energy,
+    found on four prior samples before any training.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        energy: Energy,
+        config: TrainConfig | None = None,
+        *,
+        policy: nn.Module | None = None,
+        metrics: Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.config = config or TrainConfig()
+        self.prior, self.metrics, self.progress = prior, metrics, progress
+        self.meter = EnergyMeter(energy, self.config.max_invalid)
+        self.objective = OBJECTIVES[self.config.objective]
+        wrong = set(self.config.shares) - self.objective.behaviors
+        assert not wrong, f"config admitted {wrong} for {self.config.objective}"
+        if "noised_back" in self.config.shares or self.config.warm_start == "tlm":
+            _ = prior.chain.bridge  # refuses a chain that cannot be noised back, before any work
+        self.accelerator = Accelerator()
+        network = policy if policy is not None else trainable_copy(prior)
+        self.policy = self.accelerator.prepare(network)
+        device = self.accelerator.device
+        # Each process draws its own noise; a shared seed would give every rank the same trajectories.
+        seed = self.config.seed * 1_000_003 + self.accelerator.process_index
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.log_z = torch.zeros((), device=device, requires_grad=True)
+        self.alpha = self.config.alpha
+        self.bank: PriorBank | None = None
+        self.history: list[dict[str, Any]] = []
+        self._ceiling: float | None = None
+        self._started = 0.0
+
+    # --- the parts of an update, in the order in which data flows -------------------------------------------------
+
+    def evaluate_energy(self, trajectories: Trajectories) -> Trajectories:
+        """Trajectories with their energies, evaluated once on the decoded samples."""
+        if trajectories.energy is not None:
+            return trajectories
+        return trajectories.with_(energy=self.meter(self.prior.to_data(trajectories.terminal)))
+
+    def capped(self, energy: Tensor) -> tuple[Tensor, Tensor]:
+        """(finite energies, valid mask): +inf and what lies above the ceiling is set to it, NaN is masked."""
+        valid = ~energy.isnan()
+        if self._ceiling is None:
+            finite = energy[torch.isfinite(energy)]
+            if not len(finite):
+                raise EnergyError(
+                    "every energy of the first batch is +inf or invalid: the target has no mass where the prior samples."
+                    " Soften the constraint, or raise alpha."
+                )
+            self._ceiling = finite.min().item() + self.config.max_energy * self.config.alpha
+        return energy.nan_to_num(nan=0.0, posinf=math.inf).clamp(max=self._ceiling), valid
+
+    def log_ratios(self, parts: dict[str, Trajectories]) -> Tensor:
+        """[num_kernels, B]: known from the rollout where the policy drew them, evaluated elsewhere."""
+        ratios = []
+        for part in parts.values():
+            known = part.step_log_ratio
+            if known is None:
+                known = step_log_ratio(self.prior.chain, self.prior.denoiser, self.policy, part)
+            ratios.append(known)
+        return torch.cat(ratios, 1)
+
+    # --- phases --------------------------------------------------------------------------------------------------
+
+    def train(self) -> TrainResult:
+        """Run the warm start and the updates; returns the policy in evaluation mode. Ctrl-C keeps what is trained."""
+        self._started = time.perf_counter()
+        self._check_energy()
+        if self.config.warm_start == "tlm" or set(self.config.shares) & NEEDS_BANK:
+            self.bank = self.fill_bank(self.config.bank_size)
+            # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
+            with torch.no_grad():
+                self.log_z.fill_(self.bank.log_z(self.config.alpha))
+        tilted = None if self.bank is None else self._monitored(self.bank)
+        try:
+            if self.config.warm_start == "tlm":
+                self._warm_start(tilted)
+            self._updates(tilted)
+        except KeyboardInterrupt:
+            if not self.history:
+                raise
+        self.policy.eval()
+        policy = self.accelerator.unwrap_model(self.policy)
+        log_z = self.log_z.item() if self.objective.learns_log_z else self.history[-1].get("log_z", math.nan)
+        return TrainResult(policy, log_z, self.meter.calls, time.perf_counter() - self._started, self.history)
+
+    def _check_energy(self) -> None:
+        probe = rollout(self.prior, None, 4, self.generator, keep=False)
+        if self.meter(self.prior.to_data(probe.terminal)).isnan().all():
+            raise EnergyError("the energy is NaN or -inf on all of four prior samples; it cannot guide anything.")
+
+    def fill_bank(self, size: int) -> PriorBank:
+        """``size`` prior trajectories with their energies."""
+        parts = []
+        with self._bar(size, "prior samples") as bar:
+            for first in range(0, size, ROLLOUT_CHUNK):
+                count = min(ROLLOUT_CHUNK, size - first)
+                part = rollout(self.prior, None, count, self.generator)
+                parts.append(self.evaluate_energy(part.with_(log_behavior=None)))
+                bar.update(count)
+        bank = PriorBank(concatenate(parts))
+        if not torch.isfinite(bank.log_weight(self.config.alpha)).any():
+            raise EnergyError(
+                f"none of {size} prior samples has a finite energy: the tilted law is out of the prior's reach here."
+            )
+        return bank
+
+    def _monitored(self, bank: PriorBank) -> Trajectories:
+        """A fixed draw of the tilted path law, for EUBO curves."""
+        index = bank.draw(MONITOR_SIZE, self.config.alpha, self.generator)
+        return bank.trajectories.select(index)
+
+    def _warm_start(self, tilted: Trajectories | None) -> None:
+        """Trajectory likelihood on noised-back rows, the noise of s_{k+1} averaged out, steps drawn by their residual."""
+        config, chain, bank = self.config, self.prior.chain, self.bank
+        assert bank is not None
+        probability = self._step_probability(bank)
+        cumulative = probability.cumsum(0)
+        count = config.warm_start_rows
+        optimizer, schedule = self._optimizer(config.warm_start_learning_rate, config.warm_start_updates)
+        with self._bar(config.warm_start_updates, "warm start (tlm)") as bar:
+            for update in range(config.warm_start_updates):
+                x = bank.trajectories.terminal[bank.draw(count, config.alpha, self.generator)]
+                # Stratified: one uniform draw, then equal strides through the cumulative probabilities.
+                first = torch.rand((), generator=self.generator, device=x.device)
+                points = (torch.arange(count, device=x.device) + first) / count
+                step = torch.searchsorted(cumulative, points).clamp(max=chain.num_kernels - 1)
+                state, following = noise_back_rows(chain, x, step, self.generator)
+                g = -1 / (count * probability[step])
+                loss = backward_rows(self.policy, chain, state, following, step, g, None)
+                self._step(optimizer, schedule)
+                bar.update(1)
+                if update % (5 * config.monitor_every) == 0 or update == config.warm_start_updates - 1:
+                    self._record(bar, "warm_start", update, {"loss": loss.item(), **self._monitor(tilted)})
+
+    def _step_probability(self, bank: PriorBank) -> Tensor:
+        """[num_kernels]: half even, half by the root mean square of the prior's residual (x - x_hat) d / sigma."""
+        chain = self.prior.chain
+        per_step = 64
+        step = torch.arange(chain.num_kernels, device=self.prior.device).repeat_interleave(per_step)
+        x = bank.trajectories.terminal[bank.draw(len(step), self.config.alpha, self.generator)]
+        with torch.no_grad():
+            state, following = noise_back_rows(chain, x, step, self.generator)
+            output = self.prior.denoiser(chain.network_input(state, step), chain.timestep(step, state), None)
+            z = (following - chain.mean(state, step, output)) / chain.row(step, state).sigma
+        residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()
+        return 0.5 * residual / residual.sum() + 0.5 / chain.num_kernels
+
+    def _updates(self, tilted: Trajectories | None) -> None:
+        config, chain = self.config, self.prior.chain
+        optimizer, schedule = self._optimizer(config.learning_rate, config.updates)
+        log_z_optimizer = torch.optim.Adam([self.log_z], config.log_z_learning_rate)
+        self.alpha = math.inf if config.tempering_ess else config.alpha
+        chunk = 0
+        with self._bar(config.updates, config.objective) as bar:
+            for update in range(config.updates):
+                progress = update / max(1, config.updates - 1)
+                context = Context(self.prior, self.policy, self.bank, config.alpha, progress, config.noise_scale)
+                parts = draw(config.shares, context, config.batch_size, self.generator)
+                parts = {name: self.evaluate_energy(part) for name, part in parts.items()}
+                trajectories = concatenate(list(parts.values()))
+                assert trajectories.energy is not None
+                energy, valid = self.capped(trajectories.energy)
+                batch = Batch(self.log_ratios(parts), energy, valid, trajectories.log_behavior)
+                on_policy = len(parts["on_policy"]) if "on_policy" in parts else 0
+                self._temper(batch, on_policy)
+                loss, g = objective_gradient(
+                    self.objective,
+                    batch,
+                    self.alpha,
+                    self.log_z,
+                    config.huber,
+                    gather=self.accelerator.gather,
+                    rank=self.accelerator.process_index,
+                    world_size=self.accelerator.num_processes,
+                )
+                chunk = chunk or chunk_rows(self.policy, chain, trajectories, config.memory_mb)
+                backward_trajectories(self.policy, chain, trajectories, g, chunk)
+                self._step(optimizer, schedule)
+                if self.objective.learns_log_z:
+                    log_z_optimizer.step()
+                    log_z_optimizer.zero_grad()
+                bar.update(1)
+                record = {"loss": loss.item(), **self._batch_metrics(batch, on_policy)}
+                if update % config.monitor_every == 0 or update == config.updates - 1:
+                    record |= self._monitor(tilted)
+                self._record(bar, config.objective, update, record)
+
+    # --- small parts ---------------------------------------------------------------------------------------------
+
+    def _temper(self, batch: Batch, on_policy: int) -> None:
+        """Lower the temperature as far as the policy's own weights keep ``tempering_ess`` of the batch effective."""
+        target = self.config.tempering_ess
+        if target is None or self.alpha <= self.config.alpha:
+            self.alpha = self.config.alpha
+            return
+        before = self.alpha
+        ratio, energy = batch.log_ratio[:on_policy].detach(), batch.energy[:on_policy]
+        self.alpha = self.config.alpha
+        if on_policy:
+            low, high = math.log(self.config.alpha), math.log(self.config.alpha) + 12.0
+            if ess(-energy / self.config.alpha - ratio) < target:
+                for _ in range(30):
+                    middle = 0.5 * (low + high)
+                    enough = ess(-energy / math.exp(middle) - ratio) >= target
+                    low, high = (low, middle) if enough else (middle, high)
+                self.alpha = min(before, math.exp(high))
+        if self.bank is not None and self.alpha != before:
+            # log Z belongs to a temperature: move the learned one along with the prior's own estimate.
+            old = self.config.alpha if math.isinf(before) else before
+            with torch.no_grad():
+                self.log_z += self.bank.log_z(self.alpha) - self.bank.log_z(old)
+
+    def _batch_metrics(self, batch: Batch, on_policy: int) -> dict[str, float]:
+        x = (batch.log_ratio + batch.energy / self.alpha)[batch.valid]
+        metrics = {"alpha": self.alpha, "log_z": log_mean_exp(-x)[0], "residual_std": x.std().item()}
+        if self.objective.learns_log_z:
+            metrics["log_z"] = self.log_z.item()
+        if on_policy:
+            own = batch.log_ratio[:on_policy] + batch.energy[:on_policy] / self.config.alpha
+            own = own[batch.valid[:on_policy]]
+            metrics |= {"elbo": -own.mean().item(), "ess": ess(-own)}
+        return metrics
+
+    @torch.no_grad()
+    def _monitor(self, tilted: Trajectories | None) -> dict[str, float]:
+        """EUBO on a fixed draw of the tilted law; no energy calls."""
+        if tilted is None or tilted.energy is None:
+            return {}
+        ratio = step_log_ratio(self.prior.chain, self.prior.denoiser, self.policy, tilted).sum(0)
+        return {"eubo": (-tilted.energy / self.config.alpha - ratio).mean().item()}
+
+    def _optimizer(self, learning_rate: float, updates: int) -> tuple[Any, Any]:
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(parameters, learning_rate)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(2, updates), pct_start=0.1)
+        return optimizer, schedule
+
+    def _step(self, optimizer: Any, schedule: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+    def _bar(self, total: int, name: str) -> Any:
+        from tqdm import tqdm
+
+        quiet = not self.progress or not self.accelerator.is_main_process
+        return tqdm(total=total, desc=name, disable=quiet, dynamic_ncols=True, mininterval=0.5)
+
+    def _record(self, bar: Any, phase: str, update: int, values: dict[str, float]) -> None:
+        record = {
+            "phase": phase,
+            "update": update,
+            **values,
+            "energy_calls": self.meter.calls,
+            "invalid_energies": self.meter.invalid,
+            "seconds": round(time.perf_counter() - self._started, 3),
+        }
+        self.history.append(record)
+        shown = {key: f"{record[key]:.3g}" for key in ("elbo", "eubo", "ess", "log_z", "alpha") if key in record}
+        bar.set_postfix(**shown, energy_calls=self.meter.calls, refresh=False)
+        if self.metrics is not None and self.accelerator.is_main_process:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")

@@ -1,0 +1,53 @@
+"""log policy - log prior of Gaussian kernels, in difference form: nats, summed over dimensions, float32.
+
+Two log-densities are never subtracted. With z = (s' - mu_prior) / sigma and delta = (mu_policy - mu_prior) / sigma,
+
+    l = <z, delta> - ½ ||delta||²          from stored states
+    l = <eps, delta> + ½ ||delta||²        from the noise that the policy itself drew  (z = eps + delta)
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from .chain import Chain
+from .policy import Denoiser, evaluate
+from .trajectory import Trajectories
+
+
+def log_ratio_from_noise(noise: Tensor, shift: Tensor) -> Tensor:
+    """<eps, delta> + ½ ||delta||²; noise, shift: [N, ...] → [N]. On-policy only: ``noise`` is what the policy drew."""
+    return reduce(shift * (noise + 0.5 * shift), "n ... -> n", "sum")
+
+
+def log_ratio_from_states(z: Tensor, shift: Tensor) -> Tensor:
+    """<z, delta> - ½ ||delta||²; z = (s' - mu_prior) / sigma, shift: [N, ...] → [N]. Any trajectory."""
+    return reduce(shift * (z - 0.5 * shift), "n ... -> n", "sum")
+
+
+def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Flat (k, b) rows → (state [n, ...], next state [n, ...], step [n], condition [n, ...] or None), k slowest."""
+    batch = len(trajectories)
+    total = chain.num_kernels * batch
+    state = trajectories.states[:-1].flatten(0, 1)[:total][rows]
+    following = trajectories.states[1:].flatten(0, 1)[:total][rows]
+    index = torch.arange(total, device=state.device)[rows]
+    condition = None if trajectories.condition is None else trajectories.condition[index % batch]
+    return state, following, torch.div(index, batch, rounding_mode="floor"), condition
+
+
+@torch.no_grad()
+def step_log_ratio(chain: Chain, prior: Denoiser, policy: Denoiser, trajectories: Trajectories, chunk: int = 16384) -> Tensor:
+    """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
+    total = chain.num_kernels * len(trajectories)
+    ratios = []
+    for first in range(0, total, chunk):
+        state, following, step, condition = rows_of(trajectories, chain, slice(first, first + chunk))
+        prior_output = evaluate(prior, chain, state, step, condition)
+        policy_output = evaluate(policy, chain, state, step, condition)
+        sigma = chain.row(step, state).sigma
+        z = (following - chain.mean(state, step, prior_output)) / sigma
+        ratios.append(log_ratio_from_states(z, chain.kernel_shift(state, step, policy_output, prior_output)))
+    return torch.cat(ratios).reshape(chain.num_kernels, len(trajectories))

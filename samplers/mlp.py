@@ -1,0 +1,102 @@
+"""A small MLP denoiser for low-dimensional data: a real diffusers model, saved and loaded as one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from .chain import Chain
+
+
+class MLPDenoiser(ModelMixin, ConfigMixin):
+    """Residual MLP on random Fourier features of the scaled state, preconditioned as in EDM (arXiv 2206.00364, eq. 7).
+
+        output = output_skip(t) · s + output_scale(t) · F(input_scale(t) · s, t)
+
+    The three functions of the timestep are tables of ``num_labels`` entries, interpolated linearly and stored with the
+    weights (`set_preconditioning_`); as built they are 1, 0 and 1. The Fourier features (width ``bandwidth``) let a small
+    network follow the steep steps between modes.
+
+    forward: sample [N, dim], timestep [] or [N] in [0, num_labels - 1] → ([N, dim],).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        dim: int = 2,
+        width: int = 64,
+        depth: int = 3,
+        fourier_features: int = 64,
+        bandwidth: float = 5.0,
+        num_labels: int = 1001,
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("frequencies", bandwidth * torch.randn(dim, fourier_features, generator=generator))
+        octaves = 2.0 ** torch.arange(6)
+        self.register_buffer("time_frequencies", math.pi * octaves / (num_labels - 1))
+        table = torch.tensor([1.0, 0.0, 1.0])[:, None].repeat(1, num_labels)
+        self.register_buffer("preconditioning", table)
+        self.time = nn.Sequential(nn.Linear(13, width), nn.SiLU(), nn.Linear(width, width * (depth + 1)))
+        self.inward = nn.Linear(dim + 2 * fourier_features, width)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.outward = nn.Linear(width, dim)
+        nn.init.zeros_(self.outward.weight)
+        nn.init.zeros_(self.outward.bias)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, return_dict: bool = False, class_labels: Tensor | None = None
+    ) -> tuple[Tensor]:
+        if class_labels is not None:
+            raise ValueError("MLPDenoiser is unconditional; it was given class_labels.")
+        label = torch.as_tensor(timestep, device=sample.device, dtype=self.frequencies.dtype).reshape(-1)
+        # A chain has few distinct labels: embed each once.
+        label, inverse = torch.unique(label, return_inverse=True)
+        low = label.floor().clamp(0, self.config.num_labels - 2)
+        fraction = label - low
+        low = low.long()
+        table = torch.lerp(self.preconditioning[:, low], self.preconditioning[:, low + 1], fraction)
+        phase = label[:, None] * self.time_frequencies
+        scaled = label[:, None] / (self.config.num_labels - 1)
+        shifts = self.time(torch.cat([scaled, phase.sin(), phase.cos()], 1))
+        if len(label) > 1:
+            shifts, table = shifts[inverse], table[:, inverse]
+        input_scale, output_skip, output_scale = table[..., None]
+
+        state = input_scale * sample
+        angles = state @ self.frequencies
+        first, *rest = shifts.chunk(len(self.hidden) + 1, 1)
+        hidden = nn.functional.silu(self.inward(torch.cat([state, angles.sin(), angles.cos()], 1)) + first)
+        for layer, shift in zip(self.hidden, rest, strict=True):
+            hidden = hidden + nn.functional.silu(layer(hidden) + shift)
+        return (output_skip * sample + output_scale * self.outward(hidden),)
+
+    @torch.no_grad()
+    def set_preconditioning_(
+        self, timesteps: Tensor, p: Tensor, q: Tensor, signal: Tensor, noise: Tensor, data_std: float
+    ) -> MLPDenoiser:
+        """Set the tables so that F has unit-variance inputs and targets for data of standard deviation ``data_std``.
+
+        All [n] float64, at ascending ``timesteps`` (interpolated to the labels between them), with x_hat = p s + q out.
+        """
+        spread = (signal**2 * data_std**2 + noise**2).clamp(min=1e-6).sqrt()
+        skip = signal * data_std**2 / spread**2
+        scale = data_std * noise / spread
+        columns = torch.stack([1 / spread, (skip - p) / q, scale / q])
+        labels = torch.arange(self.config.num_labels, dtype=torch.float64)
+        right = torch.searchsorted(timesteps, labels).clamp(1, len(timesteps) - 1)
+        left = right - 1
+        fraction = ((labels - timesteps[left]) / (timesteps[right] - timesteps[left])).clamp(0, 1)
+        self.preconditioning.copy_(torch.lerp(columns[:, left], columns[:, right], fraction))
+        return self
+
+
+def precondition_for_(model: MLPDenoiser, chain: Chain, data_std: float) -> MLPDenoiser:
+    """Set a network's tables from a (finely spaced) chain's own levels, in place."""
+    order = torch.argsort(chain.timesteps)
+    levels = [column[: chain.num_steps][order] for column in (chain.p, chain.q, chain.signal, chain.noise)]
+    return model.set_preconditioning_(chain.timesteps[order], *levels, data_std=data_std)

@@ -1,0 +1,136 @@
+"""Trajectories forward along the chain, and terminal samples noised back along it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .chain import Chain
+from .log_ratio import log_ratio_from_noise
+from .policy import Denoiser, Prior, evaluate
+from .trajectory import Trajectories
+
+
+@torch.no_grad()
+def rollout(
+    prior: Prior,
+    policy: Denoiser | None,
+    batch: int,
+    generator: torch.Generator,
+    *,
+    noise_scale: float = 1.0,
+    start: Tensor | None = None,
+    condition: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    keep: bool = True,
+) -> Trajectories:
+    """Draw ``batch`` trajectories from the policy, or from the prior where ``policy`` is None.
+
+    noise_scale: > 1 inflates the noise of every kernel (not of the start); ``log_behavior`` stays exact.
+    start: [batch, ...] fixed starts; drawn where None.
+    keep: False keeps only the terminal samples (``states`` is then [1, batch, ...]).
+
+    Returns trajectories with ``log_behavior`` and, from a policy, ``step_log_ratio`` set. No gradient is kept.
+    """
+    chain, device = prior.chain, prior.device
+
+    def gaussian() -> Tensor:
+        return torch.randn((batch, *prior.shape), generator=generator, device=device, dtype=dtype)
+
+    state = chain.start_std * gaussian() if start is None else start.to(device=device, dtype=dtype)
+    states, ratios = [state], []
+    log_behavior = torch.zeros(batch, device=device, dtype=dtype)
+    for step in range(chain.num_kernels):
+        row = chain.row(step, state)
+        noise = gaussian() * noise_scale if noise_scale != 1.0 else gaussian()
+        prior_output = evaluate(prior.denoiser, chain, state, step, condition)
+        if policy is None:
+            mean = chain.mean(state, step, prior_output)
+            ratio = torch.zeros(batch, device=device, dtype=dtype)
+        else:
+            policy_output = evaluate(policy, chain, state, step, condition)
+            mean = chain.mean(state, step, policy_output)
+            shift = chain.kernel_shift(state, step, policy_output, prior_output)
+            ratio = log_ratio_from_noise(noise, shift)
+            ratios.append(ratio)
+        log_behavior = log_behavior + ratio
+        if noise_scale != 1.0:
+            log_behavior = log_behavior + _inflation(noise, noise_scale)
+        state = mean + row.sigma * noise
+        if keep:
+            states.append(state)
+    if chain.decoder:
+        state = decode_last(prior, state, generator, condition)
+        if keep:
+            states.append(state)
+    return Trajectories(
+        states=torch.stack(states) if keep else state[None],
+        step_log_ratio=torch.stack(ratios) if ratios else None,
+        log_behavior=log_behavior,
+        condition=condition,
+    )
+
+
+def _inflation(noise: Tensor, scale: float) -> Tensor:
+    """log N(noise; 0, scale²) - log N(noise; 0, 1), [N]."""
+    flat = noise.flatten(1)
+    log_scale = torch.log(torch.tensor(scale, dtype=noise.dtype)).item()
+    return 0.5 * (1 - scale**-2) * flat.square().sum(1) - flat.shape[1] * log_scale
+
+
+@torch.no_grad()
+def decode_last(prior: Prior, state: Tensor, generator: torch.Generator, condition: Tensor | None = None) -> Tensor:
+    """The chain's last row where it belongs to the prior: s_{K-1} [N, ...] → sample [N, ...]."""
+    chain, last = prior.chain, prior.chain.num_steps - 1
+    output = evaluate(prior.denoiser, chain, state, last, condition)
+    mean = chain.mean(state, last, output)
+    sigma = chain.row(last, state).sigma
+    if sigma < 1e-6:
+        return mean
+    return mean + sigma * torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype)
+
+
+@torch.no_grad()
+def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condition: Tensor | None = None) -> Trajectories:
+    """Fresh trajectories that end at given samples [B, ...]: s_0 ~ N(a_0 x, b_0²), s_{k+1} = c s_k + d x + tau eps.
+
+    Where the last row is a decoder the trajectory ends at decode(s_{K-1}), not at the given sample, since that is the
+    sample the chain would give: evaluate the energy there. Their behavior density is unknown (None).
+    """
+    chain = prior.chain
+    c, d, tau = (column.tolist() for column in chain.bridge)
+
+    def gaussian() -> Tensor:
+        return torch.randn(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype)
+
+    if chain.start_std == 0.0:
+        state = torch.zeros_like(samples)
+    else:
+        state = chain.signal[0].item() * samples + chain.noise[0].item() * gaussian()
+    states = [state]
+    for step in range(chain.num_kernels):
+        state = c[step] * state + d[step] * samples
+        if tau[step] > 0:
+            state = state + tau[step] * gaussian()
+        states.append(state)
+    if chain.decoder:
+        states.append(decode_last(prior, state, generator, condition))
+    return Trajectories(states=torch.stack(states), condition=condition)
+
+
+@torch.no_grad()
+def noise_back_rows(chain: Chain, samples: Tensor, step: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One transition a sample: samples [N, ...], step [N] → (s_k, E[s_{k+1} | s_k, x]), both [N, ...].
+
+    The log-ratio is linear in s_{k+1}, so putting its conditional mean in its place averages the noise out exactly.
+    """
+    c, d, _ = chain.bridge
+    shape = (-1, *[1] * (samples.ndim - 1))
+    index = step.cpu()
+
+    def column(values: Tensor) -> Tensor:
+        return values[index].to(samples).reshape(shape)
+
+    noise = torch.randn(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype)
+    state = column(chain.signal) * samples + column(chain.noise) * noise
+    return state, column(c) * state + column(d) * samples

@@ -1,0 +1,66 @@
+"""Trajectories: what a behavior returns and everything above consumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """B trajectories of one chain.
+
+    states: [K + 1, B, ...] float32, states[0] the start and states[K] the terminal one.
+    step_log_ratio: [num_kernels, B] nats, log policy - log prior of the policy that drew them; None where unknown.
+    log_behavior: [B] nats, log behavior - log prior of the whole trajectory, up to one constant for the batch; None where
+        the density is unknown (noised-back, replayed and user samples).
+    energy: [B], None until evaluated.
+    condition: [B, ...] what the network is conditioned on, or None.
+    """
+
+    states: Tensor
+    step_log_ratio: Tensor | None = None
+    log_behavior: Tensor | None = None
+    energy: Tensor | None = None
+    condition: Tensor | None = None
+
+    @property
+    def terminal(self) -> Tensor:
+        """[B, ...] terminal states; `Prior.to_data` makes samples of them."""
+        return self.states[-1]
+
+    def __len__(self) -> int:
+        return self.states.shape[1]
+
+    def select(self, index: Tensor) -> Trajectories:
+        """The trajectories at ``index`` [N], with everything that belongs to them."""
+        return Trajectories(
+            states=self.states[:, index],
+            step_log_ratio=None if self.step_log_ratio is None else self.step_log_ratio[:, index],
+            log_behavior=None if self.log_behavior is None else self.log_behavior[index],
+            energy=None if self.energy is None else self.energy[index],
+            condition=None if self.condition is None else self.condition[index],
+        )
+
+    def with_(self, **changes: Tensor | None) -> Trajectories:
+        return replace(self, **changes)
+
+
+def concatenate(parts: list[Trajectories]) -> Trajectories:
+    """One batch from several; a field survives only where every part has it."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def join(name: str, dim: int) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if any(value is None for value in values) else torch.cat(values, dim)
+
+    return Trajectories(
+        states=torch.cat([part.states for part in parts], 1),
+        step_log_ratio=join("step_log_ratio", 1),
+        log_behavior=join("log_behavior", 0),
+        energy=join("energy", 0),
+        condition=join("condition", 0),
+    )

@@ -1,0 +1,118 @@
+"""Gaussian mixtures with everything in closed form: densities, tilts, and exact denoisers in any dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..samplers.chain import Chain
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianMixture:
+    """sum_i weights_i N(means_i, covariances_i), float64; weights [n], means [n, D], covariances [n, D, D]."""
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.covariances)
+        return values, vectors
+
+    def component_log_density(self, x: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log [w_i N(x; signal m_i, signal² S_i + noise² I)] [N, n], with the eigen-coordinates behind it.
+
+        x [N, D]; signal, noise [] or [N].
+        """
+        values, vectors = (part.to(x) for part in self._spectrum)
+        signal, noise = signal.reshape(-1, 1, 1).to(x), noise.reshape(-1, 1, 1).to(x)
+        centered = x[:, None] - signal * self.means.to(x)
+        projected = torch.einsum("Nnd,nde->Nne", centered, vectors)
+        # A pinned start has neither signal nor noise: nothing is known there, and nothing may be divided by zero.
+        variance = (signal**2 * values + noise**2).clamp(min=1e-12)
+        log_density = -0.5 * (projected**2 / variance + variance.log() + torch.log(torch.tensor(2 * torch.pi))).sum(-1)
+        return log_density + self.weights.to(x).log(), projected, variance
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """[N, D] → [N], nats."""
+        one = torch.ones((), dtype=x.dtype)
+        return self.component_log_density(x, one, torch.zeros_like(one))[0].logsumexp(-1)
+
+    def denoise(self, state: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        """E[x | state] for state = signal x + noise eps: sum_i r_i [m_i + signal S_i (signal² S_i + noise² I)^-1 (.)]."""
+        log_density, projected, variance = self.component_log_density(state, signal, noise)
+        values, vectors = (part.to(state) for part in self._spectrum)
+        gain = signal.reshape(-1, 1, 1).to(state) * values / variance
+        component = self.means.to(state) + torch.einsum("Nne,nde->Nnd", gain * projected, vectors)
+        return torch.einsum("Nn,Nnd->Nd", log_density.softmax(-1), component)
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """Posterior component weights [N, n]."""
+        one = torch.ones((), dtype=x.dtype)
+        return self.component_log_density(x, one, torch.zeros_like(one))[0].softmax(-1)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """[count, D] float64."""
+        component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+        factor = torch.linalg.cholesky(self.covariances)
+        return self.means[component] + torch.einsum("Nde,Ne->Nd", factor[component], noise)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [D] and covariance [D, D]."""
+        mean = self.weights @ self.means
+        centered = self.means - mean
+        covariance = self.covariances + torch.einsum("nd,ne->nde", centered, centered)
+        return mean, torch.einsum("n,nde->de", self.weights, covariance)
+
+    def tilt_quadratic(self, precision: Tensor, center: Tensor, slope: Tensor) -> tuple[GaussianMixture, Tensor]:
+        """Tilt by E/alpha = ½ (x - a)ᵀ L (x - a) + bᵀx → (mixture, log Z). L [D, D] may be zero."""
+        inverse = torch.linalg.inv(self.covariances)
+        covariances = torch.linalg.inv(inverse + precision)
+        pull = torch.einsum("nde,ne->nd", inverse, self.means)
+        means = torch.einsum("nde,ne->nd", covariances, pull + precision @ center - slope)
+        log_c = 0.5 * (torch.logdet(covariances) - torch.logdet(self.covariances))
+        log_c = log_c - 0.5 * (self.means * pull).sum(-1) - 0.5 * center @ precision @ center
+        log_c = log_c + 0.5 * torch.einsum("nd,nde,ne->n", means, torch.linalg.inv(covariances), means)
+        logits = self.weights.log() + log_c
+        return GaussianMixture(logits.softmax(0), means, covariances), logits.logsumexp(0)
+
+    def tilt_mixture(self, reward: GaussianMixture) -> tuple[GaussianMixture, Tensor]:
+        """Tilt by exp(-E/alpha) = the density of ``reward`` → (mixture of all pairs, log Z)."""
+        dim = self.means.shape[1]
+        first, second = self.covariances[:, None], reward.covariances[None]
+        both = first + second
+        gap = self.means[:, None] - reward.means[None]
+        solved = torch.linalg.solve(both, gap[..., None])[..., 0]
+        log_c = -0.5 * ((gap * solved).sum(-1) + torch.logdet(2 * torch.pi * both))
+        logits = self.weights.log()[:, None] + reward.weights.log()[None] + log_c
+        covariances = first @ torch.linalg.solve(both, second.expand_as(both))
+        means = self.means[:, None] - torch.einsum("ijde,ije->ijd", first.expand_as(both), solved)
+        mixture = GaussianMixture(logits.flatten().softmax(0), means.reshape(-1, dim), covariances.reshape(-1, dim, dim))
+        return mixture, logits.logsumexp((0, 1))
+
+
+class MixtureDenoiser:
+    """The exact denoiser of a mixture on a chain, as an output that the chain turns back into x_hat = E[x | s_k].
+
+    Takes the chain's labels; a label that is not one of the chain's steps is an error.
+    """
+
+    def __init__(self, mixture: GaussianMixture, chain: Chain) -> None:
+        self.mixture, self.chain = mixture, chain
+        if chain.input_scale.ne(1).any():
+            raise ValueError(f"{chain.name} scales its network's input; the exact denoiser is written for unscaled states.")
+
+    def __call__(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        labels = self.chain.timesteps.to(state.dtype)
+        step = (timestep.reshape(-1)[:, None].to(state.dtype) - labels).abs().argmin(-1)
+        if (labels[step] - timestep.reshape(-1).to(state.dtype)).abs().max() > 1e-3:
+            raise ValueError("the exact denoiser was asked for a timestep that its chain does not have.")
+        clean = self.mixture.denoise(state, self.chain.signal[step], self.chain.noise[step])
+        p, q = (column[step].to(state)[:, None] for column in (self.chain.p, self.chain.q))
+        return (clean - p * state) / q
