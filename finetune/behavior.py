@@ -93,8 +93,10 @@ def noised_back(context: Context, count: int, generator: torch.Generator) -> Tra
     bank = _bank(context)
     drawn = bank.trajectories.select(bank.draw(count, context.alpha, generator))
     fresh = noise_back(context.prior, drawn.terminal, generator)
-    # With a decoder the trajectory ends at decode(s_{K-1}), whose energy is not the drawn sample's.
-    return fresh if context.prior.chain.decoder else fresh.with_(energy=drawn.energy)
+    # A decoder, or a chain that leaves noise on its samples, ends elsewhere than at the drawn sample, at another energy.
+    chain = context.prior.chain
+    unchanged = not chain.decoder and chain.noise[-1] == 0
+    return fresh.with_(energy=drawn.energy) if unchanged else fresh
 
 
 def _bank(context: Context) -> PriorBank:

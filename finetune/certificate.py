@@ -23,7 +23,7 @@ from .estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weigh
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 EXIT_STATUS: dict[str, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
-CHUNK = 4096
+CHUNK = 2048
 
 # Thresholds of the target side's own reliability (docs/theory.md, "The verdict", holds the calibration).
 MIN_TARGET_ESS = 300.0
@@ -193,6 +193,8 @@ def target_side_doubts(figures: dict[str, Any]) -> list[str]:
 def flags(figures: dict[str, Any]) -> list[str]:
     """What is wrong with the setting rather than with the policy; only another chain, or reweighting, removes it."""
     variance, error = figures["start_variance"], figures["start_variance_se"]
+    if math.isnan(variance):
+        return ["every rollout from one start has zero density, so what the chain remembers of its start is not measured"]
     if variance - 1.64 * error > MAX_START_VARIANCE:
         return [
             f"the chain remembers its start: Var[log Z(s_0)] = {variance:.2f} ± {error:.2f}, above {MAX_START_VARIANCE}; the"
@@ -321,7 +323,9 @@ def share_distance(
     resampled = resampled / resampled.sum(1, keepdim=True)
     # The policy's own sampling noise, around the target's shares: what an exact sampler would show.
     draws = torch.multinomial(target, bootstraps * len(mine), replacement=True, generator=generator)
-    draws = torch.nn.functional.one_hot(draws.reshape(bootstraps, -1), count).double().mean(1)
+    own_row = count * torch.arange(bootstraps)[:, None]
+    draws = torch.bincount((draws.reshape(bootstraps, -1) + own_row).flatten(), minlength=bootstraps * count)
+    draws = draws.reshape(bootstraps, count).double() / len(mine)
     null = 0.5 * ((resampled - target) - (draws - target)).abs().sum(1)
     return distance, null.quantile(0.997).item()
 

@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 ObjectiveName = Literal["rtb", "log_variance", "trust_pcl", "reinforce_kl", "tlm"]
 BEHAVIOR_NAMES = ("on_policy", "prior", "inflated", "tilted_prior", "noised_back")
-# What each objective is right on (§4 of docs/theory.md says why); `objectives.OBJECTIVES` holds the same sets.
-DENSITY_FREE = ("rtb", "log_variance", "trust_pcl")
 
 
 @dataclass(frozen=True)
@@ -23,33 +21,33 @@ class TrainConfig:
     alpha: float = 1.0
     """Temperature: the target is p_prior · exp(-E/alpha)."""
     behavior: dict[str, float] | None = None
-    """Share of each behavior in a batch. None: half on_policy, half noised_back; reinforce_kl on_policy; tlm noised_back."""
+    """Share of each behavior in a batch. None: half on_policy, half tilted_prior; reinforce_kl on_policy; tlm tilted_prior."""
     updates: int = 60
     """Gradient steps on the objective, after the warm start."""
-    batch_size: int = 512
+    batch_size: int = 384
     """Trajectories an update and process."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """Peak of a one-cycle schedule."""
     log_z_learning_rate: float = 0.02
     """For objectives that learn log Z."""
     warm_start: Literal["tlm", "none"] = "tlm"
-    """Forward-KL fit to weighted prior samples, noised back, before the objective; nearly free."""
-    warm_start_updates: int = 400
-    warm_start_rows: int = 4096
+    """Forward-KL fit to prior trajectories weighted by exp(-E/alpha), before the objective; nearly free."""
+    warm_start_updates: int = 1200
+    warm_start_rows: int = 2048
     """Transitions an update of the warm start."""
     warm_start_learning_rate: float = 3e-3
-    bank_size: int = 20_000
+    bank_size: int = 50_000
     """Prior trajectories drawn once, with their energies, for the warm start and the behaviors that need them."""
     tempering_ess: float | None = 0.3
     """Raise alpha until this share of a batch is effective, and lower it as the policy follows. None: never."""
-    huber: float | None = 5.0
+    huber: float | None = 20.0
     """Residuals beyond this many nats count linearly. None: never."""
     max_energy: float = 30.0
     """E/alpha is capped this many nats above the lowest energy seen at the start; what +inf becomes in training."""
     noise_scale: float = 1.5
     """Initial noise inflation of the behavior 'inflated', annealed to 1."""
     max_grad_norm: float = 10.0
-    memory_mb: float = 8.0
+    memory_mb: float = 64.0
     """What autograd may keep for one chunk of the second pass."""
     max_invalid: float = 0.05
     """Share of NaN or -inf energies above which the run stops."""
@@ -107,8 +105,8 @@ class TrainConfig:
         if self.objective == "reinforce_kl":
             return {"on_policy": 1.0}
         if self.objective == "tlm":
-            return {"noised_back": 1.0}
-        return {"on_policy": 0.5, "noised_back": 0.5}
+            return {"tilted_prior": 1.0}
+        return {"on_policy": 0.5, "tilted_prior": 0.5}
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "behavior": self.shares}

@@ -56,9 +56,10 @@ def pareto_k(log_weight: Tensor) -> float:
         return math.inf
     ordered = (finite - finite.max()).exp().sort().values
     excess = ordered[-tail_size:] - ordered[-tail_size - 1]
-    if excess[-1] <= 1e-12:
+    # Nearly equal largest weights (an energy that is flat in its best mode) are no tail at all.
+    if excess[-1] <= 1e-3 * ordered[-tail_size - 1]:
         return -math.inf
-    excess = excess.clamp(min=1e-300)
+    excess = excess.clamp(min=1e-9 * excess[-1].item())
     count = 30 + int(math.sqrt(tail_size))
     quartile = excess[int(tail_size / 4 + 0.5) - 1]
     grid = torch.arange(1, count + 1, dtype=torch.float64)
@@ -74,11 +75,13 @@ def start_variance(log_weight: Tensor) -> tuple[float, float]:
     """Var over starts of log Z(s_0), less its Monte Carlo noise, with a jackknife standard error.
 
     log_weight: [starts, rollouts ≥ 2] of policy rollouts from the same starts. For a policy near the optimum every lw of
-    one start is near log Z(s_0).
+    one start is near log Z(s_0). NaN, both, where every rollout of some start has zero weight: nothing is known of it.
     """
     starts, rollouts = log_weight.shape
     local = log_weight.double()
     level = local.logsumexp(1) - math.log(rollouts)
+    if not torch.isfinite(level).all():
+        return math.nan, math.nan
     relative = (local - level[:, None]).exp()
     noise = relative.var(1) / rollouts
     # The log of a mean is biased by -noise/2, by a different amount for each start; remove it first.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..samplers.log_ratio import step_log_ratio
-from ..samplers.policy import Prior, trainable_copy
-from ..samplers.rollout import noise_back_rows, rollout
+from ..samplers.policy import Prior, evaluate, trainable_copy
+from ..samplers.rollout import rollout
 from ..samplers.trajectory import Trajectories, concatenate
 from .behavior import NEEDS_BANK, Context, PriorBank, draw
 from .config import TrainConfig
@@ -23,7 +23,8 @@ from .estimators import ess, log_mean_exp
 from .gradients import backward_rows, backward_trajectories, chunk_rows, objective_gradient
 from .objectives import OBJECTIVES, Batch
 
-ROLLOUT_CHUNK = 4096
+# Larger batches spill temporaries that the allocator returns to the system after every operation.
+ROLLOUT_CHUNK = 2048
 MONITOR_SIZE = 512
 
 
@@ -100,7 +101,7 @@ class Trainer:
                     "every energy of the first batch is +inf or invalid: the target has no mass where the prior samples."
                     " Soften the constraint, or raise alpha."
                 )
-            self._ceiling = finite.min().item() + self.config.max_energy * self.config.alpha
+            self._ceiling = self._agreed(finite.min().item()) + self.config.max_energy * self.config.alpha
         return energy.nan_to_num(nan=0.0, posinf=math.inf).clamp(max=self._ceiling), valid
 
     def log_ratios(self, parts: dict[str, Trajectories]) -> Tensor:
@@ -123,7 +124,7 @@ class Trainer:
             self.bank = self.fill_bank(self.config.bank_size)
             # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
             with torch.no_grad():
-                self.log_z.fill_(self.bank.log_z(self.config.alpha))
+                self.log_z.fill_(self._agreed(self.bank.log_z(self.config.alpha)))
         tilted = None if self.bank is None else self._monitored(self.bank)
         try:
             if self.config.warm_start == "tlm":
@@ -134,7 +135,7 @@ class Trainer:
                 raise
         self.policy.eval()
         policy = self.accelerator.unwrap_model(self.policy)
-        log_z = self.log_z.item() if self.objective.learns_log_z else self.history[-1].get("log_z", math.nan)
+        log_z = self.log_z.item() if self.objective.learns_log_z else (self.history or [{}])[-1].get("log_z", math.nan)
         return TrainResult(policy, log_z, self.meter.calls, time.perf_counter() - self._started, self.history)
 
     def _check_energy(self) -> None:
@@ -164,7 +165,11 @@ class Trainer:
         return bank.trajectories.select(index)
 
     def _warm_start(self, tilted: Trajectories | None) -> None:
-        """Trajectory likelihood on noised-back rows, the noise of s_{k+1} averaged out, steps drawn by their residual."""
+        """Trajectory likelihood on tilted prior paths, with each path's own end standing in for its next state's noise.
+
+        The log-ratio is linear in s_{k+1}, so c s_k + d x for the path's end x (`Chain.bridge`) puts its mean in its place.
+        A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
+        """
         config, chain, bank = self.config, self.prior.chain, self.bank
         assert bank is not None
         probability = self._step_probability(bank)
@@ -173,12 +178,11 @@ class Trainer:
         optimizer, schedule = self._optimizer(config.warm_start_learning_rate, config.warm_start_updates)
         with self._bar(config.warm_start_updates, "warm start (tlm)") as bar:
             for update in range(config.warm_start_updates):
-                x = bank.trajectories.terminal[bank.draw(count, config.alpha, self.generator)]
                 # Stratified: one uniform draw, then equal strides through the cumulative probabilities.
-                first = torch.rand((), generator=self.generator, device=x.device)
-                points = (torch.arange(count, device=x.device) + first) / count
+                first = torch.rand((), generator=self.generator, device=cumulative.device)
+                points = (torch.arange(count, device=cumulative.device) + first) / count
                 step = torch.searchsorted(cumulative, points).clamp(max=chain.num_kernels - 1)
-                state, following = noise_back_rows(chain, x, step, self.generator)
+                state, following = self._bank_rows(bank, step)
                 g = -1 / (count * probability[step])
                 loss = backward_rows(self.policy, chain, state, following, step, g, None)
                 self._step(optimizer, schedule)
@@ -186,15 +190,23 @@ class Trainer:
                 if update % (5 * config.monitor_every) == 0 or update == config.warm_start_updates - 1:
                     self._record(bar, "warm_start", update, {"loss": loss.item(), **self._monitor(tilted)})
 
+    def _bank_rows(self, bank: PriorBank, step: Tensor) -> tuple[Tensor, Tensor]:
+        """(s_k, c s_k + d x) of tilted prior paths at ``step`` [n], both [n, ...]."""
+        c, d, _ = self.prior.chain.bridge
+        states = bank.trajectories.states
+        index = bank.draw(len(step), self.config.alpha, self.generator)
+        state, end = states[step, index], states[-1, index]
+        shape = (-1, *[1] * (state.ndim - 1))
+        return state, c.to(state)[step].reshape(shape) * state + d.to(state)[step].reshape(shape) * end
+
     def _step_probability(self, bank: PriorBank) -> Tensor:
         """[num_kernels]: half even, half by the root mean square of the prior's residual (x - x_hat) d / sigma."""
         chain = self.prior.chain
         per_step = 64
         step = torch.arange(chain.num_kernels, device=self.prior.device).repeat_interleave(per_step)
-        x = bank.trajectories.terminal[bank.draw(len(step), self.config.alpha, self.generator)]
         with torch.no_grad():
-            state, following = noise_back_rows(chain, x, step, self.generator)
-            output = self.prior.denoiser(chain.network_input(state, step), chain.timestep(step, state), None)
+            state, following = self._bank_rows(bank, step)
+            output = evaluate(self.prior.denoiser, chain, state, step, None)
             z = (following - chain.mean(state, step, output)) / chain.row(step, state).sigma
         residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()
         return 0.5 * residual / residual.sum() + 0.5 / chain.num_kernels
@@ -248,7 +260,8 @@ class Trainer:
             self.alpha = self.config.alpha
             return
         before = self.alpha
-        ratio, energy = batch.log_ratio[:on_policy].detach(), batch.energy[:on_policy]
+        own = batch.valid[:on_policy]  # a masked energy is a placeholder, which could outweigh every real one
+        ratio, energy = batch.log_ratio[:on_policy][own].detach(), batch.energy[:on_policy][own]
         self.alpha = self.config.alpha
         if on_policy:
             low, high = math.log(self.config.alpha), math.log(self.config.alpha) + 12.0
@@ -258,21 +271,30 @@ class Trainer:
                     enough = ess(-energy / math.exp(middle) - ratio) >= target
                     low, high = (low, middle) if enough else (middle, high)
                 self.alpha = min(before, math.exp(high))
+        self.alpha = max(self.config.alpha, self._agreed(self.alpha))
         if self.bank is not None and self.alpha != before:
             # log Z belongs to a temperature: move the learned one along with the prior's own estimate.
             old = self.config.alpha if math.isinf(before) else before
             with torch.no_grad():
-                self.log_z += self.bank.log_z(self.alpha) - self.bank.log_z(old)
+                self.log_z += self._agreed(self.bank.log_z(self.alpha) - self.bank.log_z(old))
+
+    def _agreed(self, value: float) -> float:
+        """The mean over processes: an objective of the global batch needs one temperature, ceiling and log Z."""
+        if self.accelerator.num_processes == 1:
+            return value
+        mine = torch.tensor([value], device=self.accelerator.device, dtype=torch.float64)
+        return self.accelerator.gather(mine).mean().item()
 
     def _batch_metrics(self, batch: Batch, on_policy: int) -> dict[str, float]:
+        """The residual of the whole batch; ELBO, ESS and log Z of its on-policy part, at the final temperature."""
         x = (batch.log_ratio + batch.energy / self.alpha)[batch.valid]
-        metrics = {"alpha": self.alpha, "log_z": log_mean_exp(-x)[0], "residual_std": x.std().item()}
-        if self.objective.learns_log_z:
-            metrics["log_z"] = self.log_z.item()
+        metrics = {"alpha": self.alpha, "residual_std": x.std().item()}
         if on_policy:
-            own = batch.log_ratio[:on_policy] + batch.energy[:on_policy] / self.config.alpha
-            own = own[batch.valid[:on_policy]]
-            metrics |= {"elbo": -own.mean().item(), "ess": ess(-own)}
+            log_weight = -batch.log_ratio[:on_policy] - batch.energy[:on_policy] / self.config.alpha
+            log_weight = log_weight[batch.valid[:on_policy]]
+            metrics |= {"elbo": log_weight.mean().item(), "ess": ess(log_weight), "log_z": log_mean_exp(log_weight)[0]}
+        if self.objective.learns_log_z:
+            metrics["log_z_learned"] = self.log_z.item()
         return metrics
 
     @torch.no_grad()
@@ -286,7 +308,10 @@ class Trainer:
     def _optimizer(self, learning_rate: float, updates: int) -> tuple[Any, Any]:
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(parameters, learning_rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(2, updates), pct_start=0.1)
+        # OneCycleLR divides by zero where its rise has a single step (10 updates at 10%).
+        total = max(4, updates)
+        rise = max(0.1, 2 / total)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=rise)
         return optimizer, schedule
 
     def _step(self, optimizer: Any, schedule: Any) -> None:

@@ -72,11 +72,15 @@ class Chain:
                     " kernel. Zero-terminal-SNR betas and variance_type='fixed_large_log' do this: use an ordinary beta"
                     " schedule and variance_type 'fixed_large' or 'fixed_small'."
                 )
-        quiet = (self.sigma[: self.num_kernels] < SIGMA_ZERO).nonzero().flatten().tolist()
-        if not self.num_kernels or quiet:
-            step = quiet[0] if quiet else 0
+        if not self.num_kernels:
             raise ValueError(
-                f"{self.name}: step {step} of {self.num_steps} draws no noise (sigma < {SIGMA_ZERO:g}), so the log-ratio of"
+                f"{self.name}: the only step belongs to the prior as its decoder, so nothing is left to carry a log-ratio;"
+                " take at least two steps."
+            )
+        quiet = (self.sigma[: self.num_kernels] < SIGMA_ZERO).nonzero().flatten().tolist()
+        if quiet:
+            raise ValueError(
+                f"{self.name}: step {quiet[0]} of {self.num_steps} draws no noise (sigma < {SIGMA_ZERO:g}), so the log-ratio of"
                 " policy and prior is undefined there. Use a stochastic sampler (DDIM with eta > 0, DDPM, Euler ancestral,"
                 " a flow SDE); a noiseless *last* step is accepted with last_step='decoder' or an explicit sigma."
             )
@@ -97,6 +101,10 @@ class Chain:
         return [Row(*values) for values in zip(*columns, strict=True)]
 
     @cached_property
+    def _unscaled(self) -> bool:
+        return bool((self.input_scale == 1).all())
+
+    @cached_property
     def _tables(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
         return {}
 
@@ -104,8 +112,13 @@ class Chain:
         key = (like.device, like.dtype)
         if key not in self._tables:
             columns = [getattr(self, name) for name in (*Row._fields, "timesteps")]
-            self._tables[key] = torch.stack(columns).to(like)
+            self._tables[key] = torch.stack([*columns, self._growth]).to(like)
         return self._tables[key]
+
+    @cached_property
+    def _growth(self) -> Tensor:
+        """[K]: what the mean takes of the state beyond s_k itself (with the state's share of x_hat, unless that is clipped)."""
+        return self.c - 1 if self.clip is not None else self.c + self.d * self.p - 1
 
     def row(self, step: int | Tensor, like: Tensor) -> Row:
         """Coefficients at ``step``: floats for an int, tensors [N, 1, ...] shaped for ``like`` for a LongTensor [N]."""
@@ -116,23 +129,24 @@ class Chain:
 
     def timestep(self, step: int | Tensor, like: Tensor) -> Tensor:
         """The label a network is conditioned on, shape [] or [N]."""
-        return self._table(like)[-1, step]
+        return self._table(like)[len(Row._fields), step]
 
     def network_input(self, state: Tensor, step: int | Tensor) -> Tensor:
         """What the network is fed: the state, divided by sqrt(sigma² + 1) for Euler ancestral."""
-        scale = self.row(step, state).input_scale
-        return state if isinstance(scale, float) and scale == 1.0 else state * scale
+        return state if self._unscaled else state * self.row(step, state).input_scale
 
     def clean(self, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
         """x_hat, clipped where the scheduler clips; shape of ``state``."""
-        row = self.row(step, state)
+        return self._clean(self.row(step, state), state, output)
+
+    def _clean(self, row: Row, state: Tensor, output: Tensor) -> Tensor:
         clean = row.p * state + row.q * output
         return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
 
     def mean(self, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
         """Mean of s_{k+1} given s_k and the network's output; shape of ``state``."""
         row = self.row(step, state)
-        return row.c * state + row.d * self.clean(state, step, output) + row.e * output
+        return row.c * state + row.d * self._clean(row, state, output) + row.e * output
 
     def kernel_shift(self, state: Tensor, step: int | Tensor, policy_output: Tensor, prior_output: Tensor) -> Tensor:
         """delta_k = (mu_policy - mu_prior) / sigma_k, from the difference of the outputs where x_hat is not clipped.
@@ -143,8 +157,23 @@ class Chain:
         difference = policy_output - prior_output
         if self.clip is None:
             return ((row.d * row.q + row.e) / row.sigma) * difference
-        clean_shift = self.clean(state, step, policy_output) - self.clean(state, step, prior_output)
+        clean_shift = self._clean(row, state, policy_output) - self._clean(row, state, prior_output)
         return (row.d * clean_shift + row.e * difference) / row.sigma
+
+    def standardize(self, following: Tensor, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
+        """z_k = (s_{k+1} - mu) / sigma_k, taken from the increment s_{k+1} - s_k; shape of ``state``.
+
+        s_{k+1} - mu rounds at the state's size, the increment at the step's: 1e-4 against 4e-7 nats at 16384 dimensions and
+        1000 steps in float32.
+        """
+        row = self.row(step, state)
+        growth = self._table(state)[-1, step].reshape(-1, *[1] * (state.ndim - 1))
+        drift = growth * state
+        if self.clip is None:
+            drift = drift + (row.d * row.q + row.e) * output
+        else:
+            drift = drift + row.d * self._clean(row, state, output) + row.e * output
+        return ((following - state) - drift) / row.sigma
 
     @cached_property
     def bridge(self) -> tuple[Tensor, Tensor, Tensor]:

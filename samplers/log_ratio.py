@@ -33,7 +33,7 @@ def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Tens
     total = chain.num_kernels * batch
     state = trajectories.states[:-1].flatten(0, 1)[:total][rows]
     following = trajectories.states[1:].flatten(0, 1)[:total][rows]
-    index = torch.arange(total, device=state.device)[rows]
+    index = torch.arange(*rows.indices(total), device=state.device)
     condition = None if trajectories.condition is None else trajectories.condition[index % batch]
     return state, following, torch.div(index, batch, rounding_mode="floor"), condition
 
@@ -47,7 +47,6 @@ def step_log_ratio(chain: Chain, prior: Denoiser, policy: Denoiser, trajectories
         state, following, step, condition = rows_of(trajectories, chain, slice(first, first + chunk))
         prior_output = evaluate(prior, chain, state, step, condition)
         policy_output = evaluate(policy, chain, state, step, condition)
-        sigma = chain.row(step, state).sigma
-        z = (following - chain.mean(state, step, prior_output)) / sigma
+        z = chain.standardize(following, state, step, prior_output)
         ratios.append(log_ratio_from_states(z, chain.kernel_shift(state, step, policy_output, prior_output)))
     return torch.cat(ratios).reshape(chain.num_kernels, len(trajectories))

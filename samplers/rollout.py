@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .chain import Chain
 from .log_ratio import log_ratio_from_noise
 from .policy import Denoiser, Prior, evaluate
 from .trajectory import Trajectories
@@ -38,7 +37,10 @@ def rollout(
         return torch.randn((batch, *prior.shape), generator=generator, device=device, dtype=dtype)
 
     state = chain.start_std * gaussian() if start is None else start.to(device=device, dtype=dtype)
-    states, ratios = [state], []
+    # Written in place: a list of states and their stack would hold every trajectory twice.
+    states = state.new_empty((chain.num_steps + 1 if keep else 1, *state.shape))
+    states[0] = state
+    ratios = []
     log_behavior = torch.zeros(batch, device=device, dtype=dtype)
     for step in range(chain.num_kernels):
         row = chain.row(step, state)
@@ -58,13 +60,12 @@ def rollout(
             log_behavior = log_behavior + _inflation(noise, noise_scale)
         state = mean + row.sigma * noise
         if keep:
-            states.append(state)
+            states[step + 1] = state
     if chain.decoder:
         state = decode_last(prior, state, generator, condition)
-        if keep:
-            states.append(state)
+    states[-1] = state
     return Trajectories(
-        states=torch.stack(states) if keep else state[None],
+        states=states,
         step_log_ratio=torch.stack(ratios) if ratios else None,
         log_behavior=log_behavior,
         condition=condition,
@@ -116,21 +117,3 @@ def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condit
     if chain.decoder:
         states.append(decode_last(prior, state, generator, condition))
     return Trajectories(states=torch.stack(states), condition=condition)
-
-
-@torch.no_grad()
-def noise_back_rows(chain: Chain, samples: Tensor, step: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One transition a sample: samples [N, ...], step [N] → (s_k, E[s_{k+1} | s_k, x]), both [N, ...].
-
-    The log-ratio is linear in s_{k+1}, so putting its conditional mean in its place averages the noise out exactly.
-    """
-    c, d, _ = chain.bridge
-    shape = (-1, *[1] * (samples.ndim - 1))
-    index = step.cpu()
-
-    def column(values: Tensor) -> Tensor:
-        return values[index].to(samples).reshape(shape)
-
-    noise = torch.randn(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype)
-    state = column(chain.signal) * samples + column(chain.noise) * noise
-    return state, column(c) * state + column(d) * samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,7 +36,7 @@ class GaussianMixture:
         projected = torch.einsum("Nnd,nde->Nne", centered, vectors)
         # A pinned start has neither signal nor noise: nothing is known there, and nothing may be divided by zero.
         variance = (signal**2 * values + noise**2).clamp(min=1e-12)
-        log_density = -0.5 * (projected**2 / variance + variance.log() + torch.log(torch.tensor(2 * torch.pi))).sum(-1)
+        log_density = -0.5 * (projected**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
         return log_density + self.weights.to(x).log(), projected, variance
 
     def log_density(self, x: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+"""python -m tiltune"""
+
+from .launch.cli import main
+
+main()

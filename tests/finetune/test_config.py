@@ -1,0 +1,103 @@
+"""The configuration refuses what no run can have, before any work, and needs no torch to do it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import fields
+from typing import Any, get_args
+
+import pytest
+
+from tiltune.finetune.behavior import BEHAVIORS
+from tiltune.finetune.config import BEHAVIOR_NAMES, ObjectiveName, TrainConfig
+from tiltune.finetune.objectives import OBJECTIVES
+
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"alpha": 0.0}, "alpha is 0.0.*alpha > 0"),
+    ({"alpha": -1.0}, "alpha is -1.0"),
+    ({"alpha": math.nan}, "alpha is nan"),
+    ({"alpha": math.inf}, "alpha is inf"),
+    ({"objective": "ppo"}, "unknown objective 'ppo'; choose one of rtb"),
+    ({"batch_size": 0}, "batch_size is 0; it must be positive"),
+    ({"batch_size": 1}, "at least 2"),
+    ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+    ({"learning_rate": math.nan}, "learning_rate is nan"),
+    ({"log_z_learning_rate": -0.1}, "log_z_learning_rate"),
+    ({"bank_size": 0}, "bank_size is 0"),
+    ({"max_energy": -1.0}, "max_energy is -1.0"),
+    ({"memory_mb": 0.0}, "memory_mb is 0.0"),
+    ({"updates": -1}, "updates is -1"),
+    ({"warm_start_updates": -1}, "warm_start_updates is -1"),
+    ({"warm_start": "rtb"}, "warm_start is 'rtb'"),
+    ({"noise_scale": 0.5}, "noise_scale is 0.5"),
+    ({"tempering_ess": 0.0}, "tempering_ess is 0.0"),
+    ({"tempering_ess": 1.0}, "tempering_ess is 1.0"),
+    ({"huber": 0.0}, "huber is 0.0"),
+    ({"behavior": {"off_policy": 1.0}}, "unknown behavior 'off_policy'"),
+    ({"behavior": {"on_policy": 1.0, "prior": 0.0}}, "share of behavior prior is 0.0; leave it out"),
+    ({"behavior": {"on_policy": 1.5, "prior": -0.5}}, "share of behavior prior is -0.5"),
+    ({"behavior": {"on_policy": 0.5, "prior": 0.4}}, "sum to 0.9; they must sum to 1"),
+    ({"behavior": {}}, "sum to 0"),
+    (
+        {"objective": "reinforce_kl", "behavior": {"on_policy": 0.5, "noised_back": 0.5}},
+        "reinforce_kl cannot use noised_back.*rtb, log_variance or trust_pcl",
+    ),
+    ({"objective": "tlm", "behavior": {"on_policy": 1.0}}, "tlm maximises the likelihood.*noised_back"),
+    ({"objective": "tlm", "behavior": {"noised_back": 0.5, "prior": 0.5}}, "fits the wrong law"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSALS, ids=[str(values) for values, _ in REFUSALS])
+def test_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**values)
+
+
+@pytest.mark.parametrize("objective", get_args(ObjectiveName))
+def test_every_objective_has_default_behaviors_it_is_right_on(objective: Any) -> None:
+    config = TrainConfig(objective=objective)
+    assert sum(config.shares.values()) == pytest.approx(1.0)
+    assert set(config.shares) <= OBJECTIVES[objective].behaviors
+
+
+@pytest.mark.parametrize("behavior", BEHAVIOR_NAMES)
+@pytest.mark.parametrize("objective", get_args(ObjectiveName))
+def test_config_and_objectives_agree_on_every_pair(objective: Any, behavior: str) -> None:
+    allowed = behavior in OBJECTIVES[objective].behaviors
+    try:
+        TrainConfig(objective=objective, behavior={behavior: 1.0})
+    except ValueError:
+        assert not allowed
+    else:
+        assert allowed
+
+
+def test_the_names_are_the_same_everywhere() -> None:
+    assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
+    assert set(BEHAVIOR_NAMES) == set(BEHAVIORS)
+    for name in ("rtb", "log_variance", "trust_pcl"):  # these need no behavior density, so any trajectories will do
+        assert OBJECTIVES[name].behaviors == set(BEHAVIORS)
+
+
+def test_on_policy_comes_first_whatever_the_order_given() -> None:
+    config = TrainConfig(behavior={"prior": 0.25, "noised_back": 0.25, "on_policy": 0.5})
+    assert list(config.shares) == ["on_policy", "prior", "noised_back"]
+
+
+def test_a_config_survives_json() -> None:
+    config = TrainConfig(objective="rtb", alpha=0.25)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert TrainConfig(**values).to_dict() == config.to_dict()
+    assert set(values) == {field.name for field in fields(TrainConfig)}
+
+
+def test_importing_the_config_does_not_import_torch() -> None:
+    code = (
+        "import sys, tiltune; from tiltune.finetune.config import TrainConfig; TrainConfig();"
+        " print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

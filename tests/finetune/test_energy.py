@@ -1,0 +1,127 @@
+"""Energies: the adapters, and a meter that counts every call and refuses what is not an energy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiltune.finetune.config import TrainConfig
+from tiltune.finetune.energy import EnergyError, EnergyMeter, from_density, from_reward
+from tiltune.finetune.objectives import OBJECTIVES, Batch
+from tiltune.finetune.trainer import Trainer
+from tiltune.samplers.mlp import MLPDenoiser
+from tiltune.samplers.policy import Prior
+from tiltune.samplers.schedulers import brownian_chain
+
+X = torch.arange(8.0)[:, None].expand(8, 3)
+
+
+def constant(*values: float) -> EnergyMeter:
+    """A meter around an energy that returns these values whatever it is given."""
+    return EnergyMeter(lambda x: torch.tensor(values), max_invalid=0.5)
+
+
+def test_from_reward_negates_and_nothing_more() -> None:
+    energy = from_reward(lambda x: 2 * x.sum(1))
+    assert torch.equal(energy(X), -2 * X.sum(1))
+
+
+def test_from_density_is_minus_log_once() -> None:
+    values = torch.tensor([0.0, 0.5, 1.0, math.e, -1.0])
+    energy = from_density(lambda x: values)(torch.zeros(5, 1))
+    assert energy[0] == math.inf
+    assert torch.allclose(energy[1:4], torch.tensor([math.log(2), 0.0, -1.0]))
+    assert energy[4].isnan()
+
+
+@pytest.mark.parametrize(
+    ("energy", "message"),
+    [
+        (lambda x: x.mean(), r"returned shape \(\) for 8 samples.*do not average"),
+        (lambda x: x.sum(1, keepdim=True), r"shape \(8, 1\).*drop trailing axes"),
+        (lambda x: x, r"shape \(8, 3\)"),
+        (lambda x: x.sum(1)[:4], r"shape \(4,\) for 8 samples"),
+        (lambda x: x.sum(1).long(), r"returned torch.int64.*value.float"),
+        (lambda x: x.sum(1).numpy(), r"returned ndarray, not a tensor"),
+        (lambda x: 3.0, r"returned float, not a tensor of shape \[8\]"),
+        (lambda x: x.sum(1).requires_grad_(True), r"requires grad.*no_grad"),
+        (lambda x: x @ torch.ones(5), r"raised RuntimeError.*input: \(8, 3\) torch.float32"),
+    ],
+)
+def test_what_is_not_an_energy_is_refused(energy: object, message: str) -> None:
+    with pytest.raises(EnergyError, match=message):
+        EnergyMeter(energy)(X)  # type: ignore[arg-type]
+
+
+def test_a_forgotten_no_grad_shows() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    with torch.no_grad(), pytest.raises(EnergyError, match="requires grad"):
+        EnergyMeter(lambda x: x @ weight)(X)
+
+
+def test_the_cause_of_a_raise_is_kept_and_the_energy_named() -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise KeyError("weights")
+
+    with pytest.raises(EnergyError, match="energy broken raised KeyError") as caught:
+        EnergyMeter(broken)(X)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_values_come_back_float32_and_counted() -> None:
+    meter = EnergyMeter(lambda x: x.double().sum(1))
+    value = meter(X)
+    assert value.dtype == torch.float32
+    assert not value.requires_grad
+    assert torch.equal(value, X.sum(1))
+    meter(X[:3])
+    assert (meter.calls, meter.invalid, meter.forbidden) == (11, 0, 0)
+
+
+def test_invalid_values_become_nan_and_infinite_ones_stay() -> None:
+    meter = constant(1.0, math.nan, -math.inf, math.inf, 2.0, math.inf)
+    value = meter(torch.zeros(6, 1))
+    assert value.isnan().tolist() == [False, True, True, False, False, False]
+    assert value[[3, 5]].eq(math.inf).all()
+    assert (meter.calls, meter.invalid, meter.forbidden) == (6, 2, 2)
+
+
+def test_too_many_invalid_values_stop_the_run() -> None:
+    meter = EnergyMeter(lambda x: torch.where(x[:, 0] < 1, torch.nan, 1.0), max_invalid=0.05)
+    good, mixed = torch.ones(95, 1), torch.zeros(5, 1)
+    meter(good)
+    meter(mixed)  # exactly 5%
+    with pytest.raises(EnergyError, match="6 of 101 samples, above the 5%"):
+        meter(torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_infinite_energies_reach_every_objective_capped(name: str) -> None:
+    prior = Prior(MLPDenoiser(dim=1, width=4, depth=1, fourier_features=2), brownian_chain(2), (1,))
+    config = TrainConfig(alpha=0.5, max_energy=30.0)
+    trainer = Trainer(prior, lambda x: x.sum(1), config, progress=False)
+    energy = torch.tensor([1.0, math.inf, 3.0, math.nan, 1e9, 2.0])
+    capped, valid = trainer.capped(energy)
+    ceiling = 1.0 + 30.0 * 0.5
+    assert capped.tolist() == [1.0, ceiling, 3.0, 0.0, ceiling, 2.0]
+    assert valid.tolist() == [True, True, True, False, True, True]
+    ratio = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    batch = Batch(ratio, capped, valid, ratio.detach().sum(0))
+    loss = OBJECTIVES[name].loss(batch, config.alpha, torch.tensor(0.0, requires_grad=True), config.huber)
+    loss.backward()
+    assert ratio.grad is not None
+    assert torch.isfinite(loss)
+    assert torch.isfinite(ratio.grad).all()
+    assert ratio.grad[:, 3].eq(0).all()
+    # The ceiling is the first batch's and stays.
+    assert trainer.capped(torch.tensor([-5.0, math.inf]))[0].tolist() == [-5.0, ceiling]
+
+
+def test_a_batch_without_any_finite_energy_is_refused() -> None:
+    prior = Prior(MLPDenoiser(dim=1, width=4, depth=1, fourier_features=2), brownian_chain(2), (1,))
+    trainer = Trainer(prior, lambda x: x.sum(1), progress=False)
+    with pytest.raises(EnergyError, match="no mass where the prior samples"):
+        trainer.capped(torch.full((4,), math.inf))
