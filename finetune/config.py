@@ -32,11 +32,11 @@ class TrainConfig:
     """For objectives that learn log Z."""
     warm_start: Literal["tlm", "none"] = "tlm"
     """Forward-KL fit to prior trajectories weighted by exp(-E/alpha), before the objective; nearly free."""
-    warm_start_updates: int = 1200
-    warm_start_rows: int = 2048
+    warm_start_updates: int = 1000
+    warm_start_rows: int = 4096
     """Transitions an update of the warm start."""
     warm_start_learning_rate: float = 3e-3
-    bank_size: int = 50_000
+    bank_size: int = 60_000
     """Prior trajectories drawn once, with their energies, for the warm start and the behaviors that need them."""
     tempering_ess: float | None = 0.3
     """Raise alpha until this share of a batch is effective, and lower it as the policy follows. None: never."""
@@ -93,7 +93,7 @@ class TrainConfig:
         )
         refuse(
             self.objective == "tlm" and not set(self.shares) <= {"tilted_prior", "noised_back"},
-            "tlm maximises the likelihood of trajectories of the tilted law; on others it fits the wrong law."
+            "tlm maximizes the likelihood of trajectories of the tilted law; on others it fits the wrong law."
             " Use behavior tilted_prior or noised_back.",
         )
 
@@ -102,10 +102,10 @@ class TrainConfig:
         """The behavior shares in force, on_policy first."""
         if self.behavior is not None:
             return dict(sorted(self.behavior.items(), key=lambda item: item[0] != "on_policy"))
-        if self.objective == "reinforce_kl":
-            return {"on_policy": 1.0}
         if self.objective == "tlm":
             return {"tilted_prior": 1.0}
+        if self.objective == "reinforce_kl":
+            return {"on_policy": 1.0}
         return {"on_policy": 0.5, "tilted_prior": 0.5}
 
     def to_dict(self) -> dict[str, Any]:

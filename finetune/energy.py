@@ -17,7 +17,7 @@ class Energy(Protocol):
 
 
 def from_reward(reward: Callable[[Tensor], Tensor]) -> Energy:
-    """E = -R, for a reward that is to be maximised. Not for densities: exp(-E) is taken later, once."""
+    """E = -R, for a reward that is to be maximized. Not for densities: exp(-E) is taken later, once."""
 
     def energy(x: Tensor) -> Tensor:
         return -reward(x)

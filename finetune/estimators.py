@@ -1,6 +1,6 @@
 """Estimators from log-weights: log Z, ELBO, EUBO, effective sample sizes, Pareto-k, each with its standard error.
 
-``log_weight`` is lw = -E/alpha - Λ of a policy trajectory; ``target_weight`` normalised weights of the tilted law.
+``log_weight`` is lw = -E/alpha - Λ of a policy trajectory; ``target_weight`` normalized weights of the tilted law.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def ess(log_weight: Tensor) -> float:
 
 
 def weighted_mean(value: Tensor, weight: Tensor) -> tuple[float, float]:
-    """Self-normalised mean and its standard error; value, weight [N], weight sums to 1. Zero-weight values may be inf."""
+    """Self-normalized mean and its standard error; value, weight [N], weight sums to 1. Zero-weight values may be inf."""
     kept = weight > 0
     value, weight = value[kept].double(), weight[kept].double()
     mean = (weight * value).sum()

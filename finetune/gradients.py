@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from einops import reduce
 from torch import Tensor, nn
 
 from ..samplers.chain import Chain
@@ -69,7 +68,7 @@ def backward_rows(
     """
     output = evaluate(policy, chain, state, step, condition)
     z = (following - chain.mean(state, step, output)) / chain.row(step, state).sigma
-    total = (-0.5 * g * reduce(z.square(), "n ... -> n", "sum")).sum()
+    total = (-0.5 * g * z.square().flatten(1).sum(1)).sum()
     total.backward()
     return total.detach()
 

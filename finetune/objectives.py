@@ -78,7 +78,7 @@ def trust_pcl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = N
 def reinforce_kl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
     """-sum w sg[A] Λ, A = -E - alpha Λ minus the leave-one-out mean (arXiv 2509.01632, section 3.1).
 
-    w are self-normalised weights policy / behavior: uniform on-policy. Its on-policy gradient is alpha times that of
+    w are self-normalized weights policy / behavior: uniform on-policy. Its on-policy gradient is alpha times that of
     `log_variance` on the same trajectories.
 
     Errors: ValueError where the weights' effective size falls below 10% of the batch: the estimate is then a few

@@ -207,7 +207,7 @@ class Trainer:
         with torch.no_grad():
             state, following = self._bank_rows(bank, step)
             output = evaluate(self.prior.denoiser, chain, state, step, None)
-            z = (following - chain.mean(state, step, output)) / chain.row(step, state).sigma
+            z = chain.standardize(following, state, step, output)
         residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()
         return 0.5 * residual / residual.sum() + 0.5 / chain.num_kernels
 
@@ -228,14 +228,14 @@ class Trainer:
                 energy, valid = self.capped(trajectories.energy)
                 batch = Batch(self.log_ratios(parts), energy, valid, trajectories.log_behavior)
                 on_policy = len(parts["on_policy"]) if "on_policy" in parts else 0
-                self._temper(batch, on_policy)
+                self._temper(batch, on_policy, progress)
                 loss, g = objective_gradient(
                     self.objective,
                     batch,
                     self.alpha,
                     self.log_z,
                     config.huber,
-                    gather=self.accelerator.gather,
+                    gather=self._gather,
                     rank=self.accelerator.process_index,
                     world_size=self.accelerator.num_processes,
                 )
@@ -253,17 +253,20 @@ class Trainer:
 
     # --- small parts ---------------------------------------------------------------------------------------------
 
-    def _temper(self, batch: Batch, on_policy: int) -> None:
-        """Lower the temperature as far as the policy's own weights keep ``tempering_ess`` of the batch effective."""
-        target = self.config.tempering_ess
-        if target is None or self.alpha <= self.config.alpha:
-            self.alpha = self.config.alpha
+    def _temper(self, batch: Batch, on_policy: int, progress: float = 0.0) -> None:
+        """Lower the temperature as far as the policy's own weights keep ``tempering_ess`` of the batch effective.
+
+        From half of the run on it is the configured one, whatever the weights say: a target that no policy can meet at
+        this number of steps would otherwise keep the run at the wrong temperature to its end.
+        """
+        target = self.config.tempering_ess if progress < 0.5 else None
+        if self.alpha <= self.config.alpha:
             return
         before = self.alpha
         own = batch.valid[:on_policy]  # a masked energy is a placeholder, which could outweigh every real one
         ratio, energy = batch.log_ratio[:on_policy][own].detach(), batch.energy[:on_policy][own]
         self.alpha = self.config.alpha
-        if on_policy:
+        if on_policy and target is not None:
             low, high = math.log(self.config.alpha), math.log(self.config.alpha) + 12.0
             if ess(-energy / self.config.alpha - ratio) < target:
                 for _ in range(30):
@@ -278,12 +281,19 @@ class Trainer:
             with torch.no_grad():
                 self.log_z += self._agreed(self.bank.log_z(self.alpha) - self.bank.log_z(old))
 
+    def _gather(self, value: Tensor) -> Tensor:
+        gathered = self.accelerator.gather(value)
+        assert isinstance(gathered, Tensor)
+        return gathered
+
     def _agreed(self, value: float) -> float:
         """The mean over processes: an objective of the global batch needs one temperature, ceiling and log Z."""
         if self.accelerator.num_processes == 1:
             return value
         mine = torch.tensor([value], device=self.accelerator.device, dtype=torch.float64)
-        return self.accelerator.gather(mine).mean().item()
+        gathered = self.accelerator.gather(mine)
+        assert isinstance(gathered, Tensor)
+        return gathered.mean().item()
 
     def _batch_metrics(self, batch: Batch, on_policy: int) -> dict[str, float]:
         """The residual of the whole batch; ELBO, ESS and log Z of its on-policy part, at the final temperature."""

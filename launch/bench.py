@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """Measure this machine: an on-policy update over its floor 2K·F + K·FB, the two-pass gradient against the naive
 graph (time and peak memory at K = 20, 80, 320), and the log-ratio's error against float64.
 
-Example: tiltune bench --out bench.json
+example: tiltune bench --out bench.json
 """
 NAIVE_STEPS = (20, 80, 320)
 METHOD = {

@@ -146,6 +146,8 @@ class Chain:
     def mean(self, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
         """Mean of s_{k+1} given s_k and the network's output; shape of ``state``."""
         row = self.row(step, state)
+        if self.clip is None:  # linear in both: two products instead of five
+            return (row.c + row.d * row.p) * state + (row.d * row.q + row.e) * output
         return row.c * state + row.d * self._clean(row, state, output) + row.e * output
 
     def kernel_shift(self, state: Tensor, step: int | Tensor, policy_output: Tensor, prior_output: Tensor) -> Tensor:
@@ -180,7 +182,8 @@ class Chain:
         """(c, d, tau) with s_{k+1} = c_k s_k + d_k x + tau_k eps for a known clean x: the chain noised back.
 
         tau_k² = noise_{k+1}² - c_k² noise_k² keeps every s_k at its nominal law N(signal_k x, noise_k²), so that at
-        E = 0 the likelihood of these trajectories leaves the prior unchanged. Plain Markov noising is right for DDPM only.
+        E = 0 the likelihood of these trajectories leaves the prior unchanged. Plain Markov noising is right only where c and
+        tau are those of DDPM.
 
         Errors: ValueError where the table's levels do not follow from one another (DDIM on 'linspace' spacing, say).
         """
@@ -196,7 +199,8 @@ class Chain:
             raise ValueError(
                 f"{self.name}: cannot noise samples back along this chain: its steps do not lead from one nominal noise"
                 f" level to the next (misfit {misfit:.2g}, smallest variance {variance.min().item():.2g}). DDIM does this on"
-                " 'linspace' and some 'trailing' spacings: use 'leading', or train on rolled-out trajectories only."
+                " 'linspace' and some 'trailing' spacings: use 'leading', or a step count that divides the training"
+                " steps, or train on rollouts only."
             )
         return c, d, variance.clamp(min=0).sqrt()
 
@@ -204,7 +208,7 @@ class Chain:
         """rho²: the share of s_K's variance that the start still explains, for Gaussian data of this variance.
 
         With the exact (linear) denoiser of N(0, variance I) the whole chain is linear, so this is a closed form.
-        0 means that p(s_0) shared by prior and policy costs nothing; DESIGN condition 1, "forgotten start".
+        0 means that p(s_0) shared by prior and policy costs nothing.
         """
         if self.start_std == 0.0:
             return 0.0
@@ -215,7 +219,7 @@ class Chain:
             factor = row.c + row.d * gain + row.e * (gain - row.p) / row.q
             slope, spread = factor * slope, factor**2 * spread + row.sigma**2
         start = slope**2 * self.start_std**2
-        return start / (start + spread)
+        return float(start / (start + spread))
 
     def conditions(self, variance: float = 1.0) -> dict[str, str]:
         """The four conditions under which the fine-tuned marginal is the tilted one, as this chain meets them.
@@ -227,10 +231,15 @@ class Chain:
             start = "fixed start: exact"
         else:
             share = self.remembered_share(variance)
-            verdict = "forgotten" if share <= 0.01 else "REMEMBERED: a tilt of this direction is partly lost"
+            if share <= 0.01:
+                verdict = "forgotten"
+            elif share <= 0.1:
+                verdict = "faintly remembered: the certificate measures what it costs"
+            else:
+                verdict = "REMEMBERED: a tilt of this direction is partly lost"
             start = f"share of the start in a component of variance {variance:g}: {share:.2g} ({verdict})"
         if self.decoder:
-            last = f"the last step (sigma {self.sigma[-1].item():.2g}) belongs to the prior and carries no ratio: exact"
+            last = f"the last step (sigma {self.sigma[-1].item():.2g}) belongs to the prior and carries no ratio"
         else:
             last = f"the last step draws sigma {self.sigma[-1].item():.2g}, shared by prior and policy"
         return {

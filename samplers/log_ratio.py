@@ -9,7 +9,7 @@ Two log-densities are never subtracted. With z = (s' - mu_prior) / sigma and del
 from __future__ import annotations
 
 import torch
-from einops import reduce
+from einops import rearrange
 from torch import Tensor
 
 from .chain import Chain
@@ -19,27 +19,29 @@ from .trajectory import Trajectories
 
 def log_ratio_from_noise(noise: Tensor, shift: Tensor) -> Tensor:
     """<eps, delta> + ½ ||delta||²; noise, shift: [N, ...] → [N]. On-policy only: ``noise`` is what the policy drew."""
-    return reduce(shift * (noise + 0.5 * shift), "n ... -> n", "sum")
+    return (shift * torch.add(noise, shift, alpha=0.5)).flatten(1).sum(1)
 
 
 def log_ratio_from_states(z: Tensor, shift: Tensor) -> Tensor:
     """<z, delta> - ½ ||delta||²; z = (s' - mu_prior) / sigma, shift: [N, ...] → [N]. Any trajectory."""
-    return reduce(shift * (z - 0.5 * shift), "n ... -> n", "sum")
+    return (shift * torch.sub(z, shift, alpha=0.5)).flatten(1).sum(1)
 
 
 def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Flat (k, b) rows → (state [n, ...], next state [n, ...], step [n], condition [n, ...] or None), k slowest."""
     batch = len(trajectories)
     total = chain.num_kernels * batch
-    state = trajectories.states[:-1].flatten(0, 1)[:total][rows]
-    following = trajectories.states[1:].flatten(0, 1)[:total][rows]
+    state, following = (
+        rearrange(part[: chain.num_kernels], "k b ... -> (k b) ...")[rows]
+        for part in (trajectories.states[:-1], trajectories.states[1:])
+    )
     index = torch.arange(*rows.indices(total), device=state.device)
     condition = None if trajectories.condition is None else trajectories.condition[index % batch]
     return state, following, torch.div(index, batch, rounding_mode="floor"), condition
 
 
 @torch.no_grad()
-def step_log_ratio(chain: Chain, prior: Denoiser, policy: Denoiser, trajectories: Trajectories, chunk: int = 16384) -> Tensor:
+def step_log_ratio(chain: Chain, prior: Denoiser, policy: Denoiser, trajectories: Trajectories, chunk: int = 2048) -> Tensor:
     """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
     total = chain.num_kernels * len(trajectories)
     ratios = []

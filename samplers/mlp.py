@@ -35,6 +35,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         num_labels: int = 1001,
     ) -> None:
         super().__init__()
+        self.num_labels = num_labels
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("frequencies", bandwidth * torch.randn(dim, fourier_features, generator=generator))
         octaves = 2.0 ** torch.arange(6)
@@ -56,12 +57,12 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         label = torch.as_tensor(timestep, device=sample.device, dtype=self.frequencies.dtype).reshape(-1)
         # A chain has few distinct labels: embed each once.
         label, inverse = torch.unique(label, return_inverse=True)
-        low = label.floor().clamp(0, self.config.num_labels - 2)
+        low = label.floor().clamp(0, self.num_labels - 2)
         fraction = label - low
         low = low.long()
         table = torch.lerp(self.preconditioning[:, low], self.preconditioning[:, low + 1], fraction)
         phase = label[:, None] * self.time_frequencies
-        scaled = label[:, None] / (self.config.num_labels - 1)
+        scaled = label[:, None] / (self.num_labels - 1)
         shifts = self.time(torch.cat([scaled, phase.sin(), phase.cos()], 1))
         if len(label) > 1:
             shifts, table = shifts[inverse], table[:, inverse]
@@ -87,7 +88,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         skip = signal * data_std**2 / spread**2
         scale = data_std * noise / spread
         columns = torch.stack([1 / spread, (skip - p) / q, scale / q])
-        labels = torch.arange(self.config.num_labels, dtype=torch.float64)
+        labels = torch.arange(self.num_labels, dtype=torch.float64)
         right = torch.searchsorted(timesteps, labels).clamp(1, len(timesteps) - 1)
         left = right - 1
         fraction = ((labels - timesteps[left]) / (timesteps[right] - timesteps[left])).clamp(0, 1)

@@ -51,12 +51,12 @@ class ResidualDenoiser(nn.Module):
     def __init__(self, prior: Denoiser, network: nn.Module) -> None:
         super().__init__()
         zero_output_layer_(network)
-        object.__setattr__(self, "prior", prior)
+        self._prior: tuple[Denoiser] = (prior,)  # in a tuple, so that it does not register as a submodule
         self.residual = network if not _is_diffusers(network) else DiffusersDenoiser(network)
 
     def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         with torch.no_grad():
-            prior = self.prior(state, timestep, condition)
+            prior = self._prior[0](state, timestep, condition)
         return prior + self.residual(state, timestep, condition)
 
 

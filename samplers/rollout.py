@@ -41,33 +41,31 @@ def rollout(
     states = state.new_empty((chain.num_steps + 1 if keep else 1, *state.shape))
     states[0] = state
     ratios = []
-    log_behavior = torch.zeros(batch, device=device, dtype=dtype)
+    inflation = torch.zeros(batch, device=device, dtype=dtype)
     for step in range(chain.num_kernels):
         row = chain.row(step, state)
         noise = gaussian() * noise_scale if noise_scale != 1.0 else gaussian()
         prior_output = evaluate(prior.denoiser, chain, state, step, condition)
         if policy is None:
             mean = chain.mean(state, step, prior_output)
-            ratio = torch.zeros(batch, device=device, dtype=dtype)
         else:
             policy_output = evaluate(policy, chain, state, step, condition)
             mean = chain.mean(state, step, policy_output)
             shift = chain.kernel_shift(state, step, policy_output, prior_output)
-            ratio = log_ratio_from_noise(noise, shift)
-            ratios.append(ratio)
-        log_behavior = log_behavior + ratio
+            ratios.append(log_ratio_from_noise(noise, shift))
         if noise_scale != 1.0:
-            log_behavior = log_behavior + _inflation(noise, noise_scale)
+            inflation = inflation + _inflation(noise, noise_scale)
         state = mean + row.sigma * noise
         if keep:
             states[step + 1] = state
     if chain.decoder:
         state = decode_last(prior, state, generator, condition)
     states[-1] = state
+    step_log_ratio = torch.stack(ratios) if ratios else None
     return Trajectories(
         states=states,
-        step_log_ratio=torch.stack(ratios) if ratios else None,
-        log_behavior=log_behavior,
+        step_log_ratio=step_log_ratio,
+        log_behavior=inflation if step_log_ratio is None else step_log_ratio.sum(0) + inflation,
         condition=condition,
     )
 

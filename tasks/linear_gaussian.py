@@ -119,7 +119,7 @@ class LinearGaussian:
         return Prior(LinearDenoiser(self.chain, *self.output), self.chain, tuple(self.mean.shape))
 
     def policy(self) -> LinearDenoiser:
-        """The optimal policy: the prior's kernel mean moved by sigma_k² ∇V_{k+1}/alpha (DESIGN section 1)."""
+        """The optimal policy: the prior's kernel mean moved by sigma_k² ∇V_{k+1}/alpha."""
         slope, offset = self.output
         on_output = self.chain.d * self.chain.q + self.chain.e
         move = self._variances[:, None] * self.soft_value[0][1:]

@@ -20,7 +20,8 @@ def w2(x: Tensor, y: Tensor) -> float:
     import ot
 
     cost = torch.cdist(x.double(), y.double()).square().cpu().numpy()
-    return math.sqrt(max(0.0, float(ot.emd2([], [], cost, numItermax=1_000_000))))
+    squared: Any = ot.emd2([], [], cost, numItermax=1_000_000)
+    return math.sqrt(max(0.0, float(squared)))
 
 
 def w2_sets(x: Tensor, y: Tensor, sets: int = W2_SETS, size: int = W2_SIZE) -> Tensor:

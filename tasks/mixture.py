@@ -55,7 +55,7 @@ def prior_mixture() -> GaussianMixture:
 
 
 def target_mixture(alpha: float = 1.0, variance: float = MODE_VARIANCE) -> GaussianMixture:
-    """p25 (p9 / p25)^(1/alpha), normalised: nine modes weighted (1/25) (25 v)^(1/alpha).
+    """p25 (p9 / p25)^(1/alpha), normalized: nine modes weighted (1/25) (25 v)^(1/alpha).
 
     Exact at alpha = 1; elsewhere up to the mass between modes, `tilt_error`.
     """

@@ -45,7 +45,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"objective": "reinforce_kl", "behavior": {"on_policy": 0.5, "noised_back": 0.5}},
         "reinforce_kl cannot use noised_back.*rtb, log_variance or trust_pcl",
     ),
-    ({"objective": "tlm", "behavior": {"on_policy": 1.0}}, "tlm maximises the likelihood.*noised_back"),
+    ({"objective": "tlm", "behavior": {"on_policy": 1.0}}, "tlm maximizes the likelihood.*noised_back"),
     ({"objective": "tlm", "behavior": {"noised_back": 0.5, "prior": 0.5}}, "fits the wrong law"),
 ]
 

@@ -167,7 +167,7 @@ def test_a_remembered_start_is_stated() -> None:
     [(1.0, ("0.007", "0.06", "0.30")), (0.5, ("0.31", "0.50", "0.72")), (0.2, ("0.83", "0.90", "0.95"))],
 )
 def test_remembered_shares_of_stable_diffusions_schedule(eta: float, shares: tuple[str, ...]) -> None:
-    """DESIGN section 2, condition 1, for variance 1, 10, 100: 'leading' spacing, offset 0, K = 50."""
+    """The remembered share of Stable Diffusion's schedule for variance 1, 10, 100: 'leading' spacing, offset 0, K = 50."""
     chain = chain_from_scheduler(DDIMScheduler(**STABLE_DIFFUSION), 50, eta=eta)
     for variance, printed in zip((1.0, 10.0, 100.0), shares, strict=True):
         assert f"{chain.remembered_share(variance):.{len(printed) - 2}f}" == printed

@@ -128,7 +128,7 @@ def test_a_cosine_chain_remembers_little_and_shows_exactly_that() -> None:
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_log_z_agrees_with_monte_carlo(name: str) -> None:
-    """Self-normalised over 20000 prior rollouts at a mild tilt; |z| < 4 (p = 6e-5)."""
+    """Self-normalized over 20000 prior rollouts at a mild tilt; |z| < 4 (p = 6e-5)."""
     task = make_task(CHAINS[name](), alpha=2.5)
     weight = (-task.energy(draw(task, "prior", count=20_000, seed=3).terminal) / task.alpha).exp()
     error = (weight.std() / weight.mean() / len(weight) ** 0.5).item()
@@ -137,7 +137,7 @@ def test_log_z_agrees_with_monte_carlo(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_policy_samples_the_tilted_law(name: str) -> None:
-    """Terminal mean of the optimal policy = the self-normalised one of the prior's chain: mean moved by -variance b/alpha."""
+    """Terminal mean of the optimal policy = the self-normalized one of the prior's chain: mean moved by -variance b/alpha."""
     task = make_task(CHAINS[name](), alpha=2.5)
     prior, policy = (draw(task, behavior, count=20_000, seed=5).terminal for behavior in ("prior", "policy"))
     # For a Gaussian terminal law the tilt moves the mean and keeps the covariance.

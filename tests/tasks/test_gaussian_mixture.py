@@ -1,4 +1,4 @@
-"""The closed forms of DESIGN section 8 at D = 2, 10, 50, and the 25 → 9 mode task that stands on them."""
+"""The closed forms of Gaussian mixtures at D = 2, 10, 50, and the 25 → 9 mode task that stands on them."""
 
 from __future__ import annotations
 

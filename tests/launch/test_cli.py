@@ -1,0 +1,132 @@
+"""The command line as a user meets it: help is instant, bad input is refused before any work, nothing is overwritten."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tiltune.launch import two_d
+
+
+def tiltune(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", "tiltune", *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def test_help_names_the_verbs_and_loads_nothing_heavy():
+    code = "import sys, tiltune.launch.cli as c; sys.argv = ['tiltune', '--help']\ntry: c.main()\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'diffusers', 'accelerate', 'matplotlib', 'numpy') if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "2d" in shown and "bench" in shown and "example" in shown
+    assert shown.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("verb", ["2d", "bench"])
+def test_a_verbs_help_has_an_example(verb):
+    shown = tiltune(verb, "--help")
+    assert shown.returncode == 0 and "example" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["2d", "--alpha", "0"], "alpha > 0"),
+        (["2d", "--alpha", "-1"], "alpha > 0"),
+        (["2d", "--objective", "ppo"], "log_variance"),
+        (["2d", "--chain", "dpm"], "brownian"),
+        (["2d", "--steps", "1"], "at least 2 steps"),
+        (["2d", "--threads", "0"], "at least one thread"),
+        (["3d"], "unknown verb"),
+        ([], "usage"),
+    ],
+)
+def test_bad_input_exits_2_and_leaves_nothing_behind(tmp_path, arguments, says):
+    shown = tiltune(*arguments, cwd=tmp_path)
+    assert shown.returncode == 2
+    assert says in shown.stdout + shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_a_run_is_refused_untouched(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("kept")
+    shown = tiltune("2d", "--out", str(tmp_path))
+    assert shown.returncode == 2 and "--overwrite" in shown.stderr
+    assert (tmp_path / "metrics.jsonl").read_text() == "kept"
+
+
+def test_a_temperature_without_closed_form_truth_is_refused(tmp_path):
+    shown = tiltune("2d", "--alpha", "20", "--out", str(tmp_path / "run"))
+    assert shown.returncode == 2 and "closed form" in shown.stderr
+
+
+def test_the_command_line_names_are_frozen():
+    import dataclasses
+
+    names = [field.name for field in dataclasses.fields(two_d.Options)]
+    frozen = ["objective", "alpha", "chain", "steps", "warm_start", "seed", "out", "overwrite", "compare", "threads"]
+    assert names == frozen
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A whole `tiltune 2d` on a short chain, made quick by a small recipe; its verdict is not what is tested."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    options = two_d.Options(chain="brownian", steps=4, out=out)
+    small = two_d.recipe(options)
+    patch = pytest.MonkeyPatch()
+    import dataclasses
+
+    small = dataclasses.replace(small, bank_size=500, warm_start_updates=5, updates=2, batch_size=16)
+    patch.setattr(two_d, "recipe", lambda _: small)
+    status = two_d.single(options)
+    patch.undo()
+    return out, status
+
+
+def test_a_run_writes_what_it_promises(short_run):
+    out, status = short_run
+    certificate = json.loads((out / "certificate.json").read_text())
+    promised = (
+        "log_z log_z_true elbo eubo gap gap_reference ess ess_reference w2 w2_exact w2_ratio mode_tv mode_tv_exact"
+        " energy_calls certificate_energy_calls seconds verdict reasons"
+    )
+    assert set(promised.split()) <= set(certificate)
+    assert status == {"pass": 0, "fail": 1, "inconclusive": 3}[certificate["verdict"]]
+    # A chain without a shipped reference reports its gap and is not judged by it.
+    assert certificate["gap_reference"] is None
+    # 4 to probe the energy, the bank, then the on-policy half of two batches of 16.
+    assert certificate["energy_calls"] == 4 + 500 + 2 * 8
+    assert certificate["certificate_energy_calls"] == 2 * 25_000  # a pinned start needs no start test
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["energy_calls"] == certificate["energy_calls"]
+    assert (out / "picture.png").stat().st_size > 10_000
+    assert json.loads((out / "config.json").read_text())["train"]["objective"] == "log_variance"
+
+
+def test_the_saved_policy_is_a_diffusers_model(short_run):
+    from tiltune import MLPDenoiser
+
+    out, _ = short_run
+    assert (out / "policy" / "diffusion_pytorch_model.safetensors").exists()
+    policy = MLPDenoiser.from_pretrained(out / "policy", use_safetensors=True, local_files_only=True)
+    assert policy.config.dim == 2
+
+
+def test_importing_the_package_is_instant():
+    code = "import sys, tiltune; print([m for m in ('torch', 'numpy', 'diffusers') if m in sys.modules])"
+    started = time.perf_counter()
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    # What is tested is that nothing heavy is loaded; the clock is printed for whoever wonders.
+    print(f"{time.perf_counter() - started:.2f} s")
+    assert shown.strip() == "[]"
+
+
+def test_every_public_name_resolves():
+    import tiltune
+
+    for name in tiltune.__all__:
+        assert getattr(tiltune, name) is not None
+    with pytest.raises(AttributeError):
+        tiltune.nothing  # noqa: B018

@@ -1,0 +1,95 @@
+"""The verdict passes exact samplers and fails every planted failure: closed-form denoisers of wrong targets on the chain.
+
+`python -m tiltune.tasks.data.calibrate` measures the rates; here each is drawn once, with a fixed seed.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tiltune.finetune.certificate import gather_evidence, judge_known, judge_unknown, path_figures
+from tiltune.finetune.config import TrainConfig
+from tiltune.finetune.trainer import Trainer
+from tiltune.samplers.policy import ResidualDenoiser
+from tiltune.tasks.data.calibrate import planted
+from tiltune.tasks.gaussian_mixture import MixtureDenoiser
+from tiltune.tasks.metrics import modes_of, truth_figures
+from tiltune.tasks.mixture import DATA, build_chain, energy, in_states, load_prior, target_mixture
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return load_prior("ddpm", build_chain("ddpm"))
+
+
+def figures_of(prior, policy, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    evidence = gather_evidence(prior, policy, energy, 1.0, generator, starts=8)
+    figures = path_figures(evidence) | truth_figures(evidence.samples, target_mixture(), energy, generator)
+    reference = json.loads((DATA / "reference.json").read_text())["ddpm"]
+    figures["log_z_error"] = abs(figures["log_z"] - reference["log_z_forward"])
+    figures["gap_reference"] = reference["gap"]
+    return evidence, figures
+
+
+def planted_policy(prior, name):
+    return MixtureDenoiser(in_states(planted()[name], "ddpm"), prior.chain)
+
+
+def test_the_exact_denoiser_passes_both_verdicts(prior):
+    evidence, figures = figures_of(prior, planted_policy(prior, "exact denoiser"))
+    assert judge_known(figures)[0] == "pass", judge_known(figures)
+    assert judge_unknown(evidence, figures)[0] == "pass", judge_unknown(evidence, figures)
+    assert figures["elbo"] < figures["log_z"] < figures["eubo"]
+    # The shipped reference is this measurement on 100k rollouts.
+    assert abs(figures["gap"] - figures["gap_reference"]) < 4 * figures["gap_se"]
+
+
+@pytest.mark.parametrize("name", [name for name in planted() if name != "exact denoiser"])
+def test_a_planted_failure_fails(prior, name):
+    _, figures = figures_of(prior, planted_policy(prior, name))
+    verdict, reasons = judge_known(figures)
+    assert verdict == "fail", (verdict, reasons)
+
+
+def test_a_policy_that_kept_two_modes_fails_although_its_own_side_looks_healthy(prior):
+    _, figures = figures_of(prior, planted_policy(prior, "only modes (0,0) and (5,0)"))
+    assert figures["ess"] > 0.5 and figures["pareto_k"] < 0.7, "its own weights are healthy"
+    # Its own estimate of log Z misses by about the share of the modes it holds, log(25 / 61) = -.89, and cannot know.
+    assert figures["log_z"] == pytest.approx(math.log(25 / 61), abs=0.1)
+    assert figures["gap"] > 10, "the target side sees what it does not visit"
+    verdict, reasons = judge_known(figures)
+    assert verdict == "fail" and any("mode TV" in reason for reason in reasons), reasons
+
+
+def test_a_policy_trained_by_tlm_on_two_modes_fails(prior):
+    kept = torch.tensor([4, 7])  # (0, 0) and (5, 0)
+
+    def two_modes(x):
+        inside = torch.isin(modes_of(x, target_mixture()), kept)
+        return torch.where(inside, energy(x), torch.inf)
+
+    config = TrainConfig(objective="tlm", updates=1, warm_start_updates=400, bank_size=20_000, tempering_ess=None)
+    result = Trainer(prior, two_modes, config, progress=False).train()
+    evidence, figures = figures_of(prior, result.policy)
+    assert figures["pareto_k"] < 0.7 and abs(figures["elbo"] - figures["log_z"]) < 1.0, "its own side looks healthy"
+    assert judge_known(figures)[0] == "fail"
+    assert judge_unknown(evidence, figures)[0] == "fail"
+
+
+def test_a_residual_network_on_a_prior_that_cannot_be_trained(prior):
+    """The exact prior denoiser has no parameters: the residual network alone must learn the tilt."""
+    from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
+    from tiltune.samplers.policy import Prior
+    from tiltune.tasks.mixture import prior_mixture
+
+    frozen = Prior(MixtureDenoiser(in_states(prior_mixture(), "ddpm"), prior.chain), prior.chain, (2,), prior.to_data)
+    network = precondition_for_(MLPDenoiser(), prior.chain, 1.0)
+    network.preconditioning[1].zero_()  # the skip belongs to the prior
+    policy = ResidualDenoiser(frozen.denoiser, network)
+    config = TrainConfig(warm_start_updates=150, updates=2, bank_size=4000, batch_size=128)
+    history = Trainer(frozen, energy, config, policy=policy, progress=False).train().history
+    eubo = [record["eubo"] for record in history if "eubo" in record]
+    assert eubo[0] > 1.0 and eubo[-1] < 0.5, eubo
