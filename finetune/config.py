@@ -22,21 +22,21 @@ class TrainConfig:
     """Temperature: the target is p_prior · exp(-E/alpha)."""
     behavior: dict[str, float] | None = None
     """Share of each behavior in a batch. None: half on_policy, half tilted_prior; reinforce_kl on_policy; tlm tilted_prior."""
-    updates: int = 60
+    updates: int = 40
     """Gradient steps on the objective, after the warm start."""
     batch_size: int = 384
     """Trajectories an update and process."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     """Peak of a one-cycle schedule."""
     log_z_learning_rate: float = 0.02
     """For objectives that learn log Z."""
     warm_start: Literal["tlm", "none"] = "tlm"
     """Forward-KL fit to prior trajectories weighted by exp(-E/alpha), before the objective; nearly free."""
-    warm_start_updates: int = 1000
+    warm_start_updates: int = 1400
     warm_start_rows: int = 4096
     """Transitions an update of the warm start."""
     warm_start_learning_rate: float = 3e-3
-    bank_size: int = 60_000
+    bank_size: int = 80_000
     """Prior trajectories drawn once, with their energies, for the warm start and the behaviors that need them."""
     tempering_ess: float | None = 0.3
     """Raise alpha until this share of a batch is effective, and lower it as the policy follows. None: never."""

@@ -37,9 +37,12 @@ PROCESS = {"ddpm": "vp", "ddim": "vp", "flow": "flow", "brownian": "brownian"}
 # Units in which each process runs. DDPM's large variance is exact for data of unit variance (the mixture's is 50.3): in raw
 # units the K = 50 chain starves the outer modes by 10%.
 SCALE = {"vp": 50.3**0.5, "flow": 1.0, "brownian": 1.0}
-# Steps an equal stretch of log(signal/noise) gets on 'ddpm'. Policy and prior differ between 0 and 2.2 (all but .02 of the
-# path's 1.2 nats, by the exact denoisers), and the spread of a mode is made between 1 and 3: steps go where either happens.
-STEP_PROFILE = ((-1.3, 0.0, 1.0, 2.8, 3.5, 3.9), (0.3, 0.6, 2.0, 2.0, 0.5, 0.5))
+# Steps that an equal stretch of log(signal/noise) gets on 'ddpm'. Policy and prior differ between 0 and 2.2 (all but .02 of
+# the path's 1.2 nats, by the exact denoisers), and the spread of a mode is made between 1 and 3: steps go where either is.
+STEP_PROFILE = (
+    (-1.3, 0.0, 0.6, 1.2, 1.8, 2.4, 3.0, 3.6, 4.2, 4.8),
+    (0.3, 0.6, 1.05, 1.7, 2.4, 2.2, 1.15, 0.5, 0.15, 0.1),
+)
 DEFAULT_STEPS = {"ddpm": 50, "ddim": 50, "flow": 50, "brownian": 100}
 
 

@@ -24,7 +24,7 @@ def measure(name: str) -> dict[str, float]:
     chain = build_chain(name)
     policy = MixtureDenoiser(in_states(target_mixture(), name), chain)
     generator = torch.Generator().manual_seed(0)
-    evidence = gather_evidence(load_prior(name, chain), policy, energy, 1.0, generator, size=SIZE, starts=2)
+    evidence = gather_evidence(load_prior(name, chain), policy, energy, 1.0, generator, size=SIZE, starts=3)
     figures = path_figures(evidence)
     return {key: round(figures[key], 5) for key in KEPT}
 
