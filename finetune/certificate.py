@@ -93,7 +93,7 @@ def gather_evidence(
     alpha: float,
     generator: torch.Generator,
     *,
-    size: int = 25_000,
+    size: int = 40_000,
     starts: int = 128,
     rollouts: int = 8,
     on_progress: Callable[[int], None] | None = None,
@@ -326,22 +326,23 @@ def weighted_quantiles(value: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 def share_distance(
-    mine: Tensor, theirs: Tensor, weight: Tensor, count: int, generator: torch.Generator, bootstraps: int = 400
+    mine: Tensor, theirs: Tensor, weight: Tensor, count: int, generator: torch.Generator, bootstraps: int = 1000
 ) -> tuple[float, float]:
     """Total variation between the shares of ``count`` cells, and its 99.7% quantile when nothing but sampling differs."""
     share = weight / weight.sum()
     own = torch.bincount(mine, minlength=count).double() / len(mine)
     target = torch.zeros(count, dtype=torch.float64).index_add_(0, theirs, share)
     distance = 0.5 * (own - target).abs().sum().item()
-    one_hot = torch.nn.functional.one_hot(theirs, count).double() * share[:, None]
-    poisson = torch.poisson(torch.ones(bootstraps, len(theirs), dtype=torch.float64), generator=generator)
-    resampled = poisson @ one_hot
-    resampled = resampled / resampled.sum(1, keepdim=True)
+    # The weighted shares' noise, by the delta method: one influence share_i (e_i - target) a sample.
+    influence = share[:, None] * (torch.nn.functional.one_hot(theirs, count).double() - target)
+    values, vectors = torch.linalg.eigh(influence.T @ influence)
+    normal = torch.randn(bootstraps, count, generator=generator, dtype=torch.float64)
+    noise = normal * values.clamp(min=0).sqrt() @ vectors.T
     # The policy's own sampling noise, around the target's shares: what an exact sampler would show.
     seed = int(torch.randint(2**31, (), generator=generator))
     counts = np.random.default_rng(seed).multinomial(len(mine), (target / target.sum()).numpy(), bootstraps)
     draws = torch.from_numpy(counts).double() / len(mine)
-    null = 0.5 * ((resampled - target) - (draws - target)).abs().sum(1)
+    null = 0.5 * (noise - (draws - target)).abs().sum(1)
     return distance, null.quantile(0.997).item()
 
 
