@@ -81,6 +81,7 @@ class Trainer:
         self.bank: PriorBank | None = None
         self.history: list[dict[str, Any]] = []
         self._ceiling: float | None = None
+        self._alpha_start = self.config.alpha
         self._started = 0.0
 
     # --- the parts of an update, in the order in which data flows -------------------------------------------------
@@ -256,10 +257,10 @@ class Trainer:
     def _temper(self, batch: Batch, on_policy: int, progress: float = 0.0) -> None:
         """Lower the temperature as far as the policy's own weights keep ``tempering_ess`` of the batch effective.
 
-        From half of the run on it is the configured one, whatever the weights say: a target that no policy can meet at
-        this number of steps would otherwise keep the run at the wrong temperature to its end.
+        It also falls at least geometrically from its first value to the configured one, which it reaches at half of the
+        run: a target that no policy can meet at this number of steps would otherwise hold the temperature for good.
         """
-        target = self.config.tempering_ess if progress < 0.5 else None
+        target = self.config.tempering_ess
         if self.alpha <= self.config.alpha:
             return
         before = self.alpha
@@ -273,7 +274,12 @@ class Trainer:
                     middle = 0.5 * (low + high)
                     enough = ess(-energy / math.exp(middle) - ratio) >= target
                     low, high = (low, middle) if enough else (middle, high)
-                self.alpha = min(before, math.exp(high))
+                ceiling = math.log(self.config.alpha)
+                if math.isfinite(before) and progress < 0.5:
+                    ceiling += (1 - 2 * progress) * (math.log(self._alpha_start) - ceiling)
+                self.alpha = min(before, math.exp(high if math.isinf(before) else min(high, ceiling)))
+                if math.isinf(before):
+                    self._alpha_start = self.alpha
         self.alpha = max(self.config.alpha, self._agreed(self.alpha))
         if self.bank is not None and self.alpha != before:
             # log Z belongs to a temperature: move the learned one along with the prior's own estimate.
