@@ -51,7 +51,7 @@ class PriorBank:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a behavior may use. ``alpha`` is the current temperature, ``progress`` runs from 0 to 1 over the run."""
+    """What a behavior may use. ``alpha`` is the configured temperature, ``progress`` runs from 0 to 1 over the run."""
 
     prior: Prior
     policy: nn.Module

@@ -277,6 +277,9 @@ def judge_unknown(evidence: Evidence, figures: dict[str, Any], seed: int = 0) ->
     if own["target_halves_z"] > 3:
         doubts.append(f"the target side's halves disagree on log Z by {own['target_halves_z']:.1f} standard errors")
 
+    if min(int((weight[half] > 0).sum()) for half in (fit, held)) < 25:
+        return "inconclusive", [*doubts, "fewer than 25 prior samples of a half carry any weight"], own
+
     error = math.hypot(figures["log_z_se"], figures["log_z_forward_se"])
     own["log_z_difference"] = abs(figures["log_z"] - figures["log_z_forward"])
     criteria = [Criterion("|log Z forward - reverse|", own["log_z_difference"], max(0.1, 3.3 * error))]
@@ -360,5 +363,7 @@ def spread_ratio(
     # A cell that the policy never visits contributes nothing; the share test is what fails it.
     ours = weighted_mean(mine, own_weight / own_weight.sum())
     target_mean = weighted_mean(theirs, share)
+    if not (ours[0] > 0 and target_mean[0] > 0):
+        return math.inf, 0.0
     ratio = math.sqrt(ours[0] / target_mean[0])
     return ratio, 0.5 * ratio * math.hypot(ours[1] / ours[0], target_mean[1] / target_mean[0])

@@ -52,7 +52,7 @@ class TrainConfig:
     max_invalid: float = 0.05
     """Share of NaN or -inf energies above which the run stops."""
     monitor_every: int = 20
-    """Updates between two monitoring points (ELBO and EUBO from fresh rollouts; they cost energy calls)."""
+    """Updates between two EUBO points, on a fixed draw of the bank; no energy calls."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,8 +66,10 @@ class TrainConfig:
             not (self.alpha > 0 and self.alpha < float("inf")),
             f"alpha is {self.alpha}; the target p_prior · exp(-E/alpha) needs a temperature alpha > 0.",
         )
-        for name in ("batch_size", "learning_rate", "log_z_learning_rate", "bank_size", "max_energy", "memory_mb"):
+        positive = "batch_size learning_rate log_z_learning_rate warm_start_rows warm_start_learning_rate bank_size max_energy"
+        for name in f"{positive} max_grad_norm memory_mb monitor_every".split():
             refuse(not getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
+        refuse(not 0 <= self.max_invalid <= 1, f"max_invalid is {self.max_invalid}; it is a share, between 0 and 1.")
         for name in ("updates", "warm_start_updates"):
             refuse(getattr(self, name) < 0, f"{name} is {getattr(self, name)}; it must not be negative.")
         refuse(self.batch_size < 2, "batch_size must be at least 2: baselines and variances compare trajectories.")

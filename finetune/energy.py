@@ -64,7 +64,7 @@ class EnergyMeter:
         name = getattr(self.energy, "__name__", type(self.energy).__name__)
         try:
             with torch.enable_grad():  # as the user calls it: a forgotten no_grad must show
-                value = self.energy(x)
+                value = self.energy(x.clone())  # an energy that works in place must not move the trajectory
         except Exception as error:
             raise EnergyError(
                 f"energy {name} raised {type(error).__name__}: {error} (input: {tuple(x.shape)} {x.dtype} on {x.device})."

@@ -33,6 +33,8 @@ def ess(log_weight: Tensor) -> float:
 def weighted_mean(value: Tensor, weight: Tensor) -> tuple[float, float]:
     """Self-normalized mean and its standard error; value, weight [N], weight sums to 1. Zero-weight values may be inf."""
     kept = weight > 0
+    if not kept.any():
+        return math.nan, math.nan
     value, weight = value[kept].double(), weight[kept].double()
     mean = (weight * value).sum()
     return mean.item(), (weight.square() * (value - mean).square()).sum().sqrt().item()
@@ -50,7 +52,7 @@ def pareto_k(log_weight: Tensor) -> float:
     The tail is min(N/5, 3 sqrt(N)) weights (Vehtari et al. 2024, arXiv 1507.02646); the fit is Zhang and Stephens 2009
     with the weak prior of the former. Fewer than 5 tail points, or a flat tail, give inf and -inf.
     """
-    finite = log_weight[torch.isfinite(log_weight)].double()
+    finite = log_weight[torch.isfinite(log_weight)].double().cpu()
     tail_size = int(min(len(finite) / 5, 3 * math.sqrt(len(finite))))
     if tail_size < 5:
         return math.inf

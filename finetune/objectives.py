@@ -19,7 +19,7 @@ class Batch:
     """What an objective may see: the global batch of B trajectories of one condition.
 
     step_log_ratio: [num_kernels, B] nats. energy: [B], finite (capped). valid: [B] bool, False where the energy was NaN.
-    log_behavior: [B] log behavior - log prior up to a constant, or None.
+    log_behavior: [B] log behavior - log prior, normalized if behaviors are mixed, or None.
     """
 
     step_log_ratio: Tensor

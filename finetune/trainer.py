@@ -30,12 +30,15 @@ MONITOR_SIZE = 512
 
 @dataclass(frozen=True, eq=False)
 class TrainResult:
-    """What training leaves behind. ``log_z`` is the learned parameter, or the last batch's estimate without one."""
+    """What training leaves behind.
+
+    log_z: the learned parameter; without one, the last on-policy batch's estimate, or the bank's."""
 
     policy: nn.Module
     log_z: float
     energy_calls: int
     seconds: float
+    interrupted: bool
     history: list[dict[str, Any]] = field(repr=False)
 
 
@@ -67,9 +70,14 @@ class Trainer:
         self.objective = OBJECTIVES[self.config.objective]
         wrong = set(self.config.shares) - self.objective.behaviors
         assert not wrong, f"config admitted {wrong} for {self.config.objective}"
-        if "noised_back" in self.config.shares or self.config.warm_start == "tlm":
+        if "noised_back" in self.config.shares:
             _ = prior.chain.bridge  # refuses a chain that cannot be noised back, before any work
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(cpu=prior.device.type == "cpu")
+        if self.accelerator.device.type != prior.device.type:
+            raise ValueError(
+                f"the prior is on {prior.device} but accelerate runs on {self.accelerator.device}; move the prior's network"
+                " there first."
+            )
         network = policy if policy is not None else trainable_copy(prior)
         self.policy = self.accelerator.prepare(network)
         device = self.accelerator.device
@@ -127,6 +135,7 @@ class Trainer:
             with torch.no_grad():
                 self.log_z.fill_(self._agreed(self.bank.log_z(self.config.alpha)))
         tilted = None if self.bank is None else self._monitored(self.bank)
+        interrupted = False
         try:
             if self.config.warm_start == "tlm":
                 self._warm_start(tilted)
@@ -134,10 +143,16 @@ class Trainer:
         except KeyboardInterrupt:
             if not self.history:
                 raise
+            interrupted = True
         self.policy.eval()
         policy = self.accelerator.unwrap_model(self.policy)
-        log_z = self.log_z.item() if self.objective.learns_log_z else (self.history or [{}])[-1].get("log_z", math.nan)
-        return TrainResult(policy, log_z, self.meter.calls, time.perf_counter() - self._started, self.history)
+        if self.objective.learns_log_z:
+            log_z = self.log_z.item()
+        else:
+            fallback = math.nan if self.bank is None else self.bank.log_z(self.config.alpha)
+            log_z = self.history[-1].get("log_z", fallback) if self.history else fallback
+        seconds = time.perf_counter() - self._started
+        return TrainResult(policy, log_z, self.meter.calls, seconds, interrupted, self.history)
 
     def _check_energy(self) -> None:
         probe = rollout(self.prior, None, 4, self.generator, keep=False)
@@ -170,6 +185,7 @@ class Trainer:
 
         The log-ratio is linear in s_{k+1}, so c s_k + d x for the path's end x (`Chain.bridge`) puts its mean in its place.
         A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
+        Where the chain does not allow it (`Chain.forgets_given_next`) the stored next state itself is used.
         """
         config, chain, bank = self.config, self.prior.chain, self.bank
         assert bank is not None
@@ -192,13 +208,15 @@ class Trainer:
                     self._record(bar, "warm_start", update, {"loss": loss.item(), **self._monitor(tilted)})
 
     def _bank_rows(self, bank: PriorBank, step: Tensor) -> tuple[Tensor, Tensor]:
-        """(s_k, c s_k + d x) of tilted prior paths at ``step`` [n], both [n, ...]."""
-        c, d, _ = self.prior.chain.bridge
-        states = bank.trajectories.states
+        """(s_k, s_{k+1} or its mean c s_k + d x given the path's end) of tilted prior paths at ``step`` [n]; [n, ...]."""
+        chain, states = self.prior.chain, bank.trajectories.states
         index = bank.draw(len(step), self.config.alpha, self.generator)
-        state, end = states[step, index], states[-1, index]
+        state = states[step, index]
+        if not chain.forgets_given_next:
+            return state, states[step + 1, index]
         shape = (-1, *[1] * (state.ndim - 1))
-        return state, c.to(state)[step].reshape(shape) * state + d.to(state)[step].reshape(shape) * end
+        c, d = (column.to(state)[step].reshape(shape) for column in chain.bridge[:2])
+        return state, c * state + d * states[-1, index]
 
     def _step_probability(self, bank: PriorBank) -> Tensor:
         """[num_kernels]: half even, half by the root mean square of the prior's residual (x - x_hat) d / sigma."""
@@ -227,6 +245,11 @@ class Trainer:
                 trajectories = concatenate(list(parts.values()))
                 assert trajectories.energy is not None
                 energy, valid = self.capped(trajectories.energy)
+                usable = int(self._gather(valid).sum())
+                if usable < 2:
+                    raise EnergyError(
+                        f"only {usable} of this update's energies are valid; the policy moved to where the energy is NaN or -inf."
+                    )
                 batch = Batch(self.log_ratios(parts), energy, valid, trajectories.log_behavior)
                 on_policy = len(parts["on_policy"]) if "on_policy" in parts else 0
                 self._temper(batch, on_policy, progress)
@@ -331,7 +354,9 @@ class Trainer:
         return optimizer, schedule
 
     def _step(self, optimizer: Any, schedule: Any) -> None:
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError("the gradient is not finite, and the policy was left as it was; lower the learning rate.")
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -349,6 +374,7 @@ class Trainer:
             **values,
             "energy_calls": self.meter.calls,
             "invalid_energies": self.meter.invalid,
+            "forbidden_energies": self.meter.forbidden,
             "seconds": round(time.perf_counter() - self._started, 3),
         }
         self.history.append(record)
@@ -356,4 +382,6 @@ class Trainer:
         bar.set_postfix(**shown, energy_calls=self.meter.calls, refresh=False)
         if self.metrics is not None and self.accelerator.is_main_process:
             with self.metrics.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                # Strict JSON: a figure that is infinite or undefined becomes null.
+                strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+                file.write(json.dumps(strict, allow_nan=False) + "\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -94,14 +96,15 @@ def prepare(options: Options) -> None:
             " add --overwrite."
         )
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "metrics.jsonl").unlink(missing_ok=True)
+    for name in found:
+        path = options.out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def single(options: Options) -> int:
     """One fine-tuning and its certificate."""
     prepare(options)
     result, certificate, evidence, prior_samples = run(options, options.out / "metrics.jsonl")
-    save(options, result, certificate)
     from ..tasks import plots
     from ..tasks.mixture import target_mixture
 
@@ -133,6 +136,8 @@ def run(options: Options, metrics: Path | None, training_energy: Any = None) -> 
         print(f"  {name:<10} {text}")
     trainer = Trainer(prior, training_energy or mixture.energy, recipe(options), metrics=metrics)
     result = trainer.train()
+    if metrics is not None:
+        save(options, chain.num_steps, result)
     certificate, evidence = certify(options, prior, result)
     return result, certificate, evidence, evidence.prior_samples
 
@@ -178,12 +183,15 @@ def certify(options: Options, prior: Any, result: TrainResult) -> tuple[dict[str
         figures[f"{name}_reference"] = reference.get(name)
     verdict, reasons = certificates.judge_known(figures)
     unknown, unknown_reasons, unknown_figures = certificates.judge_unknown(evidence, figures)
+    notes = ["training was interrupted; this is what it had reached"] if result.interrupted else []
+    if figures["gap_reference"] is None:
+        notes.append("no reference at this alpha and number of steps: the gap is reported, not judged")
     figures |= {
         "energy_calls": result.energy_calls,
         "certificate_energy_calls": evidence.energy_calls,
         "verdict": verdict,
         "reasons": reasons,
-        "flags": certificates.flags(figures),
+        "flags": certificates.flags(figures) + notes,
         "verdict_unknown_truth": {"verdict": unknown, "reasons": unknown_reasons, **unknown_figures},
         "exit_status": certificates.EXIT_STATUS[verdict],
         "objective": options.objective,
@@ -215,21 +223,24 @@ def exact_w2(options: Options) -> tuple[float, float] | None:
     return (shipped["mean"], shipped["se"]) if options.alpha == 1.0 else None
 
 
-def save(options: Options, result: TrainResult, certificate: dict[str, Any]) -> None:
-    """The policy as a diffusers model, the configuration, and a first certificate."""
+def save(options: Options, steps: int, result: TrainResult) -> None:
+    """The policy as a diffusers model and the configuration, before the certificate that may be interrupted."""
     result.policy.model.save_pretrained(options.out / "policy")  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    config = {
-        "task": "mixture",
-        "chain": options.chain,
-        "steps": certificate["steps"],
-        "train": recipe(options).to_dict(),
-    }
+    config = {"task": "mixture", "chain": options.chain, "steps": steps, "train": recipe(options).to_dict()}
     (options.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_certificate(options.out, certificate)
 
 
 def write_certificate(out: Path, certificate: dict[str, Any]) -> None:
-    (out / "certificate.json").write_text(json.dumps(certificate, indent=2) + "\n")
+    """Strict JSON: a figure that is infinite or undefined becomes null."""
+    (out / "certificate.json").write_text(json.dumps(without_non_finite(certificate), indent=2, allow_nan=False) + "\n")
+
+
+def without_non_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(certificate: dict[str, Any], out: Path) -> str:
@@ -287,6 +298,6 @@ def compare(options: Options) -> int:
     print("\n".join(lines))
     plots.comparison_figure(runs, target_mixture(options.alpha)).savefig(options.out / "picture.png")
     certificates = {name: certificate for name, (_, certificate) in runs.items()}
-    (options.out / "certificate.json").write_text(json.dumps(certificates, indent=2) + "\n")
+    write_certificate(options.out, certificates)
     verdicts = [certificate["verdict"] for certificate in certificates.values()]
     return 0 if verdicts[:4] == ["pass"] * 4 and verdicts[4] == "fail" else 1

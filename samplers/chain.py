@@ -204,6 +204,21 @@ class Chain:
             )
         return c, d, variance.clamp(min=0).sqrt()
 
+    @cached_property
+    def forgets_given_next(self) -> bool:
+        """Whether s_k tells nothing more of x once s_{k+1} is known: c_k noise_k² signal_{k+1} = signal_k noise_{k+1}².
+
+        True for DDPM, DDIM with eta = 1 and the Brownian chain, false for a smaller eta and for the flow SDEs. Only then is
+        c s_k + d x the mean of s_{k+1} for a state s_k and an end x of the *same* path. False also without a bridge.
+        """
+        try:
+            c = self.bridge[0]
+        except ValueError:
+            return False
+        here, following = slice(0, self.num_kernels), slice(1, self.num_kernels + 1)
+        left = c * self.noise[here] ** 2 * self.signal[following]
+        return bool((left - self.signal[here] * self.noise[following] ** 2).abs().max() < 1e-4 * self.noise.max() ** 2)
+
     def remembered_share(self, variance: float) -> float:
         """rho²: the share of s_K's variance that the start still explains, for Gaussian data of this variance.
 

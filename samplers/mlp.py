@@ -77,6 +77,13 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         return (output_skip * sample + output_scale * self.outward(hidden),)
 
     @torch.no_grad()
+    def zero_output_(self) -> None:
+        """Make the output zero, the skip included."""
+        self.preconditioning[1].zero_()
+        self.outward.weight.zero_()
+        self.outward.bias.zero_()
+
+    @torch.no_grad()
     def set_preconditioning_(
         self, timesteps: Tensor, p: Tensor, q: Tensor, signal: Tensor, noise: Tensor, data_std: float
     ) -> MLPDenoiser:

@@ -65,6 +65,9 @@ def zero_output_layer_(network: nn.Module) -> None:
 
     Errors: ValueError where the network has no such layer.
     """
+    if hasattr(network, "zero_output_"):  # an `MLPDenoiser` has a skip around its last layer
+        network.zero_output_()  # pyright: ignore[reportCallIssue]
+        return
     layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
     if not layers:
         raise ValueError(
@@ -119,6 +122,8 @@ class Prior:
 def trainable_copy(prior: Prior) -> nn.Module:
     """A policy that starts as an exact copy of the prior and trains all its parameters.
 
+    In evaluation mode, where it stays: dropout would make its log-ratio to the prior a lottery.
+
     Errors: ValueError where the prior's denoiser has no parameters; wrap it in `ResidualDenoiser` instead.
     """
     if not isinstance(prior.denoiser, nn.Module) or not any(True for _ in prior.denoiser.parameters()):
@@ -126,4 +131,4 @@ def trainable_copy(prior: Prior) -> nn.Module:
             "this prior has no parameters to copy and train; pass policy=ResidualDenoiser(prior.denoiser, network), the"
             " frozen prior plus a network that starts at zero."
         )
-    return copy.deepcopy(prior.denoiser).requires_grad_(True).train()
+    return copy.deepcopy(prior.denoiser).requires_grad_(True).eval()

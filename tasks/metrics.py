@@ -20,6 +20,9 @@ def w2(x: Tensor, y: Tensor) -> float:
     """Exact Wasserstein-2 between two equal-weight sample sets [n, D], [m, D] (POT's network simplex)."""
     import ot
 
+    if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+        return math.nan  # the solver would return nothing, which must not read as a distance of 0
+
     cost = torch.cdist(x.double(), y.double()).square().cpu().numpy()
     squared: Any = ot.emd2([], [], cost, numItermax=1_000_000)
     return math.sqrt(max(0.0, float(squared)))
