@@ -52,7 +52,8 @@ class Options:
     overwrite: bool = False
     """Replace the run in --out."""
     compare: bool = False
-    """Run RTB, Trust-PCL, log-variance, REINFORCE-KL and the published mistake on equal terms; one table, one figure."""
+    """Run RTB, Trust-PCL, log-variance, REINFORCE-KL and the published mistake on equal terms; prints one table, writes
+    certificate.json and picture.png only."""
     threads: int = 1
     """Torch threads. More than one slows this small network down sixfold when the cores are shared."""
 
