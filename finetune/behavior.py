@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..samplers.policy import Prior
 from ..samplers.rollout import noise_back, rollout
 from ..samplers.trajectory import Trajectories
+from .estimators import ess
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class PriorBank:
 
     def ess(self, alpha: float) -> float:
         """Effective number of samples of the tilted law."""
-        return (1 / self.log_weight(alpha).softmax(0).square().sum()).item()
+        return ess(self.log_weight(alpha)) * len(self.trajectories)
 
     def draw(self, count: int, alpha: float, generator: torch.Generator) -> Tensor:
         """Indices [count] drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights."""

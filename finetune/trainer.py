@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from .energy import Energy, EnergyError, EnergyMeter
 from .estimators import ess, log_mean_exp
 from .gradients import backward_rows, backward_trajectories, chunk_rows, objective_gradient
 from .objectives import OBJECTIVES, Batch
+from .strict_json import strict_json
 
 # Larger batches spill temporaries that the allocator returns to the system after every operation.
 ROLLOUT_CHUNK = 2048
@@ -283,32 +283,37 @@ class Trainer:
         It also falls at least geometrically from its first value to the configured one, which it reaches at half of the
         run: a target that no policy can meet at this number of steps would otherwise hold the temperature for good.
         """
-        target = self.config.tempering_ess
         if self.alpha <= self.config.alpha:
             return
         before = self.alpha
-        own = batch.valid[:on_policy]  # a masked energy is a placeholder, which could outweigh every real one
-        ratio, energy = batch.log_ratio[:on_policy][own].detach(), batch.energy[:on_policy][own]
-        self.alpha = self.config.alpha
-        if on_policy and target is not None:
-            low, high = math.log(self.config.alpha), math.log(self.config.alpha) + 12.0
-            if ess(-energy / self.config.alpha - ratio) < target:
-                for _ in range(30):
-                    middle = 0.5 * (low + high)
-                    enough = ess(-energy / math.exp(middle) - ratio) >= target
-                    low, high = (low, middle) if enough else (middle, high)
-                ceiling = math.log(self.config.alpha)
-                if math.isfinite(before) and progress < 0.5:
-                    ceiling += (1 - 2 * progress) * (math.log(self._alpha_start) - ceiling)
-                self.alpha = min(before, math.exp(high if math.isinf(before) else min(high, ceiling)))
-                if math.isinf(before):
-                    self._alpha_start = self.alpha
-        self.alpha = max(self.config.alpha, self._agreed(self.alpha))
+        wanted = self._adequate_alpha(batch, on_policy)
+        if math.isinf(before):
+            self._alpha_start = wanted
+        else:
+            bound = math.log(self.config.alpha)
+            if progress < 0.5:
+                bound += (1 - 2 * progress) * (math.log(self._alpha_start) - bound)
+            wanted = min(wanted, before, math.exp(bound))
+        self.alpha = max(self.config.alpha, self._agreed(wanted))
         if self.bank is not None and self.alpha != before:
             # log Z belongs to a temperature: move the learned one along with the prior's own estimate.
             old = self.config.alpha if math.isinf(before) else before
             with torch.no_grad():
                 self.log_z += self._agreed(self.bank.log_z(self.alpha) - self.bank.log_z(old))
+
+    def _adequate_alpha(self, batch: Batch, on_policy: int) -> float:
+        """The smallest temperature, from the configured one up, that keeps ``tempering_ess`` of the batch effective."""
+        alpha, target = self.config.alpha, self.config.tempering_ess
+        own = batch.valid[:on_policy]  # a masked energy is a placeholder, which could outweigh every real one
+        ratio, energy = batch.log_ratio[:on_policy][own].detach(), batch.energy[:on_policy][own]
+        if target is None or not on_policy or ess(-energy / alpha - ratio) >= target:
+            return alpha
+        low, high = math.log(alpha), math.log(alpha) + 12.0
+        for _ in range(30):
+            middle = 0.5 * (low + high)
+            enough = ess(-energy / math.exp(middle) - ratio) >= target
+            low, high = (low, middle) if enough else (middle, high)
+        return math.exp(high)
 
     def _gather(self, value: Tensor) -> Tensor:
         gathered = self.accelerator.gather(value)
@@ -320,9 +325,7 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return value
         mine = torch.tensor([value], device=self.accelerator.device, dtype=torch.float64)
-        gathered = self.accelerator.gather(mine)
-        assert isinstance(gathered, Tensor)
-        return gathered.mean().item()
+        return self._gather(mine).mean().item()
 
     def _batch_metrics(self, batch: Batch, on_policy: int) -> dict[str, float]:
         """The residual of the whole batch; ELBO, ESS and log Z of its on-policy part, at the final temperature."""
@@ -382,6 +385,4 @@ class Trainer:
         bar.set_postfix(**shown, energy_calls=self.meter.calls, refresh=False)
         if self.metrics is not None and self.accelerator.is_main_process:
             with self.metrics.open("a") as file:
-                # Strict JSON: a figure that is infinite or undefined becomes null.
-                strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-                file.write(json.dumps(strict, allow_nan=False) + "\n")
+                file.write(strict_json(record) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import time
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..finetune.config import TrainConfig
+from ..finetune.strict_json import strict_json
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ..finetune.trainer import TrainResult
@@ -105,11 +104,13 @@ def prepare(options: Options) -> None:
 def single(options: Options) -> int:
     """One fine-tuning and its certificate."""
     prepare(options)
-    result, certificate, evidence, prior_samples = run(options, options.out / "metrics.jsonl")
+    result, certificate, evidence = run(options, options.out / "metrics.jsonl")
     from ..tasks import plots
     from ..tasks.mixture import target_mixture
 
-    figure = plots.mixture_figure(prior_samples, evidence.samples, target_mixture(options.alpha), result.history, certificate)
+    figure = plots.mixture_figure(
+        evidence.prior_samples, evidence.samples, target_mixture(options.alpha), result.history, certificate
+    )
     figure.savefig(options.out / "picture.png")
     certificate["seconds"] = round(time.perf_counter() - STARTED, 1)
     write_certificate(options.out, certificate)
@@ -117,7 +118,7 @@ def single(options: Options) -> int:
     return certificate["exit_status"]
 
 
-def run(options: Options, metrics: Path | None, training_energy: Any = None) -> tuple[TrainResult, dict[str, Any], Any, Tensor]:
+def run(options: Options, metrics: Path | None, training_energy: Any = None) -> tuple[TrainResult, dict[str, Any], Any]:
     """Train and certify; the certificate always judges with the task's own energy."""
     import torch
 
@@ -125,10 +126,11 @@ def run(options: Options, metrics: Path | None, training_energy: Any = None) -> 
     from ..finetune.trainer import Trainer
     from ..tasks import mixture
 
-    if mixture.tilt_error(options.alpha) > 0.002:
+    error = mixture.tilt_error(options.alpha)
+    if error > 0.002:
         raise ValueError(
             f"--alpha {options.alpha:g}: the closed form of the target is off by a total variation of"
-            f" {mixture.tilt_error(options.alpha):.3f} there, so nothing could be certified against it; stay below 2.5."
+            f" {error:.3f} there, so nothing could be certified against it; stay below 2.5."
         )
     chain = mixture.build_chain(options.chain, options.steps)
     prior = mixture.load_prior(options.chain, chain)
@@ -140,7 +142,7 @@ def run(options: Options, metrics: Path | None, training_energy: Any = None) -> 
     if metrics is not None:
         save(options, chain.num_steps, result)
     certificate, evidence = certify(options, prior, result)
-    return result, certificate, evidence, evidence.prior_samples
+    return result, certificate, evidence
 
 
 def data_variance(chain: str) -> float:
@@ -171,7 +173,7 @@ def certify(options: Options, prior: Any, result: TrainResult) -> tuple[dict[str
     figures = certificates.path_figures(evidence)
     truth = mixture.target_mixture(options.alpha)
     figures |= metrics.truth_figures(evidence.samples, truth, mixture.energy, generator, exact_w2(options))
-    reference = reference_for(options, prior.chain, generator)
+    reference = reference_for(options, prior.chain)
     # The chain's own log Z: from the reference's 100k rollouts where it has them, else from this run's prior side.
     figures["log_z_true"] = reference.get("log_z_forward", figures["log_z_forward"])
     figures["log_z_true_se"] = reference.get("log_z_forward_se", figures["log_z_forward_se"])
@@ -205,22 +207,22 @@ def certify(options: Options, prior: Any, result: TrainResult) -> tuple[dict[str
     return figures, evidence
 
 
-def reference_for(options: Options, chain: Any, generator: torch.Generator) -> dict[str, Any]:
+def reference_for(options: Options, chain: Any) -> dict[str, Any]:
     """The exact posterior denoiser's figures on this chain: shipped for the default chains, none elsewhere.
 
     At another alpha or K they would cost more than the run, so the gap is then reported and not judged.
     """
-    from ..tasks.mixture import DATA
+    from ..tasks.mixture import shipped_reference
 
-    shipped = json.loads((DATA / "reference.json").read_text()).get(options.chain, {})
-    return shipped if options.alpha == 1.0 and shipped.get("steps") == chain.num_steps else {}
+    shipped = shipped_reference()[options.chain]
+    return shipped if options.alpha == 1.0 and shipped["steps"] == chain.num_steps else {}
 
 
 def exact_w2(options: Options) -> tuple[float, float] | None:
     """W2 between two exact sets of 1000 and its standard error: shipped for alpha = 1, to be measured elsewhere."""
-    from ..tasks.mixture import DATA
+    from ..tasks.mixture import shipped_reference
 
-    shipped = json.loads((DATA / "reference.json").read_text())["w2_exact"]
+    shipped = shipped_reference()["w2_exact"]
     return (shipped["mean"], shipped["se"]) if options.alpha == 1.0 else None
 
 
@@ -232,16 +234,7 @@ def save(options: Options, steps: int, result: TrainResult) -> None:
 
 
 def write_certificate(out: Path, certificate: dict[str, Any]) -> None:
-    """Strict JSON: a figure that is infinite or undefined becomes null."""
-    (out / "certificate.json").write_text(json.dumps(without_non_finite(certificate), indent=2, allow_nan=False) + "\n")
-
-
-def without_non_finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_non_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    (out / "certificate.json").write_text(strict_json(certificate, indent=2) + "\n")
 
 
 def summary(certificate: dict[str, Any], out: Path) -> str:
@@ -288,7 +281,7 @@ def compare(options: Options) -> int:
     runs: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     for name, (objective, energy) in settings.items():
         print(f"== {name}", file=sys.stderr)
-        _, certificate, evidence, _ = run(replace(options, objective=objective), None, energy)
+        _, certificate, evidence = run(replace(options, objective=objective), None, energy)
         runs[name] = (evidence.samples, certificate)
     lines = [f"{'':<27}{'W2 ratio':>9}{'mode TV':>9}{'log Z':>8}{'ELBO':>8}{'EUBO':>8}{'ESS':>6}  verdict"]
     for name, (_, c) in runs.items():

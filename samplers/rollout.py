@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from .chain import SIGMA_ZERO
 from .log_ratio import log_ratio_from_noise
 from .policy import Denoiser, Prior, evaluate
 from .trajectory import Trajectories
@@ -73,8 +76,7 @@ def rollout(
 def _inflation(noise: Tensor, scale: float) -> Tensor:
     """log N(noise; 0, scale²) - log N(noise; 0, 1), [N]."""
     flat = noise.flatten(1)
-    log_scale = torch.log(torch.tensor(scale, dtype=noise.dtype)).item()
-    return 0.5 * (1 - scale**-2) * flat.square().sum(1) - flat.shape[1] * log_scale
+    return 0.5 * (1 - scale**-2) * flat.square().sum(1) - flat.shape[1] * math.log(scale)
 
 
 @torch.no_grad()
@@ -84,7 +86,7 @@ def decode_last(prior: Prior, state: Tensor, generator: torch.Generator, conditi
     output = evaluate(prior.denoiser, chain, state, last, condition)
     mean = chain.mean(state, last, output)
     sigma = chain.row(last, state).sigma
-    if sigma < 1e-6:
+    if sigma < SIGMA_ZERO:
         return mean
     return mean + sigma * torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype)
 

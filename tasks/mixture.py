@@ -6,9 +6,11 @@ E = log p25 - log p9, so that at alpha = 1 the tilted prior is p9 exactly.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -82,6 +84,7 @@ def tilt_error(alpha: float) -> float:
     return 0.0 if alpha == 1.0 else _grid(alpha)[1]
 
 
+@cache
 def _grid(alpha: float) -> tuple[float, float]:
     axis = torch.arange(-14.0, 14.0, 0.05, dtype=torch.float64) + 0.025
     points = torch.cartesian_prod(axis, axis)
@@ -89,6 +92,11 @@ def _grid(alpha: float) -> tuple[float, float]:
     log_z = (log_density.logsumexp(0) + 2 * torch.log(torch.tensor(0.05, dtype=torch.float64))).item()
     gap = log_density.softmax(0) - target_mixture(alpha).log_density(points).softmax(0)
     return log_z, 0.5 * gap.abs().sum().item()
+
+
+def shipped_reference() -> dict[str, Any]:
+    """Figures of the exact posterior denoiser by chain, and ``w2_exact`` (`data/make_reference` measures them)."""
+    return json.loads((DATA / "reference.json").read_text())
 
 
 def build_chain(name: str, num_steps: int | None = None) -> Chain:

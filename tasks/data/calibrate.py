@@ -17,7 +17,17 @@ from ...finetune.certificate import Evidence, gather_evidence, judge_known, judg
 from ...samplers.chain import Chain
 from ..gaussian_mixture import GaussianMixture, MixtureDenoiser
 from ..metrics import MODE_SAMPLES, W2_SETS, W2_SIZE, mode_spreads, mode_tv, w2_sets
-from ..mixture import DATA, MODE_VARIANCE, build_chain, energy, in_states, load_prior, prior_mixture, target_mixture
+from ..mixture import (
+    DATA,
+    MODE_VARIANCE,
+    build_chain,
+    energy,
+    in_states,
+    load_prior,
+    prior_mixture,
+    shipped_reference,
+    target_mixture,
+)
 
 POOL, SIZE, W2_POOL = 80_000, 40_000, 80
 
@@ -61,7 +71,7 @@ def rates(evidence: Evidence, samples: Tensor, bootstraps: int) -> dict[str, flo
     """Shares of fail and inconclusive verdicts over ``bootstraps`` certificates; samples [POOL, 2] of the sampler."""
     generator = torch.Generator().manual_seed(1)
     truth = target_mixture()
-    reference = json.loads((DATA / "reference.json").read_text())
+    reference = shipped_reference()
     own_w2 = w2_sets(samples.double(), truth.sample(W2_POOL * W2_SIZE, generator), W2_POOL)
     count = {"known fail": 0, "known inconclusive": 0, "unknown fail": 0, "unknown inconclusive": 0}
 
