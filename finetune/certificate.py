@@ -16,15 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..samplers.log_ratio import step_log_ratio
 from ..samplers.policy import Denoiser, Prior
-from ..samplers.rollout import rollout
+from ..samplers.rollout import rollout, rows_at_once
 from .energy import Energy, EnergyMeter
 from .estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 EXIT_STATUS: dict[str, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
-CHUNK = 2048
 
 # Thresholds of the target side's own reliability (docs/theory.md, "The verdict", holds the calibration).
 MIN_TARGET_ESS = 300.0
@@ -107,26 +105,30 @@ def gather_evidence(
     policy_side: list[tuple[Tensor, ...]] = []
     prior_side: list[tuple[Tensor, ...]] = []
     step_kl = torch.zeros(chain.num_kernels, dtype=torch.float64)
-    for first in range(0, size, CHUNK):
-        count = min(CHUNK, size - first)
-        drawn = rollout(prior, policy, count, generator, keep=False)
-        assert drawn.step_log_ratio is not None
-        data = prior.to_data(drawn.terminal)
-        policy_side.append((data, meter(data), drawn.step_log_ratio.sum(0)))
-        step_kl += drawn.step_log_ratio.double().sum(1).cpu() / size
-        drawn = rollout(prior, None, count, generator)
-        data = prior.to_data(drawn.terminal)
-        prior_side.append((data, meter(data), step_log_ratio(chain, prior.denoiser, policy, drawn).sum(0)))
+    chunk = rows_at_once(prior.shape)
+    for first in range(0, size, chunk):
+        count = min(chunk, size - first)
+        for drawn, side in (
+            (rollout(prior, policy, count, generator, keep=False), policy_side),
+            (rollout(prior, None, count, generator, keep=False, compared=policy), prior_side),
+        ):
+            assert drawn.step_log_ratio is not None
+            data = prior.to_data(drawn.terminal)
+            side.append((data, meter(data, **prior.context(count)), drawn.step_log_ratio.sum(0)))
+            if side is policy_side:
+                step_kl += drawn.step_log_ratio.double().sum(1).cpu() / size
         if on_progress:
             on_progress(2 * count)
     start_log_weight = None
     if chain.start_std > 0:
         start = chain.start_std * torch.randn((starts, *prior.shape), generator=generator, device=prior.device)
-        start = start.repeat_interleave(rollouts, 0)
-        drawn = rollout(prior, policy, len(start), generator, start=start, keep=False)
-        assert drawn.step_log_ratio is not None
-        log_weight = _finite_log_weight(meter(prior.to_data(drawn.terminal)), alpha) - drawn.step_log_ratio.sum(0)
-        start_log_weight = log_weight.reshape(starts, rollouts)
+        log_weights = []
+        for part in start.repeat_interleave(rollouts, 0).split(chunk):
+            drawn = rollout(prior, policy, len(part), generator, start=part, keep=False)
+            assert drawn.step_log_ratio is not None
+            energies = meter(prior.to_data(drawn.terminal), **prior.context(len(part)))
+            log_weights.append(_finite_log_weight(energies, alpha) - drawn.step_log_ratio.sum(0))
+        start_log_weight = torch.cat(log_weights).reshape(starts, rollouts)
     samples, energies, ratios = (torch.cat(part) for part in zip(*policy_side, strict=True))
     prior_samples, prior_energies, prior_ratios = (torch.cat(part) for part in zip(*prior_side, strict=True))
     return Evidence(

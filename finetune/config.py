@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 ObjectiveName = Literal["rtb", "log_variance", "trust_pcl", "reinforce_kl", "tlm"]
 BEHAVIOR_NAMES = ("on_policy", "prior", "inflated", "tilted_prior", "noised_back")
@@ -36,8 +36,14 @@ class TrainConfig:
     warm_start_rows: int = 4096
     """Transitions an update of the warm start."""
     warm_start_learning_rate: float = 3e-3
+    soft_value_updates: int = 0
+    """Updates of a learned soft value, log E_prior[exp(-E/alpha) | state]: it takes variance out of the warm start and is the
+    baseline of reinforce_kl. Worth its time on images, where the bank has few effective paths. 0: none."""
     bank_size: int = 80_000
     """Prior trajectories drawn once, with their energies, for the warm start and the behaviors that need them."""
+    forward_rows: int = 0
+    """Transitions of the bank's tilted paths whose likelihood every update raises besides: the forward KL, on equal terms with
+    the objective's own, so that what the warm start has covered stays covered. 0: none."""
     tempering_ess: float | None = 0.3
     """Raise alpha until this share of a batch is effective, and lower it as the policy follows. None: never."""
     huber: float | None = 20.0
@@ -47,6 +53,8 @@ class TrainConfig:
     noise_scale: float = 1.5
     """Initial noise inflation of the behavior 'inflated', annealed to 1."""
     max_grad_norm: float = 10.0
+    ema_decay: float = 0.0
+    """Each phase ends at the running average of its weights, with at most this decay. 0: at its last weights."""
     memory_mb: float = 64.0
     """What autograd may keep for one chunk of the second pass."""
     max_invalid: float = 0.05
@@ -69,8 +77,9 @@ class TrainConfig:
         positive = "batch_size learning_rate log_z_learning_rate warm_start_rows warm_start_learning_rate bank_size max_energy"
         for name in f"{positive} max_grad_norm memory_mb monitor_every".split():
             refuse(not getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
+        refuse(not 0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it is a share, at least 0 and below 1.")
         refuse(not 0 <= self.max_invalid <= 1, f"max_invalid is {self.max_invalid}; it is a share, between 0 and 1.")
-        for name in ("updates", "warm_start_updates"):
+        for name in ("updates", "warm_start_updates", "soft_value_updates", "forward_rows"):
             refuse(getattr(self, name) < 0, f"{name} is {getattr(self, name)}; it must not be negative.")
         refuse(self.batch_size < 2, "batch_size must be at least 2: baselines and variances compare trajectories.")
         refuse(self.warm_start not in ("tlm", "none"), f"warm_start is {self.warm_start!r}; choose 'tlm' or 'none'.")
@@ -112,3 +121,150 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "behavior": self.shares}
+
+
+def _refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise ValueError(message)
+
+
+def _check_choices(config: Any) -> None:
+    """Refuse a value that its field's Literal does not list."""
+    for name, hint in get_type_hints(type(config)).items():
+        for choices in [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]:
+            value, allowed = getattr(config, name), get_args(choices)
+            missing = value is None and type(None) in get_args(hint)
+            _refuse(value not in allowed and not missing, f"{name} is {value!r}; choose one of {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The sampler to fine-tune: a pretrained denoiser and the chain that it is run with."""
+
+    source: str | None = None
+    """Folder (or hub id) of a diffusers pipeline, or of a denoiser with a scheduler config. None: the task's own prior."""
+    steps: int = 50
+    """K, the number of denoising steps."""
+    eta: float = 1.0
+    """DDIM's share of noise, above 0; 1 forgets the start best."""
+    variance: Literal["fixed_large", "fixed_small"] | None = None
+    """DDPM's kernel variance; short chains gain from fixed_large. None: the scheduler's own."""
+    noise: Literal["memoryless", "flow_grpo"] = "memoryless"
+    """The noise that turns a flow into a stochastic sampler."""
+    noise_level: float = 0.7
+    """Scale of the flow_grpo noise."""
+    label: int | None = None
+    """Class label of a class-conditional denoiser."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """What the networks run in; log-ratios stay float32."""
+    channels_last: bool = False
+    """Memory format of the networks; helps convolutions on accelerators."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _refuse(self.steps < 1, f"steps is {self.steps}; a chain has at least one step.")
+        _refuse(not self.eta >= 0, f"eta is {self.eta}; it is DDIM's share of noise, above 0.")
+        _refuse(not self.noise_level > 0, f"noise_level is {self.noise_level}; it must be positive.")
+        _refuse(self.label is not None and self.label < 0, f"label is {self.label}; class labels start at 0.")
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """What is minimized, at the temperature alpha."""
+
+    terms: tuple[str, ...] = ()
+    """FILE.py:NAME or package.module:NAME, summed; 0.5*FILE.py:NAME carries a scale, NAME(3) is called to make the energy.
+    A task's own energies need no module."""
+    cache: bool = False
+    """Remember energies of samples seen before."""
+
+    def __post_init__(self) -> None:
+        _refuse(isinstance(self.terms, str), f"terms is {self.terms!r}; it is a tuple of terms: ({self.terms!r},).")
+        _refuse(not all(term.strip() for term in self.terms), "an energy term is empty; write it as FILE.py:NAME.")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What is trained; it starts exactly at the prior."""
+
+    kind: Literal["full", "lora", "residual"] = "full"
+    """A full copy, low-rank adapters on the prior's own weights, or the frozen prior plus a small network."""
+    rank: int = 8
+    """Of the adapters."""
+    targets: tuple[str, ...] = ()
+    """Names, or endings of names, of the layers that get adapters. None given: every layer larger than its adapter."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _refuse(self.rank < 1, f"rank is {self.rank}; adapters have at least rank 1.")
+        _refuse(
+            bool(self.targets) and self.kind != "lora",
+            f"targets names layers for adapters, but the policy is {self.kind!r}; choose 'lora', or leave targets out.",
+        )
+
+
+@dataclass(frozen=True)
+class CertificateConfig:
+    """How the result is judged."""
+
+    size: int = 4000
+    """Fresh rollouts a side. The verdict needs 300 effective ones among the weighted prior's."""
+    seed: int = 0
+    """Of these rollouts, which share no noise with the training's."""
+
+    def __post_init__(self) -> None:
+        _refuse(self.size < 100, f"certificate size is {self.size}; fewer than 100 rollouts a side show nothing.")
+        _refuse(self.seed < 0, f"certificate seed is {self.seed}; it must not be negative.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is made of; `finetune.config_file` reads and writes it as YAML.
+
+    Errors: ValueError for a value no run can have, before any work is done.
+    """
+
+    task: str | None = None
+    """A shipped task, which brings its prior, energies and truth. None: prior.source says what to train."""
+    prior: PriorConfig = PriorConfig()
+    energy: EnergyConfig = EnergyConfig()
+    policy: PolicyConfig = PolicyConfig()
+    train: TrainConfig = TrainConfig()
+    certificate: CertificateConfig = CertificateConfig()
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the networks run; auto takes an accelerator where there is one."""
+    threads: int = 1
+    """CPU threads of torch. Small networks on shared cores are fastest with one; give large ones all there are."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _refuse(self.threads < 1, f"threads is {self.threads}; at least one is needed.")
+        _refuse(
+            self.task is not None and self.prior.source is not None,
+            f"the task {self.task!r} brings its own prior, but {self.prior.source!r} is named too; leave out one of them.",
+        )
+
+
+def pretrained_recipe(source: str | None = None, *terms: str) -> RunConfig:
+    """A run on a pretrained sampler about which nothing is known: the default of ``tiltune train --prior``.
+
+    The parts of the shipped image tasks in sizes that an unknown network can afford. The bank holds ``bank_size`` · (K + 1)
+    states, 1.2 GB for 3 x 32 x 32 at K = 50.
+    """
+    train = TrainConfig(
+        objective="reinforce_kl",
+        soft_value_updates=300,
+        bank_size=2000,
+        warm_start_updates=300,
+        warm_start_rows=256,
+        warm_start_learning_rate=1e-3,
+        updates=50,
+        batch_size=64,
+        learning_rate=3e-4,
+        tempering_ess=None,
+        ema_decay=0.99,
+        memory_mb=256.0,
+    )
+    return RunConfig(prior=PriorConfig(source), energy=EnergyConfig(terms), train=train)

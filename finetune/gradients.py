@@ -44,12 +44,13 @@ def objective_gradient(
     """
     local = batch.step_log_ratio.shape[1]
     if gather is not None and world_size > 1:
-        behavior = batch.log_behavior
+        behavior, value = batch.log_behavior, batch.soft_value
         batch = Batch(
             step_log_ratio=gather(batch.step_log_ratio.T.contiguous()).T,
             energy=gather(batch.energy),
             valid=gather(batch.valid),
             log_behavior=None if behavior is None else gather(behavior),
+            soft_value=None if value is None else gather(value.T.contiguous()).T,
         )
     leaf = batch.step_log_ratio.detach().requires_grad_(True)
     loss = objective.loss(replace(batch, step_log_ratio=leaf), alpha, log_z, huber)
@@ -69,6 +70,30 @@ def backward_rows(
     output = evaluate(policy, chain, state, step, condition)
     z = (following - chain.mean(state, step, output)) / chain.row(step, state).sigma
     total = (-0.5 * g * z.square().flatten(1).sum(1)).sum()
+    total.backward()
+    return total.detach()
+
+
+def backward_likelihood(
+    policy: nn.Module,
+    chain: Chain,
+    prior_output: Tensor,
+    state: Tensor,
+    following: Tensor,
+    step: Tensor,
+    weight: Tensor,
+    control: Tensor,
+) -> Tensor:
+    """Accumulate the gradient of sum_n [-weight_n l_n + control_n <z_n, delta_n>]; returns that sum.
+
+    l = <z, delta> - ½ |delta|² is the log-ratio of ``following``. Where that comes from the prior's kernel, <z, delta> has mean
+    0 given the state, so that a control which depends on the state alone changes the variance and not the mean.
+    prior_output, state, following [n, ...]; step, weight, control [n].
+    """
+    output = evaluate(policy, chain, state, step, None)
+    shift = chain.kernel_shift(state, step, output, prior_output).flatten(1)
+    z = chain.standardize(following, state, step, prior_output).flatten(1)
+    total = (0.5 * weight * shift.square().sum(1) - (weight - control) * (z * shift).sum(1)).sum()
     total.backward()
     return total.detach()
 

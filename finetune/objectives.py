@@ -20,12 +20,14 @@ class Batch:
 
     step_log_ratio: [num_kernels, B] nats. energy: [B], finite (capped). valid: [B] bool, False where the energy was NaN.
     log_behavior: [B] log behavior - log prior, normalized if behaviors are mixed, or None.
+    soft_value: [num_kernels, B] nats, an estimate of log h_k(s_k) (`soft_value`), or None.
     """
 
     step_log_ratio: Tensor
     energy: Tensor
     valid: Tensor
     log_behavior: Tensor | None = None
+    soft_value: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.step_log_ratio.ndim == 2, self.step_log_ratio.shape
@@ -79,7 +81,9 @@ def reinforce_kl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None 
     """-sum w sg[A] Λ, A = -E - alpha Λ minus the leave-one-out mean (arXiv 2509.01632, section 3.1).
 
     w are self-normalized weights policy / behavior: uniform on-policy. Its on-policy gradient is alpha times that of
-    `log_variance` on the same trajectories.
+    `log_variance` on the same trajectories. With a soft value each step has an advantage of its own, what is still to come less
+    what was expected there: A_k = -E - alpha (sum_{j≥k} l_j + log h_k(s_k)), minus the leave-one-out mean. A baseline that
+    depends on the state alone leaves the expected gradient as it is (Williams 1992), whatever its error.
 
     Errors: ValueError where the weights' effective size falls below 10% of the batch: the estimate is then a few
     trajectories' accident (inflated noise does this as the dimension grows).
@@ -89,9 +93,8 @@ def reinforce_kl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None 
             "reinforce_kl needs the behavior's density, and these trajectories have none; use on_policy, prior, inflated or"
             " tilted_prior trajectories, or an objective that needs no density (rtb, log_variance, trust_pcl)."
         )
-    log_ratio = batch.log_ratio
     with torch.no_grad():
-        log_weight = (log_ratio - batch.log_behavior).masked_fill(~batch.valid, -torch.inf)
+        log_weight = (batch.log_ratio - batch.log_behavior).masked_fill(~batch.valid, -torch.inf)
         weight = log_weight.softmax(0)
         effective = 1 / weight.square().sum() / batch.weight.sum()
         if effective < 0.1:
@@ -100,12 +103,15 @@ def reinforce_kl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None 
                 " reinforce_kl would follow a few trajectories. Lower the noise inflation, use on_policy trajectories, or"
                 " use rtb or log_variance, which need no weights."
             )
-        value = -batch.energy - alpha * log_ratio
-        others = ((weight * value).sum() - weight * value) / (1 - weight).clamp(min=1e-6)
+        per_step = batch.soft_value is not None
+        to_go = batch.step_log_ratio.flip(0).cumsum(0).flip(0)  # of each step and those after it
+        ahead = to_go + batch.soft_value if batch.soft_value is not None else batch.log_ratio
+        value = -batch.energy - alpha * ahead  # [num_kernels, B] or [B]
+        others = ((weight * value).sum(-1, keepdim=True) - weight * value) / (1 - weight).clamp(min=1e-6)
         advantage = value - others
         if huber is not None:
             advantage = advantage.clamp(-alpha * huber, alpha * huber)
-    return -(weight * advantage * log_ratio).sum()
+    return -(weight * advantage * (batch.step_log_ratio if per_step else batch.log_ratio)).sum()
 
 
 def tlm(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
@@ -118,6 +124,9 @@ class Objective(NamedTuple):
 
     loss: Callable[[Batch, float, Tensor, float | None], Tensor]
     learns_log_z: bool = False
+    takes_soft_value: bool = False
+    # On-policy its gradient is alpha^alpha_power times that of the KL to the tilted law, in nats.
+    alpha_power: int = 0
     # Behaviors whose trajectories it is right on; anything else is refused before the first update.
     behaviors: frozenset[str] = frozenset({"on_policy", "prior", "inflated", "tilted_prior", "noised_back"})
 
@@ -125,7 +134,12 @@ class Objective(NamedTuple):
 OBJECTIVES: dict[str, Objective] = {
     "rtb": Objective(rtb, learns_log_z=True),
     "log_variance": Objective(log_variance),
-    "trust_pcl": Objective(trust_pcl, learns_log_z=True),
-    "reinforce_kl": Objective(reinforce_kl, behaviors=frozenset({"on_policy", "prior", "inflated", "tilted_prior"})),
+    "trust_pcl": Objective(trust_pcl, learns_log_z=True, alpha_power=2),
+    "reinforce_kl": Objective(
+        reinforce_kl,
+        takes_soft_value=True,
+        alpha_power=1,
+        behaviors=frozenset({"on_policy", "prior", "inflated", "tilted_prior"}),
+    ),
     "tlm": Objective(tlm, behaviors=frozenset({"tilted_prior", "noised_back"})),
 }

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from ..samplers.log_ratio import step_log_ratio
-from ..samplers.policy import Prior, evaluate, trainable_copy
-from ..samplers.rollout import rollout
+from ..samplers.policy import Policy, Prior, evaluate, trainable_copy
+from ..samplers.rollout import rollout, rows_at_once
 from ..samplers.trajectory import Trajectories, concatenate
 from .behavior import NEEDS_BANK, Context, PriorBank, draw
 from .config import TrainConfig
 from .energy import Energy, EnergyError, EnergyMeter
 from .estimators import ess, log_mean_exp
-from .gradients import backward_rows, backward_trajectories, chunk_rows, objective_gradient
+from .gradients import backward_likelihood, backward_rows, backward_trajectories, chunk_rows, objective_gradient
 from .objectives import OBJECTIVES, Batch
+from .soft_value import FRESH, SoftValue, bank_weight, fit_soft_value, states_of
 from .strict_json import strict_json
 
-# Larger batches spill temporaries that the allocator returns to the system after every operation.
-ROLLOUT_CHUNK = 2048
-MONITOR_SIZE = 512
+MONITOR_SIZE = 512  # at most, and a fortieth of the bank: the curve must not cost what it watches
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class TrainResult:
 
     log_z: the learned parameter; without one, the last on-policy batch's estimate, or the bank's."""
 
-    policy: nn.Module
+    policy: Policy
     log_z: float
     energy_calls: int
     seconds: float
@@ -78,8 +80,9 @@ class Trainer:
                 f"the prior is on {prior.device} but accelerate runs on {self.accelerator.device}; move the prior's network"
                 " there first."
             )
-        network = policy if policy is not None else trainable_copy(prior)
-        self.policy = self.accelerator.prepare(network)
+        if policy is None:
+            policy = trainable_copy(prior)
+        self.policy = self.accelerator.prepare(policy if isinstance(policy, Policy) else Policy(prior, policy, "full"))
         device = self.accelerator.device
         # Each process draws its own noise; a shared seed would give every rank the same trajectories.
         seed = self.config.seed * 1_000_003 + self.accelerator.process_index
@@ -87,6 +90,11 @@ class Trainer:
         self.log_z = torch.zeros((), device=device, requires_grad=True)
         self.alpha = self.config.alpha
         self.bank: PriorBank | None = None
+        self.soft_value: SoftValue | None = None
+        # Half precision rounds small gradients to zero; scaled ones survive.
+        half = getattr(prior.denoiser, "autocast", None) == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+        self.average: list[Tensor] | None = None
         self.history: list[dict[str, Any]] = []
         self._ceiling: float | None = None
         self._alpha_start = self.config.alpha
@@ -98,7 +106,8 @@ class Trainer:
         """Trajectories with their energies, evaluated once on the decoded samples."""
         if trajectories.energy is not None:
             return trajectories
-        return trajectories.with_(energy=self.meter(self.prior.to_data(trajectories.terminal)))
+        samples = self.prior.to_data(trajectories.terminal)
+        return trajectories.with_(energy=self.meter(samples, **self.prior.context(len(samples))))
 
     def capped(self, energy: Tensor) -> tuple[Tensor, Tensor]:
         """(finite energies, valid mask): +inf and what lies above the ceiling is set to it, NaN is masked."""
@@ -129,7 +138,8 @@ class Trainer:
         """Run the warm start and the updates; returns the policy in evaluation mode. Ctrl-C keeps what is trained."""
         self._started = time.perf_counter()
         self._check_energy()
-        if self.config.warm_start == "tlm" or set(self.config.shares) & NEEDS_BANK:
+        config = self.config
+        if config.warm_start == "tlm" or config.soft_value_updates or config.forward_rows or set(config.shares) & NEEDS_BANK:
             self.bank = self.fill_bank(self.config.bank_size)
             # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
             with torch.no_grad():
@@ -137,7 +147,9 @@ class Trainer:
         tilted = None if self.bank is None else self._monitored(self.bank)
         interrupted = False
         try:
-            if self.config.warm_start == "tlm":
+            if self.bank is not None and config.soft_value_updates:
+                self.soft_value = self._fit_soft_value(self.bank)
+            if config.warm_start == "tlm":
                 self._warm_start(tilted)
             self._updates(tilted)
         except KeyboardInterrupt:
@@ -156,15 +168,16 @@ class Trainer:
 
     def _check_energy(self) -> None:
         probe = rollout(self.prior, None, 4, self.generator, keep=False)
-        if self.meter(self.prior.to_data(probe.terminal)).isnan().all():
+        if self.evaluate_energy(probe).energy.isnan().all():  # pyright: ignore[reportOptionalMemberAccess]
             raise EnergyError("the energy is NaN or -inf on all of four prior samples; it cannot guide anything.")
 
     def fill_bank(self, size: int) -> PriorBank:
         """``size`` prior trajectories with their energies."""
         parts = []
         with self._bar(size, "prior samples") as bar:
-            for first in range(0, size, ROLLOUT_CHUNK):
-                count = min(ROLLOUT_CHUNK, size - first)
+            chunk = rows_at_once(self.prior.shape)
+            for first in range(0, size, chunk):
+                count = min(chunk, size - first)
                 part = rollout(self.prior, None, count, self.generator)
                 parts.append(self.evaluate_energy(part.with_(log_behavior=None)))
                 bar.update(count)
@@ -175,9 +188,17 @@ class Trainer:
             )
         return bank
 
+    def _fit_soft_value(self, bank: PriorBank) -> SoftValue:
+        config = self.config
+        with self._bar(2 * config.soft_value_updates, "soft value") as bar:
+            return fit_soft_value(
+                bank, self.prior.chain, config.alpha, config.soft_value_updates, self.generator, lambda: bar.update(1)
+            )
+
     def _monitored(self, bank: PriorBank) -> Trajectories:
         """A fixed draw of the tilted path law, for EUBO curves."""
-        index = bank.draw(MONITOR_SIZE, self.config.alpha, self.generator)
+        size = max(2, min(MONITOR_SIZE, len(bank.trajectories) // 40))
+        index = bank.draw(size, self.config.alpha, self.generator)
         return bank.trajectories.select(index)
 
     def _warm_start(self, tilted: Trajectories | None) -> None:
@@ -187,25 +208,63 @@ class Trainer:
         A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
         Where the chain does not allow it (`Chain.forgets_given_next`) the stored next state itself is used.
         """
-        config, chain, bank = self.config, self.prior.chain, self.bank
-        assert bank is not None
-        probability = self._step_probability(bank)
-        cumulative = probability.cumsum(0)
-        count = config.warm_start_rows
+        config = self.config
         optimizer, schedule = self._optimizer(config.warm_start_learning_rate, config.warm_start_updates)
-        with self._bar(config.warm_start_updates, "warm start (tlm)") as bar:
+        with self._bar(config.warm_start_updates, "warm start (tlm)") as bar, self._averaged():
             for update in range(config.warm_start_updates):
-                # Stratified: one uniform draw, then equal strides through the cumulative probabilities.
-                first = torch.rand((), generator=self.generator, device=cumulative.device)
-                points = (torch.arange(count, device=cumulative.device) + first) / count
-                step = torch.searchsorted(cumulative, points).clamp(max=chain.num_kernels - 1)
-                state, following = self._bank_rows(bank, step)
-                g = -1 / (count * probability[step])
-                loss = backward_rows(self.policy, chain, state, following, step, g, None)
+                loss = self._forward_rows(config.warm_start_rows)
+                loss_scale = self.scaler.get_scale()
                 self._step(optimizer, schedule)
                 bar.update(1)
                 if update % (5 * config.monitor_every) == 0 or update == config.warm_start_updates - 1:
-                    self._record(bar, "warm_start", update, {"loss": loss.item(), **self._monitor(tilted)})
+                    self._record(bar, "warm_start", update, {"loss": loss.item() / loss_scale, **self._monitor(tilted)})
+
+    def _forward_rows(self, count: int, factor: float = 1.0) -> Tensor:
+        """Accumulate ``factor`` times the gradient of the forward KL to the tilted law, on ``count`` transitions of the bank."""
+        assert self.bank is not None
+        if self.soft_value is not None:
+            return self._controlled_rows(self.bank, self.soft_value, count, factor)
+        step = self._stratified(self._step_probability, count)
+        state, following = self._bank_rows(self.bank, step)
+        g = self.scaler.scale(-factor / (count * self._step_probability[step]))
+        return backward_rows(self.policy, self.prior.chain, state, following, step, g, None)
+
+    def _stratified(self, probability: Tensor, count: int) -> Tensor:
+        """Steps [count] drawn by ``probability`` [num_kernels]: one uniform draw, then equal strides."""
+        cumulative = probability.cumsum(0)
+        first = torch.rand((), generator=self.generator, device=cumulative.device)
+        points = (torch.arange(count, device=cumulative.device) + first) / count
+        return torch.searchsorted(cumulative, points).clamp(max=len(probability) - 1)
+
+    def _controlled_rows(self, bank: PriorBank, soft_value: SoftValue, count: int, factor: float) -> Tensor:
+        """One gradient of the forward KL with the soft value as control variate, on paths of prior and tilted law alike.
+
+        On the prior's paths E_prior[w <z, delta>] is what the likelihood needs, and w - h_k(s_k) may stand for w: in late steps,
+        where the state has decided, the two are nearly equal and the noise is gone. Without it those steps, whose kernels are
+        narrow, learn the noise of a few hundred effective paths by heart.
+        """
+        chain, states = self.prior.chain, bank.trajectories.states
+        weight = self._bank_weight
+        mixture = 0.5 * (weight + 1)
+        even = torch.full((chain.num_kernels,), 1 / chain.num_kernels, device=states.device)
+        step = self._stratified(even, count)
+        path = torch.multinomial(mixture, count, replacement=True, generator=self.generator)
+        fresh = FRESH if chain.forgets_given_next else 0.0
+        state = states_of(chain, states, path, step, fresh, self.generator)
+        following = self._bridged(state, states[-1, path], step) if chain.forgets_given_next else states[step + 1, path]
+        with torch.no_grad():
+            prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
+        scale = self.scaler.scale(factor * chain.num_kernels / (count * mixture[path]))
+        control = soft_value.of_paths(state, step, path).exp()
+        return backward_likelihood(
+            self.policy, chain, prior_output, state, following, step, scale * weight[path], scale * control
+        )
+
+    def _bridged(self, state: Tensor, end: Tensor, step: Tensor) -> Tensor:
+        """c s_k + d x, the mean of s_{k+1} given s_k and the path's end x; all [n, ...], step [n]."""
+        shape = (-1, *[1] * (state.ndim - 1))
+        c, d = (column.to(state)[step].reshape(shape) for column in self.prior.chain.bridge[:2])
+        return c * state + d * end
 
     def _bank_rows(self, bank: PriorBank, step: Tensor) -> tuple[Tensor, Tensor]:
         """(s_k, s_{k+1} or its mean c s_k + d x given the path's end) of tilted prior paths at ``step`` [n]; [n, ...]."""
@@ -214,17 +273,22 @@ class Trainer:
         state = states[step, index]
         if not chain.forgets_given_next:
             return state, states[step + 1, index]
-        shape = (-1, *[1] * (state.ndim - 1))
-        c, d = (column.to(state)[step].reshape(shape) for column in chain.bridge[:2])
-        return state, c * state + d * states[-1, index]
+        return state, self._bridged(state, states[-1, index], step)
 
-    def _step_probability(self, bank: PriorBank) -> Tensor:
+    @cached_property
+    def _bank_weight(self) -> Tensor:
+        assert self.bank is not None
+        return bank_weight(self.bank, self.config.alpha)
+
+    @cached_property
+    def _step_probability(self) -> Tensor:
         """[num_kernels]: half even, half by the root mean square of the prior's residual (x - x_hat) d / sigma."""
+        assert self.bank is not None
         chain = self.prior.chain
         per_step = 64
         step = torch.arange(chain.num_kernels, device=self.prior.device).repeat_interleave(per_step)
         with torch.no_grad():
-            state, following = self._bank_rows(bank, step)
+            state, following = self._bank_rows(self.bank, step)
             output = evaluate(self.prior.denoiser, chain, state, step, None)
             z = chain.standardize(following, state, step, output)
         residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()
@@ -236,12 +300,16 @@ class Trainer:
         log_z_optimizer = torch.optim.Adam([self.log_z], config.log_z_learning_rate)
         self.alpha = math.inf if config.tempering_ess else config.alpha
         chunk = 0
-        with self._bar(config.updates, config.objective) as bar:
+        with self._bar(config.updates, config.objective) as bar, self._averaged():
             for update in range(config.updates):
                 progress = update / max(1, config.updates - 1)
                 context = Context(self.prior, self.policy, self.bank, config.alpha, progress, config.noise_scale)
                 parts = draw(config.shares, context, config.batch_size, self.generator)
-                parts = {name: self.evaluate_energy(part) for name, part in parts.items()}
+                terms: dict[str, float] = {}
+                for name, part in parts.items():
+                    parts[name] = self.evaluate_energy(part)
+                    if name == "on_policy":
+                        terms = self.meter.term_means
                 trajectories = concatenate(list(parts.values()))
                 assert trajectories.energy is not None
                 energy, valid = self.capped(trajectories.energy)
@@ -250,7 +318,8 @@ class Trainer:
                     raise EnergyError(
                         f"only {usable} of this update's energies are valid; the policy moved to where the energy is NaN or -inf."
                     )
-                batch = Batch(self.log_ratios(parts), energy, valid, trajectories.log_behavior)
+                value = self._soft_values(trajectories) if self.objective.takes_soft_value else None
+                batch = Batch(self.log_ratios(parts), energy, valid, trajectories.log_behavior, value)
                 on_policy = len(parts["on_policy"]) if "on_policy" in parts else 0
                 self._temper(batch, on_policy, progress)
                 loss, g = objective_gradient(
@@ -264,18 +333,30 @@ class Trainer:
                     world_size=self.accelerator.num_processes,
                 )
                 chunk = chunk or chunk_rows(self.policy, chain, trajectories, config.memory_mb)
-                backward_trajectories(self.policy, chain, trajectories, g, chunk)
+                backward_trajectories(self.policy, chain, trajectories, self.scaler.scale(g), chunk)
+                if config.forward_rows:
+                    self._forward_rows(config.forward_rows, self.alpha**self.objective.alpha_power)
                 self._step(optimizer, schedule)
                 if self.objective.learns_log_z:
                     log_z_optimizer.step()
                     log_z_optimizer.zero_grad()
                 bar.update(1)
-                record = {"loss": loss.item(), **self._batch_metrics(batch, on_policy)}
+                record: dict[str, Any] = {"loss": loss.item(), **self._batch_metrics(batch, on_policy)}
+                if len(terms) > 1:
+                    record["terms"] = terms
                 if update % config.monitor_every == 0 or update == config.updates - 1:
                     record |= self._monitor(tilted)
                 self._record(bar, config.objective, update, record)
 
     # --- small parts ---------------------------------------------------------------------------------------------
+
+    def _soft_values(self, trajectories: Trajectories) -> Tensor | None:
+        """[num_kernels, B] log h_k(s_k) of stored states, None without a soft value."""
+        if self.soft_value is None:
+            return None
+        kernels = self.prior.chain.num_kernels
+        step = torch.arange(kernels, device=self.prior.device).repeat_interleave(len(trajectories))
+        return self.soft_value(trajectories.states[:kernels].flatten(0, 1), step).reshape(kernels, -1)
 
     def _temper(self, batch: Batch, on_policy: int, progress: float = 0.0) -> None:
         """Lower the temperature as far as the policy's own weights keep ``tempering_ess`` of the batch effective.
@@ -357,12 +438,35 @@ class Trainer:
         return optimizer, schedule
 
     def _step(self, optimizer: Any, schedule: Any) -> None:
+        self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm) and not self.scaler.is_enabled():  # an enabled scaler skips the step and lowers its scale
             raise FloatingPointError("the gradient is not finite, and the policy was left as it was; lower the learning rate.")
-        optimizer.step()
+        self.scaler.step(optimizer)
+        self.scaler.update()
         optimizer.zero_grad()
         schedule.step()
+        if self.average is not None:
+            # Slow averages of a short run would hold its start: the decay grows with the steps taken.
+            taken = schedule.last_epoch
+            decay = min(self.config.ema_decay, taken / (taken + 9))
+            torch._foreach_lerp_(self.average, self._trained(), 1 - decay)
+
+    def _trained(self) -> list[Tensor]:
+        return [parameter.detach() for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """A phase, at whose end (Ctrl-C included) the policy takes the running average of its weights."""
+        if not self.config.ema_decay:
+            yield
+            return
+        self.average = [weight.clone() for weight in self._trained()]
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._trained(), self.average)
+            self.average = None
 
     def _bar(self, total: int, name: str) -> Any:
         from tqdm import tqdm
@@ -370,17 +474,17 @@ class Trainer:
         quiet = not self.progress or not self.accelerator.is_main_process
         return tqdm(total=total, desc=name, disable=quiet, dynamic_ncols=True, mininterval=0.5)
 
-    def _record(self, bar: Any, phase: str, update: int, values: dict[str, float]) -> None:
+    def _record(self, bar: Any, phase: str, update: int, values: dict[str, Any]) -> None:
         record = {
             "phase": phase,
             "update": update,
             **values,
             "energy_calls": self.meter.calls,
+            "energy_cache_hits": self.meter.cache_hits,
             "invalid_energies": self.meter.invalid,
             "forbidden_energies": self.meter.forbidden,
-            "seconds": round(time.perf_counter() - self._started, 3),
         }
-        self.history.append(record)
+        self.history.append(record)  # no clock in it: the same config gives the same lines, to the last bit
         shown = {key: f"{record[key]:.3g}" for key in ("elbo", "eubo", "ess", "log_z", "alpha") if key in record}
         bar.set_postfix(**shown, energy_calls=self.meter.calls, refresh=False)
         if self.metrics is not None and self.accelerator.is_main_process:

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import sys
 from importlib import import_module
 
 from .._version import __version__
 
 VERBS = {
+    "train": ("train", "fine-tune a shipped task, or any diffusers prior toward any energy"),
+    "evaluate": ("evaluate", "judge a run by fresh rollouts of both sides: its certificate"),
+    "sample": ("sample", "draw from a run's policy; --exact for samples of the tilted prior itself"),
+    "export": ("export", "write a run's policy as a diffusers pipeline or peft adapters"),
+    "tasks": ("tasks", "list the shipped tasks"),
     "2d": ("two_d", "fine-tune the shipped 2D prior onto a known target and certify the result"),
     "bench": ("bench", "measure update time over its floor, memory, and the log-ratio's error"),
+    "completion": ("completion", "print a completion script: source <(tiltune completion bash)"),
 }
 HELP = f"""tiltune {__version__}: fine-tune diffusion samplers toward energies, and prove how close they came.
 
 usage: tiltune VERB [options]          (tiltune VERB --help says more)
 
-{chr(10).join(f"  {name:<8} {text}" for name, (_, text) in VERBS.items())}
+{chr(10).join(f"  {name:<10} {text}" for name, (_, text) in VERBS.items())}
 
-example: tiltune 2d --objective rtb --out my-run
+example: tiltune train digits --out my-run && tiltune evaluate my-run
 """
 
 
 def main() -> None:
-    """Entry point of the console script; exit status 2 for bad input, 130 for Ctrl-C."""
-    arguments = sys.argv[1:]
+    """Entry point of the console script."""
+    raise SystemExit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a verb; returns the exit status: the verb's own, 1 for a training that broke down, 2 for bad input, 130 for Ctrl-C."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
-        raise SystemExit(0 if arguments else 2)
+        return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         print(__version__)
-        raise SystemExit(0)
-    if arguments[0] not in VERBS:
-        print(f"tiltune: unknown verb {arguments[0]!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)
-        raise SystemExit(2)
-    module = import_module(f".{VERBS[arguments[0]][0]}", __package__)
+        return 0
+    verb = arguments[0]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"did you mean {near[0]}" if near else f"choose one of {', '.join(VERBS)}"
+        print(f"tiltune: unknown verb {verb!r}; {hint}.", file=sys.stderr)
+        return 2
     try:
-        status = module.main(arguments[1:])
+        return import_module(f".{VERBS[verb][0]}", __package__).main(arguments[1:])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except ValueError as error:
-        print(f"tiltune {arguments[0]}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    raise SystemExit(status)
+        return 130
+    except BrokenPipeError:  # the reader had enough, as in `tiltune tasks | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"tiltune {verb}: {error}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2

@@ -228,7 +228,7 @@ def exact_w2(options: Options) -> tuple[float, float] | None:
 
 def save(options: Options, steps: int, result: TrainResult) -> None:
     """The policy as a diffusers model and the configuration, before the certificate that may be interrupted."""
-    result.policy.model.save_pretrained(options.out / "policy")  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    result.policy.save(options.out / "policy")
     config = {"task": "mixture", "chain": options.chain, "steps": steps, "train": recipe(options).to_dict()}
     (options.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -1,126 +1,127 @@
-"""Denoisers, the frozen prior, and the trainable policy.
-
-A denoiser is ``(state, timestep, condition) -> output``; nothing above it knows the network behind.
-"""
+"""The trainable policy: what it is made of, how it is sampled and saved. `Prior` and denoisers are importable from here too."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain
+from .denoiser import Denoiser, DiffusersDenoiser, ResidualDenoiser, as_denoiser, evaluate, is_diffusers
+from .prior import Prior, Source
+
+__all__ = [
+    "Denoiser",
+    "DiffusersDenoiser",
+    "Policy",
+    "PolicyKind",
+    "Prior",
+    "ResidualDenoiser",
+    "Source",
+    "as_denoiser",
+    "evaluate",
+    "make_policy",
+    "trainable_copy",
+]
+
+PolicyKind = Literal["full", "lora", "residual"]
 
 
-class Denoiser(Protocol):
-    """state [N, ...], timestep [] or [N], condition [N, ...] or None → output, the shape of ``state``."""
+class Policy(nn.Module):
+    """A trainable denoiser beside the prior whose chain it is run with, in evaluation mode.
 
-    def __call__(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor: ...
-
-
-def evaluate(denoiser: Denoiser, chain: Chain, state: Tensor, step: int | Tensor, condition: Tensor | None) -> Tensor:
-    """The network's output at a chain's step, in the dtype of ``state`` whatever precision it ran in."""
-    output = denoiser(chain.network_input(state, step), chain.timestep(step, state), condition)
-    return output.to(state.dtype)
-
-
-class DiffusersDenoiser(nn.Module):
-    """A diffusers model (`UNet2DModel`, our `MLPDenoiser`, anything called as model(sample, timestep)) as a denoiser.
-
-    A condition, where there is one, is passed as ``class_labels``.
+    kind: 'full' a copy, 'lora' the prior's own network with adapters on, 'residual' the prior plus a network.
+    forward: state [N, ...], timestep [] or [N], condition [N, ...] or None → output, the shape of ``state``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, prior: Prior, denoiser: nn.Module, kind: PolicyKind) -> None:
         super().__init__()
-        self.model = model
+        self.prior, self.denoiser, self.kind = prior, denoiser, kind
+        self.eval()
 
     def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
-        extra = {} if condition is None else {"class_labels": condition}
-        return self.model(state, timestep, return_dict=False, **extra)[0]
-
-
-class ResidualDenoiser(nn.Module):
-    """Frozen prior plus a network that starts at zero, for priors that cannot be trained (closed forms, black boxes).
-
-    The prior is kept out of the module's parameters and state dict: it is frozen and saved elsewhere.
-    """
-
-    def __init__(self, prior: Denoiser, network: nn.Module) -> None:
-        super().__init__()
-        zero_output_layer_(network)
-        self._prior: tuple[Denoiser] = (prior,)  # in a tuple, so that it does not register as a submodule
-        self.residual = network if not _is_diffusers(network) else DiffusersDenoiser(network)
-
-    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
-            prior = self._prior[0](state, timestep, condition)
-        return prior + self.residual(state, timestep, condition)
-
-
-def zero_output_layer_(network: nn.Module) -> None:
-    """Zero the last linear or convolutional layer, in place, so that the network's output is zero.
-
-    Errors: ValueError where the network has no such layer.
-    """
-    if hasattr(network, "zero_output_"):  # an `MLPDenoiser` has a skip around its last layer
-        network.zero_output_()  # pyright: ignore[reportCallIssue]
-        return
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
-    if not layers:
-        raise ValueError(
-            f"{type(network).__name__} has no linear or convolutional layer to zero, so a residual policy made of it"
-            " would not start at the prior; end it in one."
-        )
-    with torch.no_grad():
-        layers[-1].weight.zero_()
-        if layers[-1].bias is not None:
-            layers[-1].bias.zero_()
-
-
-def _is_diffusers(network: object) -> bool:
-    return hasattr(network, "save_pretrained") and hasattr(network, "config")
-
-
-def as_denoiser(network: Any) -> Denoiser:
-    """A diffusers model becomes a `DiffusersDenoiser`; what already is a denoiser stays as it is."""
-    return DiffusersDenoiser(network) if _is_diffusers(network) else network
-
-
-class Prior:
-    """A frozen denoiser and the chain it is run with: together they define p_prior, the law of what is sampled.
-
-    shape: of one state, without the batch. to_data: maps terminal states [B, ...] to the samples an energy sees (a
-    scale, or a latent decoder); the identity where None.
-    """
-
-    def __init__(
-        self, network: Any, chain: Chain, shape: tuple[int, ...], to_data: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        self.denoiser = as_denoiser(network)
-        self.chain = chain
-        self.shape = tuple(shape)
-        self._to_data = to_data
-        if isinstance(self.denoiser, nn.Module):
-            self.denoiser.requires_grad_(False).eval()
+        return self.denoiser(state, timestep, condition)
 
     @torch.no_grad()
-    def to_data(self, state: Tensor) -> Tensor:
-        """What an energy sees of terminal states [B, ...]."""
-        return state if self._to_data is None else self._to_data(state)
+    def sample(self, count: int, *, seed: int = 0, batch: int = 512, on_progress: Callable[[int], None] | None = None) -> Tensor:
+        """[count, ...] samples as an energy sees them (`Prior.to_data`), ``batch`` at a time.
 
-    @property
-    def device(self) -> torch.device:
-        if isinstance(self.denoiser, nn.Module):
-            for parameter in self.denoiser.parameters():
-                return parameter.device
-        return torch.device("cpu")
+        The law is that of the trained chain, the prior's last step included where it is a decoder. ``on_progress`` receives
+        the number of samples just done. Samples depend on ``seed`` and ``batch``.
+        """
+        from .rollout import decode_last
+
+        prior, chain = self.prior, self.prior.chain
+        generator = torch.Generator(device=prior.device).manual_seed(seed)
+        samples = []
+        for first in range(0, count, batch):
+            shape = (min(batch, count - first), *prior.shape)
+            state = chain.start_std * torch.randn(shape, generator=generator, device=prior.device)
+            # A rollout without the prior's half of the work, which only log-ratios need.
+            for step in range(chain.num_kernels):
+                noise = torch.randn(shape, generator=generator, device=prior.device)
+                mean = chain.mean(state, step, evaluate(self, chain, state, step, None))
+                state = mean + chain.row(step, state).sigma * noise
+            if chain.decoder:
+                state = decode_last(prior, state, generator)
+            samples.append(prior.to_data(state))
+            if on_progress:
+                on_progress(shape[0])
+        return torch.cat(samples)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the policy's own weights, safetensors and JSON only, for `pretrained.load_policy`.
+
+        Errors: ValueError for a network that is no diffusers model.
+        """
+        from .pretrained import save_policy
+
+        save_policy(self, Path(folder))
+
+
+def make_policy(
+    prior: Prior,
+    kind: PolicyKind = "full",
+    *,
+    rank: int = 8,
+    targets: tuple[str, ...] = (),
+    gradient_checkpointing: bool = False,
+) -> Policy:
+    """A policy that starts exactly at the prior, in evaluation mode (dropout would make log-ratios a lottery).
+
+    rank, targets: of LoRA adapters; targets are names of layers or endings of such names ('to_q', 'resnets.0.conv1'), by
+    default every linear or convolutional layer larger than its adapter (`lora.add_adapters`). The weights that start at
+    random do so from a fixed seed. gradient_checkpointing: recompute activations in the backward pass.
+
+    Errors: ValueError for a prior that this kind cannot be made of, targets that match nothing, and a network that has no
+    gradient checkpointing.
+    """
+    if kind not in get_args(PolicyKind):
+        raise ValueError(f"policy kind {kind!r} is unknown; choose one of {', '.join(get_args(PolicyKind))}.")
+    if targets and kind != "lora":
+        raise ValueError(f"targets name layers for LoRA adapters, and a {kind!r} policy has none; leave them out.")
+    recompute = None
+    if kind == "full":
+        denoiser = trainable_copy(prior)
+        network = getattr(denoiser, "model", denoiser)
+    elif kind == "residual":
+        denoiser = residual_of(prior)
+        network = denoiser.residual.model
+    else:
+        from .lora import add_adapters
+
+        denoiser = add_adapters(prior.denoiser, rank, targets)
+        network, recompute = denoiser.base.model, denoiser.switch.checkpoint
+    if gradient_checkpointing:
+        _checkpoint(network, recompute)
+    return Policy(prior, denoiser, kind)
 
 
 def trainable_copy(prior: Prior) -> nn.Module:
-    """A policy that starts as an exact copy of the prior and trains all its parameters.
+    """A denoiser that starts as an exact copy of the prior and trains all its parameters.
 
     In evaluation mode, where it stays: dropout would make its log-ratio to the prior a lottery.
 
@@ -131,4 +132,45 @@ def trainable_copy(prior: Prior) -> nn.Module:
             "this prior has no parameters to copy and train; pass policy=ResidualDenoiser(prior.denoiser, network), the"
             " frozen prior plus a network that starts at zero."
         )
-    return copy.deepcopy(prior.denoiser).requires_grad_(True).eval()
+    if isinstance(prior.denoiser, DiffusersDenoiser) and prior.denoiser.adapters is not None:
+        from .lora import without_adapters
+
+        denoiser = without_adapters(prior.denoiser)
+    else:
+        denoiser = copy.deepcopy(prior.denoiser)
+    return denoiser.requires_grad_(True).eval()
+
+
+def residual_of(prior: Prior) -> ResidualDenoiser:
+    """The frozen prior plus a network of its own kind and size, fresh weights and a zeroed last layer."""
+    base = prior.denoiser
+    if not (isinstance(base, DiffusersDenoiser) and is_diffusers(base.model)):
+        raise ValueError(
+            "this prior is not a diffusers model, so there is no config to build a residual network from; pass"
+            " policy=ResidualDenoiser(prior.denoiser, network) with a network of your own."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = type(base.model).from_config(base.model.config)  # pyright: ignore[reportAttributeAccessIssue]
+    return ResidualDenoiser(base, beside(prior, network))
+
+
+def beside(prior: Prior, network: nn.Module) -> DiffusersDenoiser:
+    """A second network run as the prior's own is: its device, dtype, memory format, label and autocast."""
+    base = prior.denoiser
+    weights = list(base.model.parameters())
+    network = network.to(weights[0].device)
+    if weights[0].dtype != torch.float32:
+        network = network.to(weights[0].dtype)
+    if any(weight.ndim == 4 and not weight.is_contiguous() for weight in weights):
+        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return DiffusersDenoiser(network, label=base.label, autocast=base.autocast)
+
+
+def _checkpoint(network: nn.Module, recompute: Callable[..., Any] | None) -> None:
+    """Turn gradient checkpointing on, by torch's own function where ``recompute`` is None."""
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(network).__name__} has no gradient checkpointing; leave it off, or lower the chunk (memory_mb) instead."
+        )
+    network.enable_gradient_checkpointing(recompute)  # pyright: ignore[reportCallIssue]

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from .chain import SIGMA_ZERO
-from .log_ratio import log_ratio_from_noise
+from .log_ratio import log_ratio_from_noise, log_ratio_from_states
 from .policy import Denoiser, Prior, evaluate
 from .trajectory import Trajectories
+
+MOST_AT_ONCE = 2048  # larger batches spill temporaries that the allocator returns to the system after every operation
+NUMBERS_AT_ONCE = 2**19
+
+
+def rows_at_once(shape: tuple[int, ...]) -> int:
+    """How many states of this shape to run through a network at once: enough for speed, few enough for memory."""
+    return max(1, min(MOST_AT_ONCE, NUMBERS_AT_ONCE // math.prod(shape)))
 
 
 @torch.no_grad()
@@ -25,14 +33,16 @@ def rollout(
     condition: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     keep: bool = True,
+    compared: Denoiser | None = None,
 ) -> Trajectories:
     """Draw ``batch`` trajectories from the policy, or from the prior where ``policy`` is None.
 
     noise_scale: > 1 inflates the noise of every kernel (not of the start); ``log_behavior`` stays exact.
     start: [batch, ...] fixed starts; drawn where None.
     keep: False keeps only the terminal samples (``states`` is then [1, batch, ...]).
+    compared: a policy whose log-ratio on the prior's own trajectories is wanted; it draws nothing.
 
-    Returns trajectories with ``log_behavior`` and, from a policy, ``step_log_ratio`` set. No gradient is kept.
+    Returns trajectories with ``log_behavior`` and, from or compared with a policy, ``step_log_ratio`` set. No gradient is kept.
     """
     chain, device = prior.chain, prior.device
 
@@ -51,6 +61,9 @@ def rollout(
         prior_output = evaluate(prior.denoiser, chain, state, step, condition)
         if policy is None:
             mean = chain.mean(state, step, prior_output)
+            if compared is not None:
+                shift = chain.kernel_shift(state, step, evaluate(compared, chain, state, step, condition), prior_output)
+                ratios.append(log_ratio_from_states(noise, shift))
         else:
             policy_output = evaluate(policy, chain, state, step, condition)
             mean = chain.mean(state, step, policy_output)
@@ -68,7 +81,7 @@ def rollout(
     return Trajectories(
         states=states,
         step_log_ratio=step_log_ratio,
-        log_behavior=inflation if step_log_ratio is None else step_log_ratio.sum(0) + inflation,
+        log_behavior=inflation if step_log_ratio is None or policy is None else step_log_ratio.sum(0) + inflation,
         condition=condition,
     )
 

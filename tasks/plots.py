@@ -50,11 +50,20 @@ def contours(axes: Axes, target: GaussianMixture) -> None:
 
 
 def curves(bounds: Axes, residual: Axes, history: list[dict[str, Any]], log_z_true: float) -> None:
-    """ELBO, EUBO and log Z over training time, and the residual's standard deviation."""
+    """ELBO, EUBO and log Z over the updates, and the residual's standard deviation.
+
+    The warm start, with its many small updates, takes the left third whatever their number.
+    """
+    warm = max((record["update"] for record in history if record["phase"] == "warm_start"), default=0)
+    last = max((record["update"] for record in history if record["phase"] != "warm_start"), default=0)
+    stretch = 0.5 * (last or warm) / warm if warm else 0.0
+
+    def place(record: dict[str, Any]) -> float:
+        return (record["update"] - warm) * stretch if record["phase"] == "warm_start" else record["update"]
 
     def series(name: str) -> tuple[list[float], list[float]]:
-        found = [(record["seconds"], record[name]) for record in history if name in record]
-        return [second for second, _ in found], [value for _, value in found]
+        found = [(place(record), record[name]) for record in history if name in record]
+        return [update for update, _ in found], [value for _, value in found]
 
     for name, color, label in (("elbo", ELBO, "ELBO"), ("log_z", LOG_Z, "log Z"), ("eubo", EUBO, "EUBO")):
         bounds.plot(*series(name), color=color, label=label, linewidth=1.2)
@@ -65,15 +74,16 @@ def curves(bounds: Axes, residual: Axes, history: list[dict[str, Any]], log_z_tr
     residual.plot(*series("residual_std"), color=POLICY, linewidth=1.2)
     residual.set_title("Residual's standard deviation (nats)", fontsize=10)
     residual.set(ylim=(0, None))
-    warm = max((record["seconds"] for record in history if record["phase"] == "warm_start"), default=None)
+    left = -warm * stretch
     for axes in (bounds, residual):
         axes.grid(alpha=0.2)
         # The residual is known from the first update on; the warm start's stretch would only squeeze it.
-        axes.set_xlim(0 if axes is bounds else warm or 0, history[-1]["seconds"])
-        axes.set_xlabel("seconds of training")
-        if warm is not None and axes is bounds:
-            axes.axvspan(0, warm, color="black", alpha=0.05, linewidth=0)
-            axes.text(0.3, 0.97, "warm start", transform=axes.transAxes, va="top", fontsize=7)
+        axes.set_xlim(left if axes is bounds else 0, max(last, 1))
+        axes.set_xlabel("updates after the warm start" if warm else "updates")
+        if warm and axes is bounds:
+            axes.axvspan(left, 0, color="black", alpha=0.05, linewidth=0)
+            axes.text(left, 0.97, f" warm start: {warm + 1}", transform=axes.get_xaxis_transform(), va="top", fontsize=7)
+            axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
 
 
 def mixture_figure(

@@ -12,7 +12,17 @@ from typing import Any, get_args
 import pytest
 
 from tiltune.finetune.behavior import BEHAVIORS
-from tiltune.finetune.config import BEHAVIOR_NAMES, ObjectiveName, TrainConfig
+from tiltune.finetune.config import (
+    BEHAVIOR_NAMES,
+    CertificateConfig,
+    EnergyConfig,
+    ObjectiveName,
+    PolicyConfig,
+    PriorConfig,
+    RunConfig,
+    TrainConfig,
+    pretrained_recipe,
+)
 from tiltune.finetune.objectives import OBJECTIVES
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
@@ -101,3 +111,57 @@ def test_importing_the_config_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- the tree of a whole run -----------------------------------------------------------------------------------------
+
+RUN_REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
+    (PriorConfig, {"steps": 0}, "steps is 0"),
+    (PriorConfig, {"eta": -0.5}, "eta is -0.5"),
+    (PriorConfig, {"eta": math.nan}, "eta is nan"),
+    (PriorConfig, {"noise_level": 0.0}, "noise_level is 0.0"),
+    (PriorConfig, {"label": -1}, "label is -1"),
+    (PriorConfig, {"variance": "large"}, "variance is 'large'; choose one of fixed_large, fixed_small"),
+    (PriorConfig, {"noise": "none"}, "noise is 'none'; choose one of memoryless, flow_grpo"),
+    (PriorConfig, {"precision": "int8"}, "precision is 'int8'; choose one of float32, bf16, fp16"),
+    (EnergyConfig, {"terms": "a.py:b"}, "it is a tuple of terms"),
+    (EnergyConfig, {"terms": ("a.py:b", " ")}, "an energy term is empty"),
+    (PolicyConfig, {"kind": "lorra"}, "kind is 'lorra'; choose one of full, lora, residual"),
+    (PolicyConfig, {"rank": 0}, "rank is 0"),
+    (PolicyConfig, {"targets": ("to_q",)}, "the policy is 'full'; choose 'lora', or leave targets out"),
+    (CertificateConfig, {"size": 99}, "fewer than 100"),
+    (CertificateConfig, {"seed": -1}, "must not be negative"),
+    (RunConfig, {"device": "tpu"}, "device is 'tpu'; choose one of auto, cpu, cuda, mps"),
+    (RunConfig, {"threads": 0}, "threads is 0"),
+    (RunConfig, {"task": "digits", "prior": PriorConfig("x")}, "brings its own prior, but 'x' is named too"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), RUN_REFUSALS, ids=[f"{k.__name__} {v}" for k, v, _ in RUN_REFUSALS])
+def test_parts_of_a_run_are_refused_when_built(kind: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**values)
+
+
+def test_the_recipe_for_a_strangers_prior_is_a_whole_config() -> None:
+    config = pretrained_recipe("folder", "a.py:b", "c.py:d")
+    assert (config.prior.source, config.energy.terms) == ("folder", ("a.py:b", "c.py:d"))
+    assert config.train.shares == {"on_policy": 1.0}  # stored paths of a small bank are soon learned by heart
+    assert pretrained_recipe() == RunConfig(train=config.train)
+
+
+def test_every_field_says_what_it_is_for_or_needs_no_words() -> None:
+    # The texts below the fields are the command line's help.
+    import ast
+    import inspect
+
+    from tiltune.finetune import config
+
+    silent = set()
+    for node in ast.parse(inspect.getsource(config)).body:
+        if isinstance(node, ast.ClassDef):
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign) and not isinstance(after, ast.Expr):
+                    silent.add(ast.unparse(field.target))
+    sections = {"prior", "energy", "policy", "train", "certificate"}
+    assert silent - sections <= {"warm_start_updates", "warm_start_learning_rate", "max_grad_norm", "seed"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiltune.finetune.config import TrainConfig
 from tiltune.finetune.energy import EnergyError, EnergyMeter, from_density, from_reward
@@ -47,6 +49,7 @@ def test_from_density_is_minus_log_once() -> None:
         (lambda x: x.sum(1).long(), r"returned torch.int64.*value.float"),
         (lambda x: x.sum(1).numpy(), r"returned ndarray, not a tensor"),
         (lambda x: 3.0, r"returned float, not a tensor of shape \[8\]"),
+        (lambda x: lambda y: y, r"returned function, not a tensor.*factory, to be called first"),
         (lambda x: x.sum(1).requires_grad_(True), r"requires grad.*no_grad"),
         (lambda x: x @ torch.ones(5), r"raised RuntimeError.*input: \(8, 3\) torch.float32"),
     ],
@@ -96,6 +99,98 @@ def test_too_many_invalid_values_stop_the_run() -> None:
     meter(mixed)  # exactly 5%
     with pytest.raises(EnergyError, match="6 of 101 samples, above the 5%"):
         meter(torch.zeros(1, 1))
+
+
+def by_label(x: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    return x.sum(1) if class_labels is None else x.sum(1) + 100 * class_labels
+
+
+class Labelled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x: Tensor, *, class_labels: Tensor) -> Tensor:
+        return x @ self.weight + 100 * class_labels
+
+
+LABELS = torch.arange(8)
+
+
+@pytest.mark.parametrize(
+    ("energy", "labels"),
+    [
+        (lambda x: x.sum(1), False),
+        (by_label, True),
+        (lambda x, **context: by_label(x, context["class_labels"]), True),
+        (lambda x, *, class_labels: by_label(x, class_labels), True),
+        (Labelled(), True),
+        (functools.partial(by_label, class_labels=torch.zeros(8)), False),
+        (from_reward(lambda x, class_labels: -by_label(x, class_labels)), True),
+        (from_reward(lambda x: -x.sum(1)), False),
+        (from_density(lambda x, class_labels: (-by_label(x, class_labels).double()).exp()), True),
+        (EnergyMeter(by_label), True),
+    ],
+)
+def test_an_energy_receives_the_context_that_its_signature_names(energy: Any, labels: bool) -> None:
+    expected = X.sum(1) + 100 * LABELS * labels
+    value = EnergyMeter(energy)(X, class_labels=LABELS, prompts=["a"] * 8)
+    torch.testing.assert_close(value, expected.float())
+
+
+def test_without_context_nothing_is_passed() -> None:
+    assert torch.equal(EnergyMeter(by_label)(X), X.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("energy", "context", "message"),
+    [
+        (Labelled(), {}, "energy Labelled needs class_labels.*they have: no context"),
+        (lambda x, target, class_labels: x, {"class_labels": LABELS}, "needs target,.*have: class_labels.*functools.partial"),
+        (lambda images, prompts, metadata: (images, {}), {}, r"needs prompts and metadata.*from_reward\(..., images="),
+        (by_label, {"class_labels": LABELS[:4]}, "class_labels is not one value for each of 8 samples"),
+        (by_label, {"prompts": "a prompt"}, "prompts is not one value for each"),
+        (by_label, {"class_labels": 3}, "class_labels is not one value for each"),
+    ],
+)
+def test_context_that_does_not_fit_is_refused(energy: Any, context: dict[str, Any], message: str) -> None:
+    with pytest.raises(EnergyError, match=message):
+        EnergyMeter(energy)(X, **context)
+
+
+def test_an_energy_that_works_in_place_moves_neither_samples_nor_context() -> None:
+    def careless(x: Tensor, class_labels: Tensor, metadata: list[dict[str, int]]) -> Tensor:
+        metadata[0]["seen"] = 1
+        return x.mul_(2).sum(1) + class_labels.zero_()
+
+    x, labels, metadata = X.clone(), LABELS.clone(), [{} for _ in range(8)]
+    EnergyMeter(careless)(x, class_labels=labels, metadata=metadata)
+    assert torch.equal(x, X)
+    assert torch.equal(labels, LABELS)
+    assert metadata == [{}] * 8
+
+
+def test_an_energy_may_differentiate_inside() -> None:
+    """The score norm of a Gaussian: x for E = x²/2, though the meter itself runs without a graph."""
+
+    def score_norm(x: Tensor) -> Tensor:
+        x = x.requires_grad_(True)
+        (gradient,) = torch.autograd.grad((0.5 * x.square()).sum(), x)
+        return gradient.square().sum(1)
+
+    with torch.no_grad():
+        assert torch.equal(EnergyMeter(score_norm)(X), X.square().sum(1))
+
+
+def test_an_interrupt_in_an_energy_stays_one() -> None:
+    def slow(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for energy in (slow, from_reward(slow), from_reward(slow, images="raw"), from_density(slow)):
+        meter = EnergyMeter(energy)
+        with pytest.raises(KeyboardInterrupt):
+            meter(X)
+        assert meter.calls == 0
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from tiltune.samplers.chain import Chain
+from tiltune.samplers.denoiser import zero_output_layer_
 from tiltune.samplers.log_ratio import log_ratio_from_states, rows_of, step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
-from tiltune.samplers.policy import Prior, ResidualDenoiser, as_denoiser, evaluate, trainable_copy, zero_output_layer_
+from tiltune.samplers.policy import Prior, ResidualDenoiser, as_denoiser, evaluate, trainable_copy
 from tiltune.samplers.rollout import decode_last, noise_back, rollout
 from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
 

@@ -1,0 +1,105 @@
+"""A memory in front of an expensive energy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .energy import Energy, call_energy, context_for, energy_name, refuse_graph
+
+
+class CachedEnergy:
+    """An energy that is not asked twice for the same sample: only what is new in a batch is sent on, once each.
+
+    A sample is known by a 160-bit BLAKE2b digest of its exact bytes, dtype, shape and context. The ``capacity`` samples used
+    last are kept, some 300 bytes each. Right for energies that are a function of one sample: one that draws random numbers,
+    or compares the samples of a batch, would be frozen at its first answer. Float rounding may depend on the size of the
+    batch that is sent on, and so on what was known.
+
+    cache_hits: samples answered without the energy, so far. term_values: as in `WeightedSum`, where it wraps one.
+
+    Errors: ValueError for a capacity below 1.
+    """
+
+    def __init__(self, energy: Energy, capacity: int = 100_000) -> None:
+        if capacity < 1:
+            raise ValueError(f"the cache's capacity is {capacity}; it must be positive.")
+        self.energy, self.capacity = energy, capacity
+        self.cache_hits = 0
+        self.term_values: dict[str, Tensor] = {}
+        self.__name__ = energy_name(energy)
+        self._rows: OrderedDict[bytes, tuple[float, ...]] = OrderedDict()  # the energy, then its terms
+        self._terms: list[str] = []
+        self._dtype = torch.float32
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __call__(self, x: Tensor, **context: Any) -> Tensor:
+        """x [B, ...] → [B] in the energy's dtype, on the device of ``x``.
+
+        Errors: ValueError where ``x`` wants a gradient, which a memory does not have; EnergyError as from the energy itself.
+        """
+        if x.requires_grad:
+            raise ValueError("a cached energy has no gradient; call the energy that it wraps.")
+        context = context_for(self.energy, context, len(x))
+        keys = _keys(x, context)
+        rows = {key: self._rows[key] for key in keys if key in self._rows}
+        first = {key: position for position, key in reversed(list(enumerate(keys))) if key not in rows}
+        new = sorted(first.values())
+        if new:
+            rows |= zip((keys[position] for position in new), self._ask(x, context, new), strict=True)
+        self.cache_hits += len(x) - len(new)
+        for key in keys:
+            self._rows[key] = rows[key]
+            self._rows.move_to_end(key)
+        while len(self._rows) > self.capacity:
+            self._rows.popitem(last=False)
+        columns = torch.tensor([rows[key] for key in keys], dtype=torch.float64).reshape(len(x), 1 + len(self._terms))
+        value, *terms = columns.to(self._dtype).to(x.device).unbind(1)
+        self.term_values = dict(zip(self._terms, terms, strict=True))
+        return value
+
+    def _ask(self, x: Tensor, context: dict[str, Any], positions: list[int]) -> list[tuple[float, ...]]:
+        """The energy, and its terms, of the samples at ``positions``: one row each."""
+        index = torch.tensor(positions, device=x.device)
+        part = {
+            key: value[index.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in positions]
+            for key, value in context.items()
+        }
+        value = call_energy(self.energy, x[index], part, self.__name__)
+        refuse_graph(value, self.__name__)
+        terms: dict[str, Tensor] = getattr(self.energy, "term_values", {})
+        self._terms, self._dtype = list(terms), value.dtype
+        columns = [column.double().cpu() for column in (value, *terms.values())]
+        return [tuple(row) for row in torch.stack(columns, 1).tolist()]
+
+
+def _keys(x: Tensor, context: dict[str, Any]) -> list[bytes]:
+    """One digest a sample.
+
+    Errors: ValueError for context that is neither a tensor nor plain values, and so has no bytes of its own.
+    """
+    digests = [hashlib.blake2b(digest_size=20) for _ in range(len(x))]
+    for name, value in {"": x, **context}.items():
+        if isinstance(value, Tensor):
+            size = math.prod(value.shape[1:])
+            table = value.detach().cpu().contiguous().reshape(len(value), size).view(torch.uint8).numpy()
+            head, parts = f"{name} {value.dtype} {tuple(value.shape[1:])}", [row.tobytes() for row in table]
+        else:
+            try:
+                head, parts = name, [json.dumps(one, sort_keys=True).encode() for one in value]
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the cache cannot tell one sample's {name} from another's ({error}); use tensors, or strings, numbers,"
+                    " lists and dicts."
+                ) from error
+        for digest, part in zip(digests, parts, strict=True):
+            digest.update(f"{head} {len(part)} ".encode() + part)
+    return [digest.digest() for digest in digests]

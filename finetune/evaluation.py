@@ -1,0 +1,85 @@
+"""A finished run judged: fresh rollouts of both sides, the task's own criteria, and what is deployed of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import certificate as certificates
+from .deployment import deployment_figures
+from .run import Run, threads
+from .strict_json import strict_json
+
+if TYPE_CHECKING:
+    from .certificate import Evidence
+    from .energy import Energy
+
+# Far from the training's generators, whose trajectories the certificate must not see again.
+FRESH_SEED = 2**62
+# Samples of each deployed sampler: what it loses shows in a few, and there are several samplers.
+DEPLOYED_SIZE = 2000
+
+
+def certify(
+    run: Run, energy: Energy | None = None, *, size: int | None = None, seed: int | None = None, progress: bool = True
+) -> tuple[dict[str, Any], Evidence]:
+    """Judge a run by fresh rollouts of both sides; returns every figure with the verdict, and the evidence behind them.
+
+    energy: what to judge by; the training's own where None, under the conditions of `Run.energy`. size, seed: the config's
+    where None. A task judges by its own criteria; elsewhere the two sides judge each other ("judged_by"). "deployed"
+    holds what plain diffusers loops around the policy give, and is not judged.
+    """
+    from tqdm import tqdm
+
+    config, alpha = run.config.certificate, run.config.train.alpha
+    size, seed = config.size if size is None else size, config.seed if seed is None else seed
+    replace(config, size=size, seed=seed)  # refuses what no certificate can have
+    energy = run.energy() if energy is None else energy
+    with threads(run.config.threads), tqdm(total=2 * size, desc="certificate", dynamic_ncols=True, disable=not progress) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        generator = torch.Generator(run.prior.device).manual_seed(FRESH_SEED + seed)
+        evidence = certificates.gather_evidence(run.prior, run.policy, energy, alpha, generator, size=size, on_progress=advance)
+        figures = certificates.path_figures(evidence)
+        verdict, reasons, compared = certificates.judge_unknown(evidence, figures)
+        compared |= {"verdict": verdict, "reasons": reasons}
+        judged_by = "its two sides"
+        if run.task is not None:
+            doubts = certificates.target_side_doubts(figures)
+            try:
+                figures |= run.task.figures(evidence, energy, generator)
+                judged_by = f"the task {run.task.name}"
+                verdict, reasons = certificates.conclude(run.task.criteria(figures), doubts)
+            except ValueError as error:  # too few samples for one of the task's figures are no bad input
+                verdict, reasons = "inconclusive", [*doubts, str(error)]
+        bar.set_description("deployed samplers")
+        each = min(size, DEPLOYED_SIZE)
+        deployed = deployment_figures(run.policy, energy, evidence, generator, each)
+        calls = evidence.energy_calls + each * (len(deployed) - 2)  # its first two rows are the evidence's own
+    notes = ["training was interrupted; this is what it had reached"] if run.record["interrupted"] else []
+    notes += [f"training stopped early: {run.record['stopped']}"] if run.record["stopped"] else []
+    figures |= {
+        "verdict": verdict,
+        "reasons": reasons,
+        "judged_by": judged_by,
+        "flags": certificates.flags(figures) + notes,
+        "verdict_unknown_truth": compared,
+        "exit_status": certificates.EXIT_STATUS[verdict],
+        "energy_calls": run.record["energy_calls"],
+        "certificate_energy_calls": calls,
+        "deployed": deployed,
+        "alpha": alpha,
+        "steps": run.prior.chain.num_steps,
+        "size": size,
+        "seed": seed,
+    }
+    return figures, evidence
+
+
+def write_certificate(run: Run, figures: dict[str, Any]) -> None:
+    """certificate.json in the run's folder."""
+    (run.folder / "certificate.json").write_text(strict_json(figures, indent=2) + "\n")

@@ -1,0 +1,322 @@
+"""A run as a folder: `train` makes one, `open_run` loads it again, `evaluation.certify` judges it.
+
+    config.yaml     the whole `RunConfig`: the same training again, bit for bit
+    metrics.jsonl   one JSON object a line
+    policy/         what was trained, as diffusers or peft save it
+    run.json        what the loader decided, versions, seconds, how the training ended
+    certificate.json, picture.png, samples.safetensors, samples.png      once they are asked for
+
+Imports no torch by itself, so that a mistake in the config or the folder is found at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .._version import __version__
+from .config import PriorConfig, RunConfig
+from .config_file import from_mapping, read_yaml, to_yaml
+from .energy_loading import combine, parse_energy
+from .run_folder import new_run, refuse_occupied
+from .strict_json import strict_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..samplers.policy import Policy, Prior
+    from .certificate import Criterion, Evidence
+    from .energy import Energy
+
+SHIPPED = re.compile(r"tiltune\.tasks\.(?!py$)[a-z_0-9]+")
+
+
+class Task(Protocol):
+    """What a run asks of a shipped task: its prior, where its energies are, and what it knows of the truth."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def load_prior(self) -> Callable[[PriorConfig], Prior]: ...
+    @property
+    def figures(self) -> Callable[[Evidence, Energy, torch.Generator], dict[str, Any]]: ...
+    @property
+    def criteria(self) -> Callable[[dict[str, Any]], list[Criterion]]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A trained policy with the prior it started from and the config that made it. record: what run.json holds."""
+
+    folder: Path
+    config: RunConfig
+    prior: Prior
+    policy: Policy
+    record: dict[str, Any]
+    task: Task | None = None
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def energy(self, terms: Sequence[str] = ()) -> Energy:
+        """The energy that ``terms`` name, or the one of the training where none are given.
+
+        Errors: ValueError where the training's is code that only the folder names: importing that is for whoever typed it.
+        """
+        config = replace(self.config.energy, terms=tuple(terms) or self.config.energy.terms)
+        if not terms:
+            foreign = [term for term in config.terms if not _ships(term, self.task)]
+            if foreign or not config.terms:
+                named = f"with {' '.join(foreign)}" if foreign else "with a function of its own"
+                raise ValueError(
+                    f"{self.folder} was trained {named}; no code is run because a folder names it, so say it again: --energy"
+                    f" {' '.join(foreign) or 'FILE.py:NAME'} (in Python, pass energy=)."
+                )
+        return load_energies(replace(self.config, energy=config), self.task)
+
+
+# --- making one ------------------------------------------------------------------------------------------------------
+
+
+def train(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    task: Task | None = None,
+    energy: Energy | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Run:
+    """Fine-tune as ``config`` says and write the run into the folder ``out``.
+
+    task: the shipped task that ``config.task`` names. energy: a function in place of ``config.energy``'s terms; the run's
+    config.yaml then names no energy, and whoever opens it brings the function again. overwrite: replace a run in ``out``; the
+    old one comes back if nothing gets trained. progress: print what the loader decided, and show bars.
+
+    Ctrl-C ends the training, not the run: the policy is saved as it is, ``record["interrupted"]`` is True. An error in the
+    middle of the training saves it likewise, and is raised again.
+
+    Errors: ValueError, before anything is written, for whatever cannot be trained.
+    """
+    folder = Path(out)
+    config = _with_absolute_source(config)
+    if energy is not None:  # what did not train the run must not stand in its config
+        config = replace(config, energy=replace(config.energy, terms=()))
+    _refuse_incomplete(config, task, energy)
+    refuse_occupied(folder, overwrite)
+    from .trainer import Trainer
+
+    with threads(config.threads):
+        measured = load_energies(config, task, energy)
+        prior = load_prior(config, task)
+        conditions = prior.chain.conditions()
+        if progress:
+            print(*prior.decisions, *(f"  {name:<10} {text}" for name, text in conditions.items()), sep="\n")
+        _refuse_oversized_bank(config, prior)
+        policy = _initial_policy(config, prior)
+        trainer = Trainer(prior, measured, config.train, policy=policy, metrics=folder / "metrics.jsonl", progress=progress)
+        stopped: Exception | None = None
+        with new_run(folder):
+            (folder / "config.yaml").write_text(to_yaml(config))
+            result = None
+            try:
+                result = trainer.train()
+            except Exception as error:
+                if not trainer.history:
+                    raise
+                stopped = error
+            policy.save(folder / "policy")
+            record = {
+                "interrupted": result is not None and result.interrupted,
+                "stopped": None if stopped is None else f"{type(stopped).__name__}: {stopped}",
+                "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
+                "energy_calls": trainer.meter.calls,
+                "log_z": None if result is None else result.log_z,
+                "seconds": None if result is None else round(result.seconds, 1),
+                "energy": list(config.energy.terms) if energy is None else None,
+                "decisions": list(prior.decisions),
+                "conditions": conditions,
+                "trained_parameters": sum(weight.numel() for weight in policy.parameters() if weight.requires_grad),
+                "device": str(prior.device),
+                "versions": {
+                    "tiltune": __version__,
+                    "python": platform.python_version(),
+                    **{name: version(name) for name in ("torch", "diffusers", "accelerate")},
+                },
+            }
+            (folder / "run.json").write_text(strict_json(record, indent=2) + "\n")
+    if stopped is not None:
+        raise stopped
+    return Run(folder, config, prior, policy, record, task)
+
+
+def _refuse_incomplete(config: RunConfig, task: Task | None, energy: Energy | None) -> None:
+    if config.task is None and config.prior.source is None:
+        raise ValueError("nothing says what to fine-tune: name a task, or a prior (--prior FOLDER) with an energy.")
+    _refuse_other_task(config, task)
+    if energy is None and not config.energy.terms:
+        raise ValueError("nothing says what to minimize: name an energy, --energy FILE.py:NAME.")
+    for term in config.energy.terms if energy is None else ():
+        spec = parse_energy(term)
+        if not spec.place and task is None:
+            raise ValueError(f"the energy {term!r} names no file, and without a task there is no other place: FILE.py:{term}.")
+
+
+def _refuse_other_task(config: RunConfig, task: Task | None) -> None:
+    if config.task != (None if task is None else task.name):
+        raise ValueError(
+            f"the config is of the task {config.task!r}, but {None if task is None else task.name!r} is given; in Python, pass"
+            " task=tiltune.tasks.NAME.TASK with a config of that task, and none with a prior of your own."
+        )
+
+
+def _refuse_oversized_bank(config: RunConfig, prior: Prior) -> None:
+    """Errors: ValueError where whole prior trajectories would fill more than half of the memory there is."""
+    import torch
+
+    from .behavior import NEEDS_BANK
+
+    train = config.train
+    if train.warm_start == "none" and not train.soft_value_updates and not set(train.shares) & NEEDS_BANK:
+        return
+    states = prior.chain.num_steps + 1
+    wanted = 4 * train.bank_size * states * math.prod(prior.shape)
+    if prior.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(prior.device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted > memory / 2:
+        raise ValueError(
+            f"the bank of {train.bank_size:,} prior trajectories of {states} states takes {wanted / 2**30:,.1f} GB, and"
+            f" {prior.device} has {memory / 2**30:,.1f}; lower bank_size, or do without: warm_start none, soft_value_updates 0,"
+            " behavior on_policy 1."
+        )
+
+
+def _with_absolute_source(config: RunConfig) -> RunConfig:
+    """The config with the prior's folder spelled out, so that the run opens from anywhere; a hub id stays."""
+    source = config.prior.source
+    if source is None or not Path(source).expanduser().exists():
+        return config
+    return replace(config, prior=replace(config.prior, source=str(Path(source).expanduser().absolute())))
+
+
+# --- its parts -------------------------------------------------------------------------------------------------------
+
+
+def load_energies(config: RunConfig, task: Task | None, energy: Energy | None = None) -> Energy:
+    """``energy``, or the weighted sum of the config's terms (names without a module are the task's); behind a memory if the
+    config asks for one."""
+    from .energy_cache import CachedEnergy
+
+    if energy is None:
+        energy = combine(config.energy.terms, None if task is None else task.module)
+    return CachedEnergy(energy) if config.energy.cache else energy
+
+
+def _ships(term: str, task: Task | None) -> bool:
+    """Whether a term names nothing but what a module of ``tiltune.tasks`` defines, and not what it happens to import."""
+    spec = parse_energy(term)
+    place = spec.place or ("" if task is None else task.module)
+    if not SHIPPED.fullmatch(place):
+        return False
+    try:
+        named = getattr(import_module(place), spec.name, None)
+    except ModuleNotFoundError:
+        return False
+    return SHIPPED.fullmatch(getattr(named, "__module__", "")) is not None
+
+
+def load_prior(config: RunConfig, task: Task | None) -> Prior:
+    """The task's prior, or the one at ``config.prior.source``, on the config's device."""
+    device = _device(config)
+    if task is not None:
+        prior = task.load_prior(config.prior)
+        prior.denoiser.to(device)  # pyright: ignore[reportAttributeAccessIssue]
+        return prior
+    from ..samplers import pretrained
+
+    settings = asdict(config.prior)
+    return pretrained.load_prior(settings.pop("source"), device=device, **settings)
+
+
+def _device(config: RunConfig) -> str:
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if config.device == "auto":
+        return next(name for name, usable in there.items() if usable)
+    if not there[config.device]:
+        raise ValueError(f"the device is {config.device!r}, but torch sees none here; use --device auto or cpu.")
+    return config.device
+
+
+def _initial_policy(config: RunConfig, prior: Prior) -> Policy:
+    from ..samplers.policy import make_policy
+
+    chosen = config.policy
+    return make_policy(
+        prior, chosen.kind, rank=chosen.rank, targets=chosen.targets, gradient_checkpointing=chosen.gradient_checkpointing
+    )
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch's threads while a run works: their number is part of its arithmetic."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- coming back to it -----------------------------------------------------------------------------------------------
+
+
+def read_config(folder: str | Path) -> RunConfig:
+    """The config of the run in ``folder``.
+
+    Errors: ValueError where there is none, or one that cannot be read.
+    """
+    path = Path(folder) / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"there is no run in {folder}: {path} is missing.")
+    return from_mapping(read_yaml(path), RunConfig(), str(path))
+
+
+def open_run(folder: str | Path, task: Task | None = None) -> Run:
+    """The run in ``folder`` with its prior and policy loaded; ``task`` as in `train`. Runs no code that the folder names.
+
+    Errors: ValueError for a folder without a finished run, or with files that do not fit together.
+    """
+    from ..samplers.pretrained import load_policy
+
+    folder = Path(folder)
+    config = read_config(folder)
+    _refuse_other_task(config, task)
+    if not (folder / "run.json").exists() or not (folder / "policy").is_dir():
+        raise ValueError(f"the run in {folder} has no policy yet: it is still training, or its process was killed.")
+    try:
+        record = json.loads((folder / "run.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'run.json'} is not JSON: {error}.") from None
+    prior = load_prior(config, task)
+    return Run(folder, config, prior, load_policy(prior, folder / "policy"), record, task)

@@ -1,0 +1,139 @@
+"""The soft value of a state, learned on the bank: log h_k(s) = log E_prior[exp(-E/alpha) | s_k = s] - log Z, nats.
+
+h_k is the density ratio of tilted to prior states at step k, so a classifier of the two estimates it: with w the bank's weights
+of mean 1, the minimum of E[w softplus(-f) + softplus(f)] is f = log h_k. Two networks, each trained on half of the bank, so that
+no path is ever judged by a network that has seen its energy.
+
+It is used where an error in it costs variance, never truth: as a control variate of the warm start, and as the baseline of
+`reinforce_kl`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..samplers.chain import Chain
+from .behavior import PriorBank
+
+WIDTH, CHANNELS, DROPOUT = 96, 24, 0.3
+BATCH, LEARNING_RATE, WEIGHT_DECAY = 512, 2e-3, 0.3
+FRESH = 0.7  # share of states noised anew from a path's end
+LARGEST = math.log(60.0)  # h is bounded above: where it is larger the bank holds too few states to know it
+
+
+class ValueNetwork(nn.Module):
+    """States [N, ...] of a chain and their steps [N] → [N]; zero at the start.
+
+    Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and shifted by an
+    embedding of the step.
+    """
+
+    def __init__(self, shape: tuple[int, ...], steps: int) -> None:
+        super().__init__()
+        self.step = nn.Embedding(steps + 1, 64)
+        layers: list[nn.Module] = []
+        outputs: list[int] = []
+        size = math.prod(shape)
+        if len(shape) == 3:
+            channels, height, width = shape
+            for out in (CHANNELS, 2 * CHANNELS):
+                stride = 1 if out == CHANNELS and min(height, width) <= 8 else 2
+                layers.append(nn.Conv2d(channels, out, 3, stride=stride, padding=1))
+                outputs.append(out)
+                channels, height, width = out, -(-height // stride), -(-width // stride)
+            size = channels * height * width
+        layers += [nn.Linear(size, WIDTH), nn.Linear(WIDTH, WIDTH)]
+        self.layers = nn.ModuleList(layers)
+        outputs += [WIDTH, WIDTH]
+        self.shifts = nn.ModuleList(nn.Linear(64, 2 * out) for out in outputs)
+        self.drop = nn.Dropout(DROPOUT)
+        self.out = nn.Linear(WIDTH, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, state: Tensor, step: Tensor) -> Tensor:
+        hidden, embedded = state, self.step(step)
+        for layer, shift in zip(self.layers, self.shifts, strict=True):
+            if isinstance(layer, nn.Linear):
+                hidden = self.drop(hidden.flatten(1))
+            scale, offset = shift(embedded).chunk(2, 1)
+            hidden = layer(hidden)
+            around = (len(hidden), -1, *[1] * (hidden.ndim - 2))
+            hidden = functional.silu(hidden * (1 + scale.view(around)) + offset.view(around))
+        return self.out(hidden)[:, 0]
+
+
+class SoftValue:
+    """log h_k(s), by the mean of two networks; a path of the bank is judged by the one that has not seen it (``half``)."""
+
+    def __init__(self, networks: tuple[nn.Module, nn.Module], half: Tensor) -> None:
+        self.networks, self.half = networks, half
+
+    @torch.no_grad()
+    def __call__(self, state: Tensor, step: Tensor) -> Tensor:
+        """States [N, ...] at steps [N] → [N] nats, for states that no bank path passes through."""
+        values = [network(state, step) for network in self.networks]
+        return (0.5 * (values[0] + values[1])).clamp(max=LARGEST)
+
+    @torch.no_grad()
+    def of_paths(self, state: Tensor, step: Tensor, path: Tensor) -> Tensor:
+        """The same for states of (or noised from the end of) the bank's paths ``path`` [N]."""
+        values = [network(state, step) for network in self.networks]
+        return torch.where(self.half[path] == 0, values[1], values[0]).clamp(max=LARGEST)
+
+
+def bank_weight(bank: PriorBank, alpha: float) -> Tensor:
+    """exp(-E/alpha) of the bank's paths [N], of mean 1."""
+    return bank.log_weight(alpha).double().softmax(0).float() * len(bank.trajectories)
+
+
+def states_of(chain: Chain, states: Tensor, path: Tensor, step: Tensor, fresh: float, generator: torch.Generator) -> Tensor:
+    """States [n, ...] at ``step`` [n] of paths ``path`` [n]: a share ``fresh`` noised anew from the path's end."""
+    stored = states[step, path]
+    around = (-1, *[1] * (stored.ndim - 1))
+    signal, noise = (column.to(stored)[step].view(around) for column in (chain.signal, chain.noise))
+    anew = signal * states[-1, path] + noise * torch.randn(stored.shape, generator=generator, device=stored.device)
+    chosen = torch.rand(len(step), generator=generator, device=stored.device) < fresh
+    return torch.where(chosen.view(around), anew, stored)
+
+
+def fit_soft_value(
+    bank: PriorBank,
+    chain: Chain,
+    alpha: float,
+    updates: int,
+    generator: torch.Generator,
+    on_progress: Callable[[], None] | None = None,
+) -> SoftValue:
+    """Train both networks for ``updates`` steps each; ``on_progress`` is called after each step."""
+    states, weight = bank.trajectories.states, bank_weight(bank, alpha)
+    device, count = states.device, states.shape[1]
+    half = torch.zeros(count, dtype=torch.long, device=device)
+    half[torch.randperm(count, generator=generator, device=device)[count // 2 :]] = 1
+    fresh = FRESH if chain.forgets_given_next else 0.0
+    networks = []
+    # Initial weights and dropout come from the global generator: forked, so that the caller's is left alone.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for side in (0, 1):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=device)))
+            network = ValueNetwork(tuple(states.shape[2:]), chain.num_kernels).to(device).train()
+            optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+            mine = (half == side).nonzero()[:, 0]
+            for update in range(updates):
+                optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / updates) * min(1.0, (update + 1) / 100)
+                path = mine[torch.randint(len(mine), (BATCH,), generator=generator, device=device)]
+                step = torch.randint(chain.num_kernels + 1, (BATCH,), generator=generator, device=device)
+                value = network(states_of(chain, states, path, step, fresh, generator), step)
+                loss = (weight[path] * functional.softplus(-value) + functional.softplus(value)).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if on_progress:
+                    on_progress()
+            networks.append(network.eval().requires_grad_(False))
+    return SoftValue((networks[0], networks[1]), half)

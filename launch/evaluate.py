@@ -1,0 +1,90 @@
+"""`tiltune evaluate`: judge a run by fresh rollouts of both sides, and write its certificate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..tasks.task import load_task
+from . import flags
+from .tasks import open_with_task
+
+DESCRIPTION = """Draw fresh rollouts of a run's policy and of its prior, and measure how close the policy came to
+p_prior(x) · exp(-E(x)/alpha): certificate.json and picture.png in the run's folder, the figures and a verdict on the
+terminal. A shipped task is judged by its own criteria, any other run by its two sides against each other. Exit status: 0 the
+certificate passes, 1 it fails, 3 it is inconclusive, 2 bad input.
+
+example: tiltune evaluate my-run
+
+example: tiltune evaluate my-run --energy my_energy.py:brightness --size 10000
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `tiltune evaluate` takes."""
+
+    run: flags.RunFolder
+    """Folder of the run."""
+    energy: tuple[str, ...] = ()
+    """What to judge by; the training's own where not given. To be said again where that is code of your own."""
+    size: int | None = None
+    """Rollouts a side; the config's where not given."""
+    seed: int | None = None
+    """Of these rollouts; the config's where not given."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns its exit status."""
+    options = flags.parse(Options, argv, "tiltune evaluate", DESCRIPTION)
+    run = open_with_task(options.run)
+    from ..finetune.evaluation import certify, write_certificate
+    from .pictures import run_figure
+
+    energy = run.energy(options.energy)
+    certificate, evidence = certify(run, energy, size=options.size, seed=options.seed)
+    write_certificate(run, certificate)
+    if run.config.task is not None and certificate["judged_by"] == f"the task {run.config.task}":
+        figure = load_task(run.config.task).picture(evidence, energy, run.history, certificate)
+    else:
+        figure = run_figure(evidence, certificate)
+    figure.savefig(run.folder / "picture.png")
+    print(summary(certificate, run.folder))
+    return certificate["exit_status"]
+
+
+def summary(certificate: dict[str, Any], folder: Path) -> str:
+    """The verdict in one line, and the figures behind it."""
+
+    def shown(name: str, digits: int = 3) -> str:
+        return f"{certificate[name]:.{digits}f} ± {certificate[f'{name}_se']:.{digits}f}"
+
+    lines = [
+        f"ELBO {shown('elbo')} ≤ log Z {shown('log_z')} (target side {shown('log_z_forward')}) ≤ EUBO {shown('eubo')}",
+        f"gap {shown('gap')}   ESS {certificate['ess']:.3f}   target side {certificate['target_ess']:.0f} effective of"
+        f" {certificate['size']}   Pareto-k {certificate['pareto_k']:.2f}",
+        *deployed(certificate["deployed"]),
+        f"{certificate['energy_calls']:,} energy calls in training, {certificate['certificate_energy_calls']:,} in the"
+        f" certificate; written to {folder}",
+        *[f"flag: {flag}" for flag in certificate["flags"] if flag not in certificate["reasons"]],
+        f"verdict: {certificate['verdict']}: {'; '.join(certificate['reasons'])}",
+    ]
+    return "\n".join(lines)
+
+
+def deployed(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of what plain diffusers loops around the policy give; empty where there is no scheduler to deploy."""
+    if len(rows) < 3:
+        return []
+
+    def against(row: dict[str, Any], side: str) -> str:
+        distance, null = row[f"{side}_cell_tv"], row[f"{side}_cell_tv_null"]
+        return f"{'':>15}" if distance is None else f"{distance:>8.3f} ({null:.3f})"
+
+    lines = [f"{'deployed':<34}{'steps':>6}{'energy':>10}{'cell TV: chain':>16}{'target':>16}    (by chance)"]
+    for row in rows:
+        energy = math.nan if row["energy"] is None else row["energy"]
+        lines.append(f"{row['sampler']:<34}{row['steps']:>6}{energy:>10.3f} {against(row, 'chain')} {against(row, 'target')}")
+    return lines

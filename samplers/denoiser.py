@@ -1,0 +1,116 @@
+"""Denoisers: what a network looks like to a chain, and the diffusers models that are made to look so.
+
+A denoiser is ``(state, timestep, condition) -> output``; nothing above it knows the network behind.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Chain
+
+if TYPE_CHECKING:
+    from .adapter_switch import AdapterSwitch
+
+
+class Denoiser(Protocol):
+    """state [N, ...], timestep [] or [N], condition [N, ...] or None → output, the shape of ``state``."""
+
+    def __call__(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor: ...
+
+
+def evaluate(denoiser: Denoiser, chain: Chain, state: Tensor, step: int | Tensor, condition: Tensor | None) -> Tensor:
+    """The network's output at a chain's step, in the dtype of ``state`` whatever precision it ran in."""
+    output = denoiser(chain.network_input(state, step), chain.timestep(step, state), condition)
+    return output.to(state.dtype)
+
+
+class DiffusersDenoiser(nn.Module):
+    """A diffusers model (`UNet2DModel`, our `MLPDenoiser`, anything called as model(sample, timestep)) as a denoiser.
+
+    A condition [N], where there is one, is passed as ``class_labels``; ``label`` is one class label for every call that
+    brings none. autocast: the dtype of torch's autocast while the network runs, or None for its own precision. The second
+    half of twice as many output channels as states have (a DiT's learned variance) is left out, as its pipeline does.
+
+    Where the network carries LoRA adapters (``adapters``), a call runs with all of them off.
+    """
+
+    def __init__(self, model: nn.Module, *, label: int | None = None, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.label, self.autocast = label, autocast
+        self.adapters: AdapterSwitch | None = None
+        # A DiT takes no scalar timestep, and an embedding table of timesteps takes integers only.
+        self._timestep_each = type(model).__name__ == "DiTTransformer2DModel"
+        self._integer_timestep = getattr(getattr(model, "config", None), "time_embedding_type", None) == "learned"
+
+    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        with nullcontext() if self.adapters is None else self.adapters.using(None):
+            return self.run(state, timestep, condition)
+
+    def run(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The network as it stands, with whatever adapters are on."""
+        if condition is None and self.label is not None:
+            condition = torch.full((len(state),), self.label, device=state.device)
+        extra = {} if condition is None else {"class_labels": condition}
+        if self._timestep_each:
+            timestep = timestep.expand(len(state))
+        if self._integer_timestep:
+            timestep = timestep.long()
+        with torch.autocast(state.device.type, self.autocast) if self.autocast is not None else nullcontext():
+            output = self.model(state, timestep, return_dict=False, **extra)[0]
+        channels = state.shape[1]
+        return output[:, :channels] if output.shape[1] == 2 * channels else output
+
+
+class ResidualDenoiser(nn.Module):
+    """Frozen prior plus a network that starts at zero, for priors that cannot be trained (closed forms, black boxes).
+
+    network: a denoiser or a diffusers model. The prior is kept out of the module's parameters and state dict: it is frozen
+    and saved elsewhere. The sum is taken in the state's precision, so that half precision does not swallow a small residual.
+    """
+
+    def __init__(self, prior: Denoiser, network: nn.Module) -> None:
+        super().__init__()
+        self.residual = as_denoiser(network)
+        zero_output_layer_(network.model if isinstance(network, DiffusersDenoiser) else network)
+        self._prior: tuple[Denoiser] = (prior,)  # in a tuple, so that it does not register as a submodule
+
+    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            prior = self._prior[0](state, timestep, condition)
+        return prior.to(state.dtype) + self.residual(state, timestep, condition).to(state.dtype)
+
+
+def zero_output_layer_(network: nn.Module) -> None:
+    """Zero the last linear or convolutional layer, in place, so that the network's output is zero.
+
+    Errors: ValueError where the network has no such layer.
+    """
+    if hasattr(network, "zero_output_"):  # an `MLPDenoiser` has a skip around its last layer
+        network.zero_output_()  # pyright: ignore[reportCallIssue]
+        return
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
+    if not layers:
+        raise ValueError(
+            f"{type(network).__name__} has no linear or convolutional layer to zero, so a residual policy made of it"
+            " would not start at the prior; end it in one."
+        )
+    with torch.no_grad():
+        layers[-1].weight.zero_()
+        if layers[-1].bias is not None:
+            layers[-1].bias.zero_()
+
+
+def is_diffusers(network: object) -> bool:
+    """Whether an object saves, loads and is called like a diffusers model."""
+    return hasattr(network, "save_pretrained") and hasattr(network, "config")
+
+
+def as_denoiser(network: Any) -> Any:
+    """A diffusers model becomes a `DiffusersDenoiser`; what already is a denoiser stays as it is."""
+    return DiffusersDenoiser(network) if is_diffusers(network) else network

@@ -1,0 +1,186 @@
+"""LoRA through peft on the prior's own network: one set of base weights, adapters on for the policy and off for the prior."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .adapter_switch import AdapterSwitch
+from .denoiser import DiffusersDenoiser, is_diffusers
+from .folder import read_json
+
+if TYPE_CHECKING:
+    from .prior import Source
+
+Layers = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def peft() -> Any:
+    """The library, or a ValueError that says how to get it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(f"LoRA policies need peft ({error}); install it with: pip install 'tiltune[lora]'") from error
+    return peft
+
+
+class LoraDenoiser(nn.Module):
+    """The prior's own denoiser, run with one adapter on. Its trainable parameters are the adapter's; the rest is frozen."""
+
+    def __init__(self, base: DiffusersDenoiser, name: str, config: Any) -> None:
+        super().__init__()
+        assert base.adapters is not None
+        self.base, self.name, self.config = base, name, config
+        self.switch = base.adapters
+
+    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        with self.switch.using(self.name):
+            return self.base.run(state, timestep, condition)
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The adapter's peft layers by their names in the network."""
+        return _adapted(self.base.model, self.name)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter's weights under the names of peft's own files."""
+        return {
+            f"base_model.model.{name}.{part}.weight": getattr(layer, part)[self.name].weight.detach().contiguous()
+            for name, layer in self.layers().items()
+            for part in ("lora_A", "lora_B")
+        }
+
+    @torch.no_grad()
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Take weights that `adapter_state` gave. Errors: ValueError where names or shapes differ."""
+        own = self.adapter_state()
+        wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is missing, foreign or of another shape.")
+        for key, weight in own.items():
+            weight.copy_(state[key])
+
+
+def add_adapters(denoiser: Any, rank: int, targets: tuple[str, ...] = (), config: Any = None) -> LoraDenoiser:
+    """Put fresh adapters of ``rank`` into a denoiser's network, in place; they are off until the result is called.
+
+    targets: names of linear or convolutional layers, or endings of such names. None given: every such layer that is larger
+    than its adapter, attention projections and convolutions among them. config: a peft LoraConfig in place of both.
+    The update is B A x with B = 0 at the start (arXiv 2106.09685, eq. 3), so that the network starts unchanged. Adapters of
+    earlier policies on the same network stay as they are and stop being trainable.
+
+    Errors: ValueError for a network that is no diffusers model or has adapters of its own, a rank below 1, targets that
+    match nothing, and a missing peft.
+    """
+    library = peft()
+    from peft.tuners.lora import LoraLayer
+
+    if not (isinstance(denoiser, DiffusersDenoiser) and is_diffusers(denoiser.model)):
+        raise ValueError("LoRA needs a prior whose network is a diffusers model; a closed form or a black box has no layers.")
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; adapters have at least rank 1.")
+    model = denoiser.model
+    if denoiser.adapters is None and any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ValueError("this prior's network has peft adapters of its own; merge them into its weights first.")
+    if config is None:
+        config = library.LoraConfig(r=rank, lora_alpha=rank, target_modules=_choose(model, rank, targets))
+    switch = AdapterSwitch() if denoiser.adapters is None else denoiser.adapters
+    name = f"policy_{len(switch)}"
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second policy on one prior is meant
+        torch.manual_seed(0)
+        library.inject_adapter_in_model(config, model, adapter_name=name)
+    switch.add(name, list(_adapted(model, name).values()))
+    denoiser.adapters = switch
+    return LoraDenoiser(denoiser, name, config)
+
+
+def _adapted(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    return {key: module for key, module in model.named_modules() if name in getattr(module, "lora_A", ())}
+
+
+def _choose(model: nn.Module, rank: int, targets: tuple[str, ...]) -> list[str]:
+    """Full names of the layers that get adapters."""
+    layers: dict[str, Any] = {
+        name.replace(".base_layer", ""): module  # adapted once already, by an earlier policy
+        for name, module in model.named_modules()
+        if isinstance(module, Layers) and ".lora_" not in name
+    }
+    if not targets:
+        targets = tuple(name for name, layer in layers.items() if _adapter_size(layer, rank) < layer.weight.numel())
+        if not targets:
+            raise ValueError(f"at rank {rank} an adapter is larger than any layer of this network; lower the rank.")
+    chosen: set[str] = set()
+    for target in targets:
+        found = {name for name in layers if name == target or name.endswith("." + target)}
+        if not found:
+            endings = {".".join(name.split(".")[-parts:]) for name in layers for parts in (1, 2)}
+            near = get_close_matches(target, sorted(endings | set(layers)), n=3, cutoff=0.3)
+            raise ValueError(
+                f"the target {target!r} matches no linear or convolutional layer; a name or its ending does"
+                f" ({', '.join(near or sorted(endings)[:3])})."
+            )
+        chosen |= found
+    return sorted(chosen)
+
+
+def _adapter_size(layer: Layers, rank: int) -> int:
+    """Parameters of A and B: A takes a layer's whole input (a convolution's patch) to ``rank``, B takes that to its output."""
+    return rank * (layer.weight[0].numel() + layer.weight.shape[0])
+
+
+def without_adapters(denoiser: DiffusersDenoiser, merge: str | None = None) -> DiffusersDenoiser:
+    """A copy with plain layers again, the adapter ``merge`` added into their weights (none where None)."""
+    from peft.tuners.lora import LoraLayer
+
+    plain = copy.deepcopy(denoiser)
+    plain.adapters, model = None, plain.model
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            if merge is not None and merge in layer.lora_A:
+                layer.merge(adapter_names=[merge])  # pyright: ignore[reportCallIssue]
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    if getattr(model, "_supports_gradient_checkpointing", False):
+        model.disable_gradient_checkpointing()  # pyright: ignore[reportCallIssue] - it goes through the switch
+    return plain
+
+
+def save_adapter(denoiser: LoraDenoiser, folder: Path, source: Source | None) -> None:
+    """adapter_config.json and adapter_model.safetensors, as peft's PeftModel.from_pretrained(network, folder) reads them."""
+    from safetensors.torch import save_file
+
+    config = copy.copy(denoiser.config)
+    config.target_modules = sorted(config.target_modules)  # a set, in an order that changes from run to run
+    config.base_model_name_or_path = None if source is None else source.path
+    config.save_pretrained(str(folder))
+    save_file(denoiser.adapter_state(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapter(denoiser: DiffusersDenoiser, folder: Path) -> LoraDenoiser:
+    """The adapter that `save_adapter` wrote, put into a denoiser's network. Errors: ValueError where it does not fit."""
+    library = peft()
+    from safetensors.torch import load_file
+
+    read_json(folder / "adapter_config.json")  # where it is missing, peft would go and look for it online
+    try:
+        config = library.LoraConfig.from_pretrained(str(folder))
+        state = load_file(folder / "adapter_model.safetensors")
+    except (OSError, TypeError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    try:
+        loaded = add_adapters(denoiser, config.r, config=config)
+        loaded.load_adapter_state(state)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the adapter in {folder} does not fit this prior's network: {reason}") from error
+    return loaded

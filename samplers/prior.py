@@ -1,0 +1,109 @@
+"""The frozen prior: a denoiser, the chain it is run with, and what its samples are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Chain
+from .denoiser import as_denoiser
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a prior was loaded from: enough to load it again, and to export a policy with what surrounds it.
+
+    path: an absolute folder, or a hub id. pipeline: the class that model_index.json names, None for a bare model.
+    denoiser: the subfolder of the denoiser, "" for a bare model.
+    """
+
+    path: str
+    pipeline: str | None
+    denoiser: str
+
+
+class Prior:
+    """A frozen denoiser and the chain it is run with: together they define p_prior, the law of what is sampled.
+
+    shape: of one state, without the batch. to_data: maps terminal states [B, ...] to the samples an energy sees (a
+    scale, or a latent decoder); the identity where None. `Prior.from_pretrained` also fills source, scheduler (the diffusers
+    scheduler that the chain was read from), step_options (what its step takes besides, DDIM's eta) and decisions (what the
+    loader decided, three lines).
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        chain: Chain,
+        shape: tuple[int, ...],
+        to_data: Callable[[Tensor], Tensor] | None = None,
+        *,
+        source: Source | None = None,
+        scheduler: Any = None,
+        step_options: dict[str, float] | None = None,
+        decisions: tuple[str, ...] = (),
+    ) -> None:
+        self.denoiser: Any = as_denoiser(network)
+        self.chain = chain
+        self.shape = tuple(shape)
+        self.source, self.scheduler, self.step_options, self.decisions = source, scheduler, step_options or {}, decisions
+        self._to_data = to_data
+        if isinstance(self.denoiser, nn.Module):
+            self.denoiser.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        steps: int = 50,
+        *,
+        eta: float = 1.0,
+        variance: Literal["fixed_large", "fixed_small"] | None = None,
+        noise: Literal["memoryless", "flow_grpo"] = "memoryless",
+        noise_level: float = 0.7,
+        label: int | None = None,
+        precision: Literal["float32", "bf16", "fp16"] = "float32",
+        channels_last: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Prior:
+        """A pretrained diffusers sampler as a prior; what the arguments mean and what is refused: `pretrained.load_prior`."""
+        from .pretrained import load_prior
+
+        return load_prior(
+            path,
+            steps,
+            eta=eta,
+            variance=variance,
+            noise=noise,
+            noise_level=noise_level,
+            label=label,
+            precision=precision,
+            channels_last=channels_last,
+            device=device,
+        )
+
+    @torch.no_grad()
+    def to_data(self, state: Tensor) -> Tensor:
+        """What an energy sees of terminal states [B, ...]."""
+        return state if self._to_data is None else self._to_data(state)
+
+    @property
+    def label(self) -> int | None:
+        """The class that every call of the network is conditioned on, or None."""
+        return getattr(self.denoiser, "label", None)
+
+    def context(self, count: int) -> dict[str, Tensor]:
+        """What is known of ``count`` samples besides themselves: {"class_labels": [count]} of a class-conditional prior."""
+        return {} if self.label is None else {"class_labels": torch.full((count,), self.label, device=self.device)}
+
+    @property
+    def device(self) -> torch.device:
+        if isinstance(self.denoiser, nn.Module):
+            for parameter in self.denoiser.parameters():
+                return parameter.device
+        return torch.device("cpu")

@@ -1,0 +1,110 @@
+"""Steering at inference: the policy proposes, weights decide, and samples of the tilted prior come out.
+
+A policy trajectory has the log-weight lw = log_potential(sample) - Λ toward the tilted path law, whatever the policy is. Drawn
+in proportion to exp(lw), terminal samples follow p_prior · exp(log_potential) as the number of proposals grows; the effective
+number says how far to trust that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .policy import Policy
+from .rollout import rollout
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """Samples drawn by weight from a policy's proposals.
+
+    samples: [count, ...] data, in random order, so that any part of them is a draw too. index: [count] the proposal each one
+    is. log_weight: [proposals] nats, -inf for zero density.
+    """
+
+    samples: Tensor
+    index: Tensor
+    log_weight: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """[proposals] float64, sums to 1."""
+        return self.log_weight.double().softmax(0)
+
+    @property
+    def ess(self) -> float:
+        """Effective number of proposals, 1 / sum w², between 1 and their number."""
+        return 1 / self.weight.square().sum().item()
+
+    @property
+    def largest_weight(self) -> float:
+        """Share of the heaviest proposal."""
+        return self.weight.max().item()
+
+    @property
+    def unique(self) -> int:
+        """Number of different proposals among the samples."""
+        return len(self.index.unique())
+
+
+def systematic(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices [count] drawn in proportion to ``weight`` [N], in random order.
+
+    Each i comes floor or ceil of count · w_i times: no resampling has less variance in the copies, and none repeats a proposal
+    of count · w_i ≤ 1.
+    """
+    cumulative = weight.double().cumsum(0)
+    first = torch.rand((), generator=generator, device=weight.device, dtype=torch.float64)
+    points = (torch.arange(count, device=weight.device) + first) / count * cumulative[-1]
+    last = int(weight.nonzero()[-1])  # a point that rounds up to the total must not land on a weight of zero
+    index = torch.searchsorted(cumulative, points, right=True).clamp(max=last)
+    return index[torch.randperm(count, generator=generator, device=weight.device)]
+
+
+def importance_resample(
+    policy: Policy,
+    log_potential: Callable[[Tensor], Tensor],
+    count: int,
+    generator: torch.Generator,
+    *,
+    proposals: int,
+    batch: int = 512,
+    on_progress: Callable[[int], None] | None = None,
+) -> Resampled:
+    """``count`` samples of p_prior · exp(log_potential) out of ``proposals`` policy rollouts, exact as these grow.
+
+    log_potential: data [B, ...] → [B] nats, -E/alpha; -inf is zero density, and so is NaN. The law is that of the policy's
+    chain, whatever the policy. batch: rollouts at once. on_progress: receives the number of rollouts just done.
+
+    Errors: ValueError for fewer proposals than samples, and where no proposal has any density.
+    """
+    if not 1 <= count <= proposals:
+        raise ValueError(
+            f"{count} samples of {proposals} proposals: ask for at least one sample and at least as many proposals as samples,"
+            " or most of them would be copies."
+        )
+    prior = policy.prior
+    data, log_weights = [], []
+    for first in range(0, proposals, batch):
+        drawn = rollout(prior, policy, min(batch, proposals - first), generator, keep=False)
+        assert drawn.step_log_ratio is not None
+        data.append(prior.to_data(drawn.terminal))
+        potential = log_potential(data[-1]).to(drawn.step_log_ratio).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        log_weights.append(potential - drawn.step_log_ratio.sum(0))
+        if on_progress:
+            on_progress(len(data[-1]))
+    log_weight = torch.cat(log_weights)
+    heaviest = log_weight.max().item()
+    if heaviest == -math.inf:
+        raise ValueError(
+            f"none of {proposals} proposals has any density under the energy, so there is nothing to resample; raise alpha, or"
+            " train the policy further toward where the energy is finite."
+        )
+    if heaviest == math.inf:
+        raise ValueError("log_potential returned +inf, an infinite density; return -E/alpha with a finite energy, or -inf.")
+    index = systematic(log_weight.double().softmax(0), count, generator)
+    return Resampled(torch.cat(data)[index], index, log_weight)

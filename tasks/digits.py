@@ -1,0 +1,141 @@
+"""The digits task: a prior on real handwritten digits, 8 x 8 pixels, and the energy of a class or a set of classes.
+
+Truth is the prior itself: fresh samples of its chain weighted by exp(-E/alpha), one in ten of which counts for a single class.
+`data/make_digits` made the shipped files; the model card in `data/digits` says how, and how good they are.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..finetune.config import CertificateConfig, EnergyConfig, PriorConfig, RunConfig, TrainConfig
+from .task import Task, energy_terms
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+    from ..finetune.certificate import Criterion, Evidence
+    from ..finetune.energy import Energy
+    from ..samplers.policy import Prior
+    from .classifier import ClassEnergy, SmallClassifier
+
+FOLDER = Path(__file__).parent / "data" / "digits"
+
+
+@cache
+def classifier() -> SmallClassifier:
+    """The classifier of the energy, trained on one half of the data with smoothed labels."""
+    from .classifier import SmallClassifier
+
+    return SmallClassifier.load(FOLDER / "classifier")
+
+
+@cache
+def judge() -> SmallClassifier:
+    """The classifier that counts what a policy drew, trained on the other half."""
+    from .classifier import SmallClassifier
+
+    return SmallClassifier.load(FOLDER / "judge")
+
+
+def classes(*wanted: int) -> ClassEnergy:
+    """E(x) = -log p(digit in ``wanted`` | x), nats: ``classes(3)``, or ``classes(0, 2, 4, 6, 8)`` for the even ones.
+
+    Errors: ValueError for no digit, or one that is not between 0 and 9.
+    """
+    from .classifier import ClassEnergy
+
+    if not wanted or not all(isinstance(digit, int) and 0 <= digit <= 9 for digit in wanted):
+        raise ValueError(f"classes{wanted} names no set of digits; write classes(3), or classes(0, 2, 4, 6, 8).")
+    return ClassEnergy(classifier(), wanted)
+
+
+def recipe() -> RunConfig:
+    """One class at alpha = .25 and K = 20, in minutes on one core."""
+    train = TrainConfig(
+        alpha=0.25,
+        objective="reinforce_kl",
+        soft_value_updates=300,
+        bank_size=8000,
+        warm_start_updates=400,
+        warm_start_rows=256,
+        warm_start_learning_rate=1.5e-3,
+        updates=45,
+        batch_size=128,
+        forward_rows=384,
+        learning_rate=4e-4,
+        tempering_ess=None,
+        ema_decay=0.99,
+        max_grad_norm=30.0,
+        memory_mb=256.0,
+        monitor_every=1000,
+    )
+    return RunConfig(
+        task="digits",
+        prior=PriorConfig(steps=20),
+        energy=EnergyConfig(("classes(3)",)),
+        train=train,
+        certificate=CertificateConfig(size=4000),
+    )
+
+
+def load_prior(config: PriorConfig) -> Prior:
+    """The shipped DDPM prior with the config's chain."""
+    from dataclasses import asdict
+
+    from ..samplers.pretrained import load_prior as load
+
+    settings: dict[str, Any] = asdict(config)
+    settings.pop("source")
+    return load(FOLDER, **settings)
+
+
+def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+    """Shares, diversity, W2 and the energy histogram against the weighted prior samples, each with its error."""
+    from .classifier import ClassEnergy
+    from .image_metrics import image_figures, wanted_figures
+
+    found = image_figures(evidence, judge(), generator)
+    for term in energy_terms(energy):
+        if isinstance(term, ClassEnergy):
+            found |= wanted_figures(evidence, judge(), term.wanted)
+    return found
+
+
+def criteria(figures: dict[str, Any]) -> list[Criterion]:
+    """The bars of the task: what a policy that draws the tilted prior, and nothing less, meets."""
+    from ..finetune.certificate import Criterion
+
+    lines = [
+        Criterion("energy TV", figures["energy_tv"], 0.15),
+        Criterion("EUBO - ELBO", figures["gap"], 2.0),
+        Criterion("|log Z forward - reverse|", abs(figures["log_z"] - figures["log_z_forward"]), 0.3),
+    ]
+    if "share" in figures:
+        lines += [
+            Criterion("share below the target's", figures["share_reference"] - figures["share"], 0.03),
+            Criterion("|diversity ratio - 1|", abs(figures["diversity"] - 1), 0.1),
+        ]
+    return lines
+
+
+def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], figures: dict[str, Any]) -> Figure:
+    """Prior, policy and target as image grids, with the training curves."""
+    from .image_plots import image_figure
+
+    return image_figure(evidence, history, figures)
+
+
+TASK = Task(
+    name="digits",
+    module=__name__,
+    summary="8 x 8 handwritten digits, drawn as one class or a set of them",
+    recipe=recipe,
+    load_prior=load_prior,
+    figures=figures,
+    criteria=criteria,
+    picture=picture,
+)

@@ -1,0 +1,60 @@
+"""What a shipped task is: a prior, energies, and what is known of the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..finetune.config import PriorConfig, RunConfig
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+    from ..finetune.certificate import Criterion, Evidence
+    from ..finetune.energy import Energy
+    from ..samplers.policy import Prior
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task by name. Its functions live in ``module`` and import what they need when they are called.
+
+    recipe: the default config. load_prior: the shipped prior with the config's chain. figures: (evidence, energy, generator) →
+    what the truth adds to a certificate. criteria: the lines of the verdict, from all figures. picture: (evidence, energy,
+    history, figures) → the run's picture.
+    """
+
+    name: str
+    module: str
+    summary: str
+    recipe: Callable[[], RunConfig]
+    load_prior: Callable[[PriorConfig], Prior]
+    figures: Callable[[Evidence, Energy, torch.Generator], dict[str, Any]]
+    criteria: Callable[[dict[str, Any]], list[Criterion]]
+    picture: Callable[[Evidence, Energy, list[dict[str, Any]], dict[str, Any]], Figure]
+
+
+TASKS = {
+    "digits": "8 x 8 handwritten digits, drawn as one class or a set of them",
+    "fashion": "16 x 16 Fashion-MNIST, inpainted from a noisy measurement, or drawn as a class",
+}
+
+
+def load_task(name: str) -> Task:
+    """The shipped task of this name.
+
+    Errors: ValueError for an unknown one.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}, or name a prior of your own with --prior.")
+    return import_module(f".{name}", __package__).TASK
+
+
+def energy_terms(energy: Any) -> list[Any]:
+    """The energies that a weighted sum adds up, behind a memory or not; a single energy is its own only term."""
+    energy = getattr(energy, "energy", energy)
+    terms = getattr(energy, "terms", None)
+    return [energy] if terms is None else [term for _, term in terms.values()]

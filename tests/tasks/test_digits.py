@@ -1,0 +1,125 @@
+"""The shipped digits prior, its classifiers, and the task's verdict: an exact sampler passes, a collapsed one does not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tiltune.finetune.certificate import Evidence, conclude, path_figures
+from tiltune.finetune.config import PriorConfig
+from tiltune.finetune.energy_loading import combine
+from tiltune.finetune.objectives import Objective
+from tiltune.finetune.trainer import Trainer
+from tiltune.samplers.rollout import rollout
+from tiltune.samplers.steering import systematic
+from tiltune.tasks.classifier import predicted
+from tiltune.tasks.digits import FOLDER, TASK, classes, classifier, criteria, judge
+from tiltune.tasks.task import load_task
+
+
+def test_what_is_shipped_is_small_and_holds_no_pickle():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 2_000_000
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
+
+
+def test_the_recipe_needs_no_torch():
+    code = "import sys; from tiltune.tasks.task import load_task; load_task('digits').recipe(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    prior = TASK.load_prior(PriorConfig(steps=20))
+    return rollout(prior, None, 400, torch.Generator().manual_seed(0), keep=False).terminal
+
+
+def test_the_prior_draws_every_digit(samples):
+    """Each digit's share of 400 within 5 standard errors of a tenth; the two classifiers agree on most."""
+    labels = predicted(judge(), samples)
+    share = torch.bincount(labels, minlength=10) / 400
+    assert (share - 0.1).abs().max() < 5 * (0.1 * 0.9 / 400) ** 0.5
+    assert (labels == predicted(classifier(), samples)).double().mean() > 0.9
+
+
+def test_class_energy_is_bounded_and_counts_sets(samples):
+    """Labels smoothed by .05 bound it at about 5 nats: a wrong class costs at most a few more."""
+    one, even, every = classes(3)(samples), classes(0, 2, 4, 6, 8)(samples), classes(*range(10))(samples)
+    assert one.min() >= 0 and one.max() < 10
+    assert (even[predicted(judge(), samples) % 2 == 0] < 1).double().mean() > 0.9
+    assert every.abs().max() < 1e-5
+    for wrong in ((), (10,), (-1,), (0.5,)):
+        with pytest.raises(ValueError, match=r"classes\(3\)"):
+            classes(*wrong)
+
+
+def evidence_of(samples, policy):
+    """A target side of the whole prior sample and a policy side of ``policy``, with log-ratios of an exact policy."""
+    energy, alpha = classes(0, 2, 4, 6, 8), 0.5
+    prior_energy, own = energy(samples), energy(policy)
+    log_z = (-prior_energy / alpha).logsumexp(0) - torch.tensor(float(len(samples))).log()
+    return Evidence(
+        alpha,
+        policy,
+        own,
+        -own / alpha - log_z,
+        samples,
+        prior_energy,
+        -prior_energy / alpha - log_z,
+        torch.zeros(19),
+        None,
+        0,
+    )
+
+
+def verdict(evidence):
+    figures = path_figures(evidence)
+    energy = combine(("classes(0, 2, 4, 6, 8)",), TASK.module)
+    figures |= TASK.figures(evidence, energy, torch.Generator().manual_seed(1))
+    return conclude(criteria(figures), [])[0], figures
+
+
+def test_an_exact_sampler_passes_and_a_collapsed_one_fails(samples):
+    weight = (-classes(0, 2, 4, 6, 8)(samples) / 0.5).double().softmax(0)
+    exact = samples[systematic(weight, 400, torch.Generator().manual_seed(2))]
+    found, figures = verdict(evidence_of(samples, exact))
+    assert found == "pass", figures
+    # The right classes only, and in each of them one image over and over: what a reward maximizer does.
+    labels = predicted(judge(), exact)
+    first = exact[[(labels == label).nonzero()[0, 0].item() for label in labels]]
+    found, figures = verdict(evidence_of(samples, first))
+    assert found == "fail" and figures["diversity"] < 0.5 and figures["share"] > 0.9
+    # The prior itself has the diversity and not the shares.
+    found, figures = verdict(evidence_of(samples, samples))
+    assert found == "fail" and figures["share"] < figures["share_reference"] - 0.2
+
+
+def reinforce(batch, alpha, log_z, huber=None):
+    """-mean sg[-E + mean E] Λ: reward maximization, without the KL to the prior."""
+    return -((batch.energy.mean() - batch.energy) * batch.log_ratio).mean()
+
+
+@pytest.mark.slow
+def test_reinforce_without_kl_is_caught():
+    """The negative control, from the default run's own warm start: a share that says yes, and a certificate that says no."""
+    from dataclasses import replace
+
+    from tiltune.finetune.certificate import gather_evidence
+
+    task = load_task("digits")
+    recipe = task.recipe()
+    prior = task.load_prior(recipe.prior)
+    energy = combine(recipe.energy.terms, task.module)
+    config = replace(recipe.train, forward_rows=0, updates=120)
+    trainer = Trainer(prior, energy, config, progress=False)
+    trainer.objective = Objective(reinforce)
+    result = trainer.train()
+    generator = torch.Generator().manual_seed(5)
+    evidence = gather_evidence(prior, result.policy, energy, config.alpha, generator, size=4000)
+    figures = path_figures(evidence)
+    figures |= task.figures(evidence, energy, generator)
+    found, reasons = conclude(task.criteria(figures), [])
+    shown = ("share", "share_reference", "diversity", "gap", "gap_se", "energy_tv", "log_z", "log_z_forward", "ess")
+    print({name: round(figures[name], 3) for name in shown}, found, reasons)
+    assert found == "fail" and figures["share"] > 0.98 and figures["gap"] > 5
