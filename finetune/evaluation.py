@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Far from the training's generators, whose trajectories the certificate must not see again.
 FRESH_SEED = 2**62
 # Samples of each deployed sampler: what it loses shows in a few, and there are several samplers.
-DEPLOYED_SIZE = 2000
+DEPLOYED_SIZE = 1000
 
 
 def certify(

@@ -59,13 +59,13 @@ def recipe() -> RunConfig:
         alpha=0.25,
         objective="reinforce_kl",
         soft_value_updates=300,
-        bank_size=8000,
-        warm_start_updates=400,
+        bank_size=12_000,
+        warm_start_updates=200,
         warm_start_rows=256,
-        warm_start_learning_rate=1.5e-3,
-        updates=45,
+        warm_start_learning_rate=1e-3,
+        updates=60,
         batch_size=128,
-        forward_rows=384,
+        forward_rows=256,
         learning_rate=4e-4,
         tempering_ess=None,
         ema_decay=0.99,
@@ -78,7 +78,7 @@ def recipe() -> RunConfig:
         prior=PriorConfig(steps=20),
         energy=EnergyConfig(("classes(3)",)),
         train=train,
-        certificate=CertificateConfig(size=4000),
+        certificate=CertificateConfig(size=4500),
     )
 
 

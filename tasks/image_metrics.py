@@ -233,9 +233,15 @@ def on_cpu(evidence: Evidence) -> Evidence:
     return replace(evidence, **{name: getattr(evidence, name).cpu() for name in names})
 
 
+def _generator_on_cpu(generator: torch.Generator) -> torch.Generator:
+    if generator.device.type == "cpu":
+        return generator
+    return torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+
+
 def image_figures(evidence: Evidence, judge: nn.Module, generator: torch.Generator, classes: int = 10) -> dict[str, Any]:
     """W2 among the prior's principal components, the judge's class histogram, and the energy histogram, against the target."""
-    evidence = on_cpu(evidence)
+    evidence, generator = on_cpu(evidence), _generator_on_cpu(generator)
     weight = evidence.target_weight
     basis = pixel_basis(evidence.prior_samples, BASIS_DIM)
     figures: dict[str, Any] = {"basis_share": basis.share}
@@ -274,7 +280,7 @@ def inpainting_figures(evidence: Evidence, problem: Inpainting, generator: torch
 
     ``residual`` is the root mean square of (pixel - measured value) / noise: at most about 1 where the measurement is met.
     """
-    evidence = on_cpu(evidence)
+    evidence, generator = on_cpu(evidence), _generator_on_cpu(generator)
     weight = evidence.target_weight
     figures: dict[str, float] = {}
     sides = (("", evidence.samples, even(len(evidence.samples))), ("_reference", evidence.prior_samples, weight))

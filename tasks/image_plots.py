@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROWS = COLUMNS = 8
+SIDE = 8
 
 
-def tile(images: Tensor, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
-    """The first rows · columns of images [N, 1, H, W] as one picture, a white line between them."""
+def tile(images: Tensor) -> Tensor:
+    """The first 64 of images [N, 1, H, W] as one picture, eight by eight, a white line between them."""
     height, width = images.shape[2:]
-    sheet = torch.ones(rows * (height + 1), columns * (width + 1))
-    for position, image in enumerate(images[: rows * columns, 0].cpu()):
-        row, column = divmod(position, columns)
+    sheet = torch.ones(SIDE * (height + 1), SIDE * (width + 1))
+    for position, image in enumerate(images[: SIDE**2, 0]):
+        row, column = divmod(position, SIDE)
         sheet[row * (height + 1) :, column * (width + 1) :][:height, :width] = image
     return sheet[:-1, :-1]
 
@@ -37,10 +37,10 @@ def image_grid(axes: Axes, images: Tensor, title: str) -> None:
     axes.set_axis_off()
 
 
-def target_images(evidence: Evidence, count: int = ROWS * COLUMNS) -> Tensor:
-    """``count`` images of the tilted prior: prior samples drawn by their weights."""
+def target_images(evidence: Evidence) -> Tensor:
+    """64 images of the tilted prior: prior samples drawn by their weights."""
     generator = torch.Generator().manual_seed(0)
-    return evidence.prior_samples[systematic(evidence.target_weight, count, generator)]
+    return evidence.prior_samples[systematic(evidence.target_weight, SIDE**2, generator)]
 
 
 def image_figure(evidence: Evidence, history: list[dict[str, Any]], certificate: dict[str, Any]) -> Figure:

@@ -29,13 +29,20 @@ def dataset() -> tuple[Tensor, Tensor]:
 
 
 def train_prior(seconds: float = 480.0, batch: int = 128, lr: float = 2e-3, ema: float = 0.999) -> None:
-    """v-prediction on the cosine schedule, mean squared error over even timesteps, averaged weights saved in float16."""
+    """v-prediction on the cosine schedule, mean squared error over even timesteps, averaged weights saved in float16.
+
+    Trailing spacing starts at the last timestep, where nothing is left of the data: a start that the chain forgets.
+    """
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
     images, _ = dataset()
     scheduler = DDPMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", variance_type="fixed_large", clip_sample=False
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        variance_type="fixed_large",
+        clip_sample=False,
+        timestep_spacing="trailing",
     )
     network = UNet2DModel(
         sample_size=8,
