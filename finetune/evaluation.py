@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..samplers.steering import systematic
 from . import certificate as certificates
 from .deployment import deployment_figures
-from .run import Run, threads
+from .estimators import ess
+from .run import Run, Task, threads
 from .strict_json import strict_json
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def certify(
                 figures |= run.task.figures(evidence, energy, generator)
                 judged_by = f"the task {run.task.name}"
                 verdict, reasons = certificates.conclude(run.task.criteria(figures), doubts)
+                figures["exact"] = _exact_figures(run.task, evidence, energy, generator)
             except ValueError as error:  # too few samples for one of the task's figures are no bad input
                 verdict, reasons = "inconclusive", [*doubts, str(error)]
         bar.set_description("deployed samplers")
@@ -78,6 +81,14 @@ def certify(
         "seed": seed,
     }
     return figures, evidence
+
+
+def _exact_figures(task: Task, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+    """The task's figures of the policy's samples resampled by their weights, as `tiltune sample --exact` draws them."""
+    effective = int(ess(evidence.log_weight) * len(evidence.samples))
+    index = systematic(evidence.log_weight.double().softmax(0), effective, generator)
+    everything = torch.arange(len(evidence.prior_samples), device=index.device)
+    return {"effective": effective, **task.figures(evidence.resampled(index, everything), energy, generator)}
 
 
 def write_certificate(run: Run, figures: dict[str, Any]) -> None:

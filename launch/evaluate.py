@@ -65,6 +65,7 @@ def summary(certificate: dict[str, Any], folder: Path) -> str:
         f"ELBO {shown('elbo')} ≤ log Z {shown('log_z')} (target side {shown('log_z_forward')}) ≤ EUBO {shown('eubo')}",
         f"gap {shown('gap')}   ESS {certificate['ess']:.3f}   target side {certificate['target_ess']:.0f} effective of"
         f" {certificate['size']}   Pareto-k {certificate['pareto_k']:.2f}",
+        *task_lines(certificate),
         *deployed(certificate["deployed"]),
         f"{certificate['energy_calls']:,} energy calls in training, {certificate['certificate_energy_calls']:,} in the"
         f" certificate; written to {folder}",
@@ -72,6 +73,21 @@ def summary(certificate: dict[str, Any], folder: Path) -> str:
         f"verdict: {certificate['verdict']}: {'; '.join(certificate['reasons'])}",
     ]
     return "\n".join(lines)
+
+
+def task_lines(certificate: dict[str, Any]) -> list[str]:
+    """What a task knows of its samples, and the same of samples resampled by weight; empty without a task's figures."""
+    lines = []
+    for title, figures in (("policy", certificate), ("reweighted, as by sample --exact", certificate.get("exact", {}))):
+        shown = [
+            f"{name.replace('_', ' ')} {figures[name]:.3f}"
+            + (f" ({figures[f'{name}_reference']:.3f})" if f"{name}_reference" in figures else "")
+            for name in ("share", "diversity", "residual", "energy_tv", "w2_ratio")
+            if name in figures
+        ]
+        if shown:
+            lines.append(f"{title}: {'   '.join(shown)}")
+    return lines
 
 
 def deployed(rows: list[dict[str, Any]]) -> list[str]:
