@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..samplers.policy import Prior
 from ..samplers.rollout import noise_back, rollout
+from ..samplers.steering import systematic
 from ..samplers.trajectory import Trajectories
+from .config import TrainConfig
 from .estimators import ess
 
 
@@ -43,11 +45,7 @@ class PriorBank:
 
     def draw(self, count: int, alpha: float, generator: torch.Generator) -> Tensor:
         """Indices [count] drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights."""
-        cumulative = self.log_weight(alpha).double().softmax(0).cumsum(0)
-        first = torch.rand((), generator=generator, device=cumulative.device, dtype=torch.float64)
-        points = (torch.arange(count, device=cumulative.device) + first) / count
-        index = torch.searchsorted(cumulative, points).clamp(max=len(cumulative) - 1)
-        return index[torch.randperm(count, generator=generator, device=index.device)]
+        return systematic(self.log_weight(alpha).double().softmax(0), count, generator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +111,12 @@ BEHAVIORS: dict[str, Behavior] = {
     "noised_back": noised_back,
 }
 NEEDS_BANK = frozenset({"tilted_prior", "noised_back"})
+
+
+def needs_bank(config: TrainConfig) -> bool:
+    """Whether anything of a run draws on a bank of prior trajectories."""
+    phases = config.warm_start == "tlm" or config.soft_value_updates or config.forward_rows
+    return bool(phases or set(config.shares) & NEEDS_BANK)
 
 
 def draw(shares: dict[str, float], context: Context, count: int, generator: torch.Generator) -> dict[str, Trajectories]:

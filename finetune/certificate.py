@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..samplers.policy import Denoiser, Prior
-from ..samplers.rollout import rollout, rows_at_once
+from ..samplers.rollout import rollout
+from ..samplers.trajectory import rows_at_once
 from .energy import Energy, EnergyMeter
 from .estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
 
@@ -128,6 +129,8 @@ def gather_evidence(
             assert drawn.step_log_ratio is not None
             energies = meter(prior.to_data(drawn.terminal), **prior.context(len(part)))
             log_weights.append(_finite_log_weight(energies, alpha) - drawn.step_log_ratio.sum(0))
+            if on_progress:
+                on_progress(len(part))
         start_log_weight = torch.cat(log_weights).reshape(starts, rollouts)
     samples, energies, ratios = (torch.cat(part) for part in zip(*policy_side, strict=True))
     prior_samples, prior_energies, prior_ratios = (torch.cat(part) for part in zip(*prior_side, strict=True))
@@ -209,7 +212,9 @@ def flags(figures: dict[str, Any]) -> list[str]:
     """What is wrong with the setting rather than with the policy; only another chain, or reweighting, removes it."""
     variance, error = figures["start_variance"], figures["start_variance_se"]
     if math.isnan(variance):
-        return ["every rollout from one start has zero density, so what the chain remembers of its start is not measured"]
+        return [
+            "rollouts from one start weigh nothing, or too unequally, so what the chain remembers of its start is not measured"
+        ]
     if variance - 1.64 * error > MAX_START_VARIANCE:
         return [
             f"the chain remembers its start: Var[log Z(s_0)] = {variance:.2f} ± {error:.2f}, above {MAX_START_VARIANCE}; the"

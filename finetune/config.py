@@ -42,8 +42,8 @@ class TrainConfig:
     bank_size: int = 80_000
     """Prior trajectories drawn once, with their energies, for the warm start and the behaviors that need them."""
     forward_rows: int = 0
-    """Transitions of the bank's tilted paths whose likelihood every update raises besides: the forward KL, on equal terms with
-    the objective's own, so that what the warm start has covered stays covered. 0: none."""
+    """Transitions of the bank's tilted paths whose likelihood every update raises besides: the forward KL, in the objective's own
+    units, so that what the warm start has covered stays covered. Needs the soft value. 0: none."""
     tempering_ess: float | None = 0.3
     """Raise alpha until this share of a batch is effective, and lower it as the policy follows. None: never."""
     huber: float | None = 20.0
@@ -54,7 +54,8 @@ class TrainConfig:
     """Initial noise inflation of the behavior 'inflated', annealed to 1."""
     max_grad_norm: float = 10.0
     ema_decay: float = 0.0
-    """Each phase ends at the running average of its weights, with at most this decay. 0: at its last weights."""
+    """Each phase ends at the running average of its weights, with at most this decay; the metrics are of the weights that move.
+    0: at its last weights."""
     memory_mb: float = 64.0
     """What autograd may keep for one chunk of the second pass."""
     max_invalid: float = 0.05
@@ -77,6 +78,11 @@ class TrainConfig:
         positive = "batch_size learning_rate log_z_learning_rate warm_start_rows warm_start_learning_rate bank_size max_energy"
         for name in f"{positive} max_grad_norm memory_mb monitor_every".split():
             refuse(not getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
+        refuse(
+            self.forward_rows > 0 and not self.soft_value_updates,
+            "forward_rows needs soft_value_updates: without the control variate the bank's few effective paths would be learned"
+            " by heart, update after update.",
+        )
         refuse(not 0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it is a share, at least 0 and below 1.")
         refuse(not 0 <= self.max_invalid <= 1, f"max_invalid is {self.max_invalid}; it is a share, between 0 and 1.")
         for name in ("updates", "warm_start_updates", "soft_value_updates", "forward_rows"):
@@ -188,7 +194,7 @@ class PolicyConfig:
     """What is trained; it starts exactly at the prior."""
 
     kind: Literal["full", "lora", "residual"] = "full"
-    """A full copy, low-rank adapters on the prior's own weights, or the frozen prior plus a small network."""
+    """A full copy, low-rank adapters on the prior's own weights, or the frozen prior plus a second network of its size."""
     rank: int = 8
     """Of the adapters."""
     targets: tuple[str, ...] = ()
@@ -233,7 +239,7 @@ class RunConfig:
     policy: PolicyConfig = PolicyConfig()
     train: TrainConfig = TrainConfig()
     certificate: CertificateConfig = CertificateConfig()
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks run; auto takes an accelerator where there is one."""
     threads: int = 1
     """CPU threads of torch. Small networks on shared cores are fastest with one; give large ones all there are."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..samplers.policy import Policy, Prior
+from ..samplers.trajectory import rows_at_once
 from .certificate import Evidence, k_means, share_distance, weighted_quantiles
 from .energy import Energy, EnergyMeter
 from .estimators import mean, weighted_mean
 
-BATCH = 512
 CELLS, BINS = 25, 10
 
 
@@ -75,18 +75,18 @@ def draw_deployed(
     generator: torch.Generator,
     on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """[count, ...] terminal states of a plain diffusers loop around the policy's network, `BATCH` at a time.
+    """[count, ...] terminal states of a plain diffusers loop around the policy's network, `rows_at_once` at a time.
 
     ``on_progress`` receives the number of samples just drawn.
     """
     prior, scheduler = policy.prior, copy.deepcopy(deployed.scheduler)
-    states = []
-    for first in range(0, count, BATCH):
+    states, batch = [], rows_at_once(prior.shape)
+    for first in range(0, count, batch):
         if deployed.timesteps is None:
             scheduler.set_timesteps(deployed.steps)
         else:
             scheduler.set_timesteps(timesteps=list(deployed.timesteps))
-        shape = (min(BATCH, count - first), *prior.shape)
+        shape = (min(batch, count - first), *prior.shape)
         state = getattr(scheduler, "init_noise_sigma", 1.0) * torch.randn(shape, generator=generator, device=prior.device)
         for t in scheduler.timesteps:
             fed = scheduler.scale_model_input(state, t) if hasattr(scheduler, "scale_model_input") else state
@@ -155,7 +155,7 @@ def deployment_figures(
     ]
     for deployed in deployed_samplers(prior):
         data = prior.to_data(draw_deployed(policy, deployed, size, generator, on_progress))
-        energies = torch.cat([meter(part, **prior.context(len(part))) for part in data.split(BATCH)])
+        energies = torch.cat([meter(part, **prior.context(len(part))) for part in data.split(rows_at_once(prior.shape))])
         rows.append(row(deployed.name, deployed.steps, data, energies))
     return rows
 

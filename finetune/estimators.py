@@ -74,25 +74,30 @@ def pareto_k(log_weight: Tensor) -> float:
 
 
 def start_variance(log_weight: Tensor) -> tuple[float, float]:
-    """Var over starts of log Z(s_0), less its Monte Carlo noise, with a jackknife standard error.
+    """Var over starts of log Z(s_0), free of its Monte Carlo noise, with a jackknife standard error.
 
     log_weight: [starts, rollouts ≥ 2] of policy rollouts from the same starts. For a policy near the optimum every lw of
-    one start is near log Z(s_0). NaN, both, where every rollout of some start has zero weight: nothing is known of it.
+    one start is near log Z(s_0). Two halves of a start's rollouts estimate it independently, so that their covariance over
+    starts holds no noise, however unequal the weights; the mean over four ways to halve them. NaN, both, where half of some
+    start's rollouts have zero weight: nothing is known of it.
     """
     starts, rollouts = log_weight.shape
     local = log_weight.double()
-    level = local.logsumexp(1) - math.log(rollouts)
+    order = torch.arange(rollouts)
+    halves = [order % 2 == 0, order < rollouts // 2, order % 4 < 2, (order % 2 == 0) ^ (order < rollouts // 2)]
+    pairs = []
+    for half in halves:
+        if 0 < int(half.sum()) < rollouts:
+            pairs.append([local[:, part].logsumexp(1) - math.log(int(part.sum())) for part in (half, ~half)])
+    level = torch.stack([torch.stack(pair) for pair in pairs])  # [ways, 2, starts]
     if not torch.isfinite(level).all():
         return math.nan, math.nan
-    relative = (local - level[:, None]).exp()
-    noise = relative.var(1) / rollouts
-    # The log of a mean is biased by -noise/2, by a different amount for each start; remove it first.
-    level = level + 0.5 * noise
 
-    def estimate(level: Tensor, noise: Tensor) -> Tensor:
-        return level.var() - noise.mean()
+    def estimate(kept: Tensor) -> Tensor:
+        centered = kept - kept.mean(-1, keepdim=True)
+        return (centered[:, 0] * centered[:, 1]).sum(-1).mean() / (kept.shape[-1] - 1)
 
-    keep = ~torch.eye(starts, dtype=torch.bool)
-    leave_out = torch.stack([estimate(level[row], noise[row]) for row in keep])
+    keep = ~torch.eye(starts, dtype=torch.bool, device=level.device)
+    leave_out = torch.stack([estimate(level[..., row]) for row in keep])
     error = ((starts - 1) / starts * (leave_out - leave_out.mean()).square().sum()).sqrt()
-    return max(0.0, estimate(level, noise).item()), error.item()
+    return max(0.0, estimate(level).item()), error.item()

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from ..samplers.folder import PICKLES, locate, read_json
+from ..samplers.folder import DECODERS, load_model, locate, read_json, weights_variant
 from ..samplers.policy import Policy, Prior
 from .deployment import has_even_steps
 
@@ -114,7 +114,8 @@ def _write_model(prior: Prior, network: Any, partial: Path, out: Path) -> str:
         (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for part in ("vae", "vqvae"):
             if part in index:
-                shutil.copytree(folder / part, partial / part, ignore=shutil.ignore_patterns(*(f"*{end}" for end in PICKLES)))
+                decoder: Any = load_model(folder / part, DECODERS)[0]  # not copied: a pipeline reads no variants by itself
+                decoder.save_pretrained(partial / part)
     return _usage(prior, network, None, out)
 
 
@@ -136,6 +137,8 @@ def _usage(prior: Prior, network: Any, pipeline: str | None, out: Path, adapter:
     call = f"(batch_size=4, num_inference_steps={prior.chain.num_steps}{options}).images"
     if adapter:
         place = f", subfolder={source.denoiser!r}" if source.denoiser else ""
+        variant = weights_variant(locate(source.path) / source.denoiser)
+        place += f", variant={variant!r}" if variant else ""
         lines = [
             "import torch",
             f"from {library} import {kind}",

@@ -107,12 +107,18 @@ def backward_trajectories(policy: nn.Module, chain: Chain, trajectories: Traject
         backward_rows(policy, chain, state, following, step, flat[rows], condition)
 
 
-def chunk_rows(policy: nn.Module, chain: Chain, trajectories: Trajectories, budget_mb: float) -> int:
+def chunk_rows(
+    policy: nn.Module, chain: Chain, trajectories: Trajectories, budget_mb: float, most: int = MAX_CHUNK, total: int | None = None
+) -> int:
     """Rows a chunk so that what autograd keeps fits ``budget_mb``: measured on the network, not guessed.
 
-    Deterministic for a network, so that a run repeats bit for bit.
+    most: the upper bound. total: the rows there are to work through, those of the trajectories where None.
+
+    Deterministic for a network, so that a run repeats bit for bit. Gradient checkpointing is left out of the measurement: it
+    keeps less, but recomputes a whole block at once, which would not show.
     """
-    total = chain.num_kernels * len(trajectories)
+    rows = chain.num_kernels * len(trajectories)
+    total = rows if total is None else total
     kept: dict[int, int] = {}
 
     def measure(tensor: Tensor) -> Tensor:
@@ -123,13 +129,20 @@ def chunk_rows(policy: nn.Module, chain: Chain, trajectories: Trajectories, budg
     def bytes_for(count: int) -> int:
         kept.clear()
         state, _, step, condition = rows_of(trajectories, chain, slice(0, count))
-        with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
-            evaluate(policy, chain, state, step, condition)
+        checkpointed = [module for module in policy.modules() if getattr(module, "gradient_checkpointing", False)]
+        for module in checkpointed:
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010 - a diffusers attribute, not a module's
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
+                evaluate(policy, chain, state, step, condition)
+        finally:
+            for module in checkpointed:
+                setattr(module, "gradient_checkpointing", True)  # noqa: B010
         return sum(kept.values())
 
-    few, more = min(2, total), min(6, total)
+    few, more = min(2, rows), min(6, rows)
     if more == few:
         return total
     # The difference leaves the weights, which are kept once whatever the chunk, out of the count.
     per_row = max(1.0, (bytes_for(more) - bytes_for(few)) / (more - few))
-    return int(min(total, MAX_CHUNK, max(1, budget_mb * 2**20 // per_row)))
+    return int(min(total, most, max(1, budget_mb * 2**20 // per_row)))

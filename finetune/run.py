@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
+import shlex
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -85,7 +87,7 @@ class Run:
                 named = f"with {' '.join(foreign)}" if foreign else "with a function of its own"
                 raise ValueError(
                     f"{self.folder} was trained {named}; no code is run because a folder names it, so say it again: --energy"
-                    f" {' '.join(foreign) or 'FILE.py:NAME'} (in Python, pass energy=)."
+                    f" {shlex.join(config.terms) or 'FILE.py:NAME'} (in Python, pass energy=)."
                 )
         return load_energies(replace(self.config, energy=config), self.task)
 
@@ -109,14 +111,15 @@ def train(
     old one comes back if nothing gets trained. progress: print what the loader decided, and show bars.
 
     Ctrl-C ends the training, not the run: the policy is saved as it is, ``record["interrupted"]`` is True. An error in the
-    middle of the training saves it likewise, and is raised again.
+    middle of the training saves it likewise, and is raised again. A second Ctrl-C waits until all is saved. If saving itself
+    fails, what is written stays, and so does an older run, in `ASIDE`, until the next ``overwrite`` moves it back.
 
     Errors: ValueError, before anything is written, for whatever cannot be trained.
     """
     folder = Path(out)
-    config = _with_absolute_source(config)
     if energy is not None:  # what did not train the run must not stand in its config
         config = replace(config, energy=replace(config.energy, terms=()))
+    config = _with_absolute_places(config)
     _refuse_incomplete(config, task, energy)
     refuse_occupied(folder, overwrite)
     from .trainer import Trainer
@@ -128,25 +131,25 @@ def train(
         conditions = prior.chain.conditions(max(1.0, 0.1 * math.prod(prior.shape)))
         if progress:
             print(*prior.decisions, *(f"  {name:<10} {text}" for name, text in conditions.items()), sep="\n")
-        _refuse_oversized_bank(config, prior)
         policy = _initial_policy(config, prior)
         trainer = Trainer(prior, measured, config.train, policy=policy, metrics=folder / "metrics.jsonl", progress=progress)
-        stopped: Exception | None = None
-        with new_run(folder):
+        result = None
+        stopped: Exception | KeyboardInterrupt | None = None
+        with new_run(folder, lambda: bool(trainer.history)):
             (folder / "config.yaml").write_text(to_yaml(config))
-            result = None
             try:
                 result = trainer.train()
-            except Exception as error:
+            except (Exception, KeyboardInterrupt) as error:
                 if not trainer.history:
                     raise
                 stopped = error
-            policy.save(folder / "policy")
+            interrupted = isinstance(stopped, KeyboardInterrupt) or (result is not None and result.interrupted)
             record = {
-                "interrupted": result is not None and result.interrupted,
-                "stopped": None if stopped is None else f"{type(stopped).__name__}: {stopped}",
+                "interrupted": interrupted,
+                "stopped": f"{type(stopped).__name__}: {stopped}" if isinstance(stopped, Exception) else None,
                 "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
                 "energy_calls": trainer.meter.calls,
+                "bank_ess": None if trainer.bank is None else trainer.bank.ess(config.train.alpha),
                 "log_z": None if result is None else result.log_z,
                 "seconds": None if result is None else round(result.seconds, 1),
                 "energy": list(config.energy.terms) if energy is None else None,
@@ -160,7 +163,9 @@ def train(
                     **{name: version(name) for name in ("torch", "diffusers", "accelerate")},
                 },
             }
-            (folder / "run.json").write_text(strict_json(record, indent=2) + "\n")
+            with _uninterrupted():
+                policy.save(folder / "policy")
+                (folder / "run.json").write_text(strict_json(record, indent=2) + "\n")
     if stopped is not None:
         raise stopped
     return Run(folder, config, prior, policy, record, task)
@@ -186,35 +191,48 @@ def _refuse_other_task(config: RunConfig, task: Task | None) -> None:
         )
 
 
-def _refuse_oversized_bank(config: RunConfig, prior: Prior) -> None:
-    """Errors: ValueError where whole prior trajectories would fill more than half of the memory there is."""
-    import torch
-
-    from .behavior import NEEDS_BANK
-
-    train = config.train
-    if train.warm_start == "none" and not train.soft_value_updates and not set(train.shares) & NEEDS_BANK:
-        return
-    states = prior.chain.num_steps + 1
-    wanted = 4 * train.bank_size * states * math.prod(prior.shape)
-    if prior.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(prior.device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if wanted > memory / 2:
-        raise ValueError(
-            f"the bank of {train.bank_size:,} prior trajectories of {states} states takes {wanted / 2**30:,.1f} GB, and"
-            f" {prior.device} has {memory / 2**30:,.1f}; lower bank_size, or do without: warm_start none, soft_value_updates 0,"
-            " behavior on_policy 1."
-        )
-
-
-def _with_absolute_source(config: RunConfig) -> RunConfig:
-    """The config with the prior's folder spelled out, so that the run opens from anywhere; a hub id stays."""
+def _with_absolute_places(config: RunConfig) -> RunConfig:
+    """The config with the prior's folder and the energies' files spelled out, so that it repeats the run from anywhere; a hub
+    id stays."""
+    terms = tuple(absolute_term(term) for term in config.energy.terms)
+    config = replace(config, energy=replace(config.energy, terms=terms))
     source = config.prior.source
     if source is None or not Path(source).expanduser().exists():
         return config
     return replace(config, prior=replace(config.prior, source=str(Path(source).expanduser().absolute())))
+
+
+def absolute_term(term: str) -> str:
+    """An energy's term with the place of its file spelled out; a module stays, and so does a file in a folder with ":" or "*"
+    in its name, which no term can spell.
+
+    Errors: ValueError for a term that cannot be read.
+    """
+    place = parse_energy(term).place
+    if not (place.endswith(".py") or "/" in place or "\\" in place):
+        return term
+    absolute = term.replace(place, str(Path(place).expanduser().absolute()), 1)
+    try:
+        return absolute if parse_energy(absolute).name == parse_energy(term).name else term
+    except ValueError:
+        return term
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C within the block takes effect behind it."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # nobody listens, or only the main thread hears it
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        handler(signal.SIGINT, None)
 
 
 # --- its parts -------------------------------------------------------------------------------------------------------
@@ -259,10 +277,10 @@ def load_prior(config: RunConfig, task: Task | None) -> Prior:
 def _device(config: RunConfig) -> str:
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "cpu": True}  # not mps, which has no float64
     if config.device == "auto":
         return next(name for name, usable in there.items() if usable)
-    if not there[config.device]:
+    if not there.get(config.device):
         raise ValueError(f"the device is {config.device!r}, but torch sees none here; use --device auto or cpu.")
     return config.device
 

@@ -4,8 +4,9 @@ h_k is the density ratio of tilted to prior states at step k, so a classifier of
 of mean 1, the minimum of E[w softplus(-f) + softplus(f)] is f = log h_k. Two networks, each trained on half of the bank, so that
 no path is ever judged by a network that has seen its energy.
 
-It is used where an error in it costs variance, never truth: as a control variate of the warm start, and as the baseline of
-`reinforce_kl`.
+It is the baseline of `reinforce_kl`, where an error in it costs variance only, and the control variate of the forward KL, where
+an error also counts as far as that phase's shortcuts (bridged means, states noised anew) miss the chain's own law:
+docs/theory.md says how far.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..samplers.log_ratio import step_log_ratio
 from ..samplers.policy import Policy, Prior, evaluate, trainable_copy
-from ..samplers.rollout import rollout, rows_at_once
-from ..samplers.trajectory import Trajectories, concatenate
-from .behavior import NEEDS_BANK, Context, PriorBank, draw
+from ..samplers.rollout import rollout
+from ..samplers.trajectory import Trajectories, concatenate, rows_at_once
+from .behavior import Context, PriorBank, draw, needs_bank
 from .config import TrainConfig
 from .energy import Energy, EnergyError, EnergyMeter
 from .estimators import ess, log_mean_exp
@@ -27,6 +27,7 @@ from .objectives import OBJECTIVES, Batch
 from .soft_value import FRESH, SoftValue, bank_weight, fit_soft_value, states_of
 from .strict_json import strict_json
 
+MAX_OVERFLOWS = 20  # a scaler starts far too high and needs about that many to come down
 MONITOR_SIZE = 512  # at most, and a fortieth of the bank: the curve must not cost what it watches
 
 
@@ -94,6 +95,7 @@ class Trainer:
         # Half precision rounds small gradients to zero; scaled ones survive.
         half = getattr(prior.denoiser, "autocast", None) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+        self._overflows = 0
         self.average: list[Tensor] | None = None
         self.history: list[dict[str, Any]] = []
         self._ceiling: float | None = None
@@ -136,10 +138,12 @@ class Trainer:
 
     def train(self) -> TrainResult:
         """Run the warm start and the updates; returns the policy in evaluation mode. Ctrl-C keeps what is trained."""
+        if self._started:
+            raise ValueError("this trainer has trained; make a new one, on the trained policy to go on from it.")
         self._started = time.perf_counter()
         self._check_energy()
         config = self.config
-        if config.warm_start == "tlm" or config.soft_value_updates or config.forward_rows or set(config.shares) & NEEDS_BANK:
+        if needs_bank(config):
             self.bank = self.fill_bank(self.config.bank_size)
             # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
             with torch.no_grad():
@@ -172,21 +176,41 @@ class Trainer:
             raise EnergyError("the energy is NaN or -inf on all of four prior samples; it cannot guide anything.")
 
     def fill_bank(self, size: int) -> PriorBank:
-        """``size`` prior trajectories with their energies."""
-        parts = []
+        """``size`` prior trajectories with their energies.
+
+        Errors: ValueError where their states would fill more than half of the memory that is free.
+        """
+        shape = (self.prior.chain.num_steps + 1, size, *self.prior.shape)
+        self._refuse_oversized(4 * math.prod(shape))
+        states = torch.empty(shape, device=self.prior.device)
+        energies = []
         with self._bar(size, "prior samples") as bar:
             chunk = rows_at_once(self.prior.shape)
             for first in range(0, size, chunk):
                 count = min(chunk, size - first)
-                part = rollout(self.prior, None, count, self.generator)
-                parts.append(self.evaluate_energy(part.with_(log_behavior=None)))
+                part = self.evaluate_energy(rollout(self.prior, None, count, self.generator))
+                states[:, first : first + count] = part.states
+                energies.append(part.energy)
                 bar.update(count)
-        bank = PriorBank(concatenate(parts))
+            bank = PriorBank(Trajectories(states, energy=torch.cat(energies)))
+            bar.set_postfix(effective=f"{bank.ess(self.config.alpha):,.0f}")  # what says whether alpha is within reach
         if not torch.isfinite(bank.log_weight(self.config.alpha)).any():
             raise EnergyError(
                 f"none of {size} prior samples has a finite energy: the tilted law is out of the prior's reach here."
             )
         return bank
+
+    def _refuse_oversized(self, wanted: int) -> None:
+        import psutil
+
+        device = self.prior.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if wanted > free / 2:
+            raise ValueError(
+                f"the bank of {self.config.bank_size:,} prior trajectories of {self.prior.chain.num_steps + 1} states takes"
+                f" {wanted / 2**30:,.1f} GB, and {device} has {free / 2**30:,.1f} free; lower bank_size, or do without:"
+                " warm_start none, soft_value_updates 0, forward_rows 0, behavior on_policy 1."
+            )
 
     def _fit_soft_value(self, bank: PriorBank) -> SoftValue:
         config = self.config
@@ -227,7 +251,9 @@ class Trainer:
         step = self._stratified(self._step_probability, count)
         state, following = self._bank_rows(self.bank, step)
         g = self.scaler.scale(-factor / (count * self._step_probability[step]))
-        return backward_rows(self.policy, self.prior.chain, state, following, step, g, None)
+        chunk = self._forward_chunk
+        parts = zip(state.split(chunk), following.split(chunk), step.split(chunk), g.split(chunk), strict=True)
+        return torch.stack([backward_rows(self.policy, self.prior.chain, *part, None) for part in parts]).sum()
 
     def _stratified(self, probability: Tensor, count: int) -> Tensor:
         """Steps [count] drawn by ``probability`` [num_kernels]: one uniform draw, then equal strides."""
@@ -247,18 +273,20 @@ class Trainer:
         weight = self._bank_weight
         mixture = 0.5 * (weight + 1)
         even = torch.full((chain.num_kernels,), 1 / chain.num_kernels, device=states.device)
-        step = self._stratified(even, count)
-        path = torch.multinomial(mixture, count, replacement=True, generator=self.generator)
+        all_steps = self._stratified(even, count)
+        all_paths = torch.multinomial(mixture, count, replacement=True, generator=self.generator)
         fresh = FRESH if chain.forgets_given_next else 0.0
-        state = states_of(chain, states, path, step, fresh, self.generator)
-        following = self._bridged(state, states[-1, path], step) if chain.forgets_given_next else states[step + 1, path]
-        with torch.no_grad():
-            prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
-        scale = self.scaler.scale(factor * chain.num_kernels / (count * mixture[path]))
-        control = soft_value.of_paths(state, step, path).exp()
-        return backward_likelihood(
-            self.policy, chain, prior_output, state, following, step, scale * weight[path], scale * control
-        )
+        all_states = states_of(chain, states, all_paths, all_steps, fresh, self.generator)
+        total = torch.zeros((), device=states.device)
+        chunk = self._forward_chunk
+        for state, step, path in zip(all_states.split(chunk), all_steps.split(chunk), all_paths.split(chunk), strict=True):
+            following = self._bridged(state, states[-1, path], step) if chain.forgets_given_next else states[step + 1, path]
+            with torch.no_grad():
+                prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
+            scale = self.scaler.scale(factor * chain.num_kernels / (count * mixture[path]))
+            control = scale * soft_value.of_paths(state, step, path).exp()
+            total += backward_likelihood(self.policy, chain, prior_output, state, following, step, scale * weight[path], control)
+        return total
 
     def _bridged(self, state: Tensor, end: Tensor, step: Tensor) -> Tensor:
         """c s_k + d x, the mean of s_{k+1} given s_k and the path's end x; all [n, ...], step [n]."""
@@ -276,6 +304,14 @@ class Trainer:
         return state, self._bridged(state, states[-1, index], step)
 
     @cached_property
+    def _forward_chunk(self) -> int:
+        """Rows of the bank at once, so that their graph fits ``memory_mb``."""
+        assert self.bank is not None
+        few = self.bank.trajectories.select(torch.arange(6, device=self.prior.device) % len(self.bank.trajectories))
+        most = max(self.config.warm_start_rows, self.config.forward_rows)
+        return chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, most, total=most)
+
+    @cached_property
     def _bank_weight(self) -> Tensor:
         assert self.bank is not None
         return bank_weight(self.bank, self.config.alpha)
@@ -289,7 +325,13 @@ class Trainer:
         step = torch.arange(chain.num_kernels, device=self.prior.device).repeat_interleave(per_step)
         with torch.no_grad():
             state, following = self._bank_rows(self.bank, step)
-            output = evaluate(self.prior.denoiser, chain, state, step, None)
+            chunk = rows_at_once(self.prior.shape)
+            output = torch.cat(
+                [
+                    evaluate(self.prior.denoiser, chain, *part, None)
+                    for part in zip(state.split(chunk), step.split(chunk), strict=True)
+                ]
+            )
             z = chain.standardize(following, state, step, output)
         residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()
         return 0.5 * residual / residual.sum() + 0.5 / chain.num_kernels
@@ -355,8 +397,8 @@ class Trainer:
         if self.soft_value is None:
             return None
         kernels = self.prior.chain.num_kernels
-        step = torch.arange(kernels, device=self.prior.device).repeat_interleave(len(trajectories))
-        return self.soft_value(trajectories.states[:kernels].flatten(0, 1), step).reshape(kernels, -1)
+        step = torch.zeros(len(trajectories), dtype=torch.long, device=self.prior.device)
+        return torch.stack([self.soft_value(trajectories.states[k], step + k) for k in range(kernels)])
 
     def _temper(self, batch: Batch, on_policy: int, progress: float = 0.0) -> None:
         """Lower the temperature as far as the policy's own weights keep ``tempering_ess`` of the batch effective.
@@ -442,9 +484,19 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         if not torch.isfinite(norm) and not self.scaler.is_enabled():  # an enabled scaler skips the step and lowers its scale
             raise FloatingPointError("the gradient is not finite, and the policy was left as it was; lower the learning rate.")
+        scale = self.scaler.get_scale()
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad()
+        if self.scaler.get_scale() < scale:  # the gradient overflowed, and the step was left out
+            self._overflows += 1
+            if self._overflows > MAX_OVERFLOWS:
+                raise FloatingPointError(
+                    f"the float16 gradient overflowed {self._overflows} times in a row; use bf16 or float32, or lower the"
+                    " learning rate."
+                )
+            return
+        self._overflows = 0
         schedule.step()
         if self.average is not None:
             # Slow averages of a short run would hold its start: the decay grows with the steps taken.

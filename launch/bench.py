@@ -29,8 +29,8 @@ NAIVE_STEPS = (20, 80, 320)
 METHOD = {
     "update_over_floor": (
         "median over rounds of (update time) / (K bare forwards of B rows of prior and of policy + K bare forward-backwards, each"
-        " at its best chunk), floor and update in turn; update = rollout, energy, log-ratio, objective gradient, two-pass backward,"
-        " gradient clipping, Adam"
+        " at its best chunk), floor and update in turn; update = rollout, energy, log-ratio, objective gradient, two-pass"
+        " backward, gradient clipping, Adam"
     ),
     "kept_mb": (
         "peak bytes of live storages that autograd saves (torch.autograd.graph.saved_tensors_hooks), each storage once,"
@@ -449,8 +449,9 @@ def measure(options: Options, say: Callable[[str], None] = print) -> dict[str, A
     say(f"{'network':10}{'parameters':>11}{'K':>5}{'B':>6}{'chunk':>7}{'floor s':>10}{'update s':>10}{'ratio':>8}  quartiles")
     results["update"] = []
     rounds = 3 if quick else 9
-    sizes: list[tuple[Literal["mlp", "unet", "unet+lora"], int, int]] = [("mlp", 20, 512), ("mlp", 20, 2048)]
-    sizes += [("unet", 2, 16), ("unet+lora", 2, 16)] if quick else [("unet", 4, 32), ("unet+lora", 4, 32)]
+    steps, batch = (2, 16) if quick else (4, 32)
+    sizes: list[tuple[Literal["mlp", "unet", "unet+lora"], int, int]]
+    sizes = [("mlp", 20, 512), ("mlp", 20, 2048), ("unet", steps, batch), ("unet+lora", steps, batch)]
     for name, steps, batch in sizes:
         row = update_over_floor(make_case(name, steps, batch, device), rounds * (3 if name == "mlp" else 1), device)
         results["update"].append(row)

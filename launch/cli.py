@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import traceback
 from importlib import import_module
 
 from .._version import __version__
@@ -19,6 +20,8 @@ VERBS = {
     "bench": ("bench", "measure update time over its floor, memory, and the log-ratio's error"),
     "completion": ("completion", "print a completion script: source <(tiltune completion bash)"),
 }
+# EX_SOFTWARE of sysexits.h. Python's own 1 would read as a certificate that fails.
+UNEXPECTED = 70
 HELP = f"""tiltune {__version__}: fine-tune diffusion samplers toward energies, and prove how close they came.
 
 usage: tiltune VERB [options]          (tiltune VERB --help says more)
@@ -35,7 +38,8 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run a verb; returns the exit status: the verb's own, 1 for a training that broke down, 2 for bad input, 130 for Ctrl-C."""
+    """Run a verb; returns the exit status: the verb's own, 1 for a training that broke down, 2 for bad input, `UNEXPECTED` for
+    any other error, 130 for Ctrl-C, 141 for a reader that went away."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if arguments else 2
@@ -55,7 +59,11 @@ def run(arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:  # the reader had enough, as in `tiltune tasks | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 141  # as a shell reports it; 1 is a verdict
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"tiltune {verb}: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
+    except Exception as error:  # out of memory, or a bug of ours
+        traceback.print_exc()
+        print(f"tiltune {verb}: unexpected {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return UNEXPECTED

@@ -12,7 +12,7 @@ from .tasks import open_with_task
 DESCRIPTION = """Write a run's policy in a form that other libraries load: `pipeline`, the prior's diffusers pipeline with the
 policy as its denoiser; `lora`, the adapters alone as peft saves them; `merged`, the pipeline with the adapters added to its
 weights. A deployed pipeline samples with its own scheduler: `tiltune evaluate` measures what that changes. Exit status: 0
-written, 2 bad input.
+written, 2 bad input, 70 an unexpected error, after its traceback.
 
 example: tiltune export my-run --format pipeline --out my-pipeline
 """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """Draw samples from a run's policy and write them to --out as safetensors, with a picture of them beside it
 where they are images. --exact proposes with the policy and resamples by the weights, so that the samples follow
 p_prior(x) · exp(-E(x)/alpha) whatever the policy, as the number of proposals grows; it prints the effective number of
-proposals, which says how far to trust that. Exit status: 0 written, 2 bad input.
+proposals, which says how far to trust that. Exit status: 0 written, 2 bad input, 70 an unexpected error, after its traceback.
 
 example: tiltune sample my-run --n 64
 
@@ -40,7 +40,7 @@ class Options:
     exact: bool = False
     """Resample policy rollouts by their weights toward the tilted prior."""
     proposals: int | None = None
-    """Policy rollouts for --exact; ten a sample where not given."""
+    """Policy rollouts for --exact; ten a sample, and at least 1000, where not given."""
     energy: tuple[str, ...] = ()
     """For --exact: the energy of the training, to be said again where it is code of your own."""
     seed: int = 0
@@ -57,6 +57,8 @@ def main(argv: list[str]) -> int:
     run = open_with_task(options.run)
     from safetensors.torch import save
 
+    from ..finetune.evaluation import energy_flags
+    from ..finetune.run import absolute_term
     from .pictures import is_images, sample_figure
 
     told: dict[str, Any] = {
@@ -68,8 +70,11 @@ def main(argv: list[str]) -> int:
     if options.exact:
         drawn = resample(run, options)
         samples = drawn.samples
+        terms = options.energy or run.config.energy.terms
+        flagged = energy_flags(run, terms)
         told |= {"proposals": len(drawn.log_weight), "ess": drawn.ess, "unique": drawn.unique}
-        print(trust(drawn))
+        told |= {"energy": [absolute_term(term) for term in terms], "flags": flagged}
+        print(trust(drawn), *[f"flag: {flag}" for flag in flagged], sep="\n")
     else:
         with progress_bar(options.n, "samples") as advance:
             samples = run.policy.sample(options.n, seed=options.seed, on_progress=advance)

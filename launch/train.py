@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..finetune.config import RunConfig, pretrained_recipe
 from ..finetune.config_file import from_mapping, read_yaml, to_yaml
 from ..tasks.task import TASKS, load_task
 from . import flags
 
+if TYPE_CHECKING:
+    from ..finetune.run import Run
+
 DESCRIPTION = """Fine-tune a sampler so that it draws from p_prior(x) · exp(-E(x)/alpha), and write the run into --out:
 config.yaml, metrics.jsonl, run.json and the policy. A shipped TASK brings its prior and energies; otherwise --prior names a
 model saved by diffusers, and --energy the function to minimize. A flag overrides --config, which overrides the task's recipe.
-Exit status: 0 trained, 130 interrupted (the run is usable), 1 the training broke down, 2 bad input.
+Exit status: 0 trained, 130 interrupted (the run is usable), 1 the training broke down, 2 bad input, 70 an unexpected error,
+after its traceback.
 
 example: tiltune train digits --alpha 0.25 --out my-run
 
@@ -53,6 +58,15 @@ def main(argv: list[str]) -> int:
     return train(config, options.out or default_folder(config), options.overwrite)
 
 
+def said_again(trained: Run) -> str:
+    """The energies as a later command must name them: not at all where they are a shipped task's."""
+    try:
+        trained.energy()
+    except ValueError:
+        return f" --energy {shlex.join(trained.config.energy.terms)}"
+    return ""
+
+
 def train(config: RunConfig, out: Path, overwrite: bool) -> int:
     from ..finetune import run
 
@@ -62,12 +76,12 @@ def train(config: RunConfig, out: Path, overwrite: bool) -> int:
     print(f"{trained.record['updates']} updates, {calls:,} energy calls, {seconds:.0f} s; written to {out}")
     if trained.record["interrupted"]:
         print(
-            f"interrupted: {out} holds the policy as it was then. `tiltune evaluate {out}` judges it; the same command with"
-            " --overwrite starts again.",
+            f"interrupted: {out} holds the policy as it was then. `tiltune evaluate {out}{said_again(trained)}` judges it; the"
+            " same command with --overwrite starts again.",
             file=sys.stderr,
         )
         return 130
-    print(f"next: tiltune evaluate {out}")
+    print(f"next: tiltune evaluate {out}{said_again(trained)}")
     return 0
 
 

@@ -22,7 +22,7 @@ STARTED = time.perf_counter()
 DESCRIPTION = """Fine-tune the shipped prior (25 equal modes) onto a known target (9 unequal modes), and certify the result.
 
 Writes certificate.json, metrics.jsonl, picture.png, config.json and the policy into --out. Exit status: 0 the certificate
-passes, 1 it fails, 3 it is inconclusive, 2 bad input.
+passes, 1 it fails, 3 it is inconclusive, 2 bad input, 70 an error of Tiltune or of the machine.
 
 example: tiltune 2d --objective rtb --chain brownian --seed 1 --out my-run
 """

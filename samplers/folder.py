@@ -120,8 +120,10 @@ def load_scheduler(folder: Path) -> Any:
         raise ValueError(f"the scheduler {name} of {folder} cannot be built: {str(error).splitlines()[0]}") from error
 
 
-def load_model(folder: Path, kinds: tuple[str, ...]) -> tuple[nn.Module, str]:
+def load_model(folder: Path, kinds: tuple[str, ...], known: type | None = None) -> tuple[nn.Module, str]:
     """(a model of one of these classes with float32 weights, the dtype that they are stored in).
+
+    The class is diffusers' or Tiltune's own of that name, or ``known``, which is at hand already.
 
     Errors: ValueError for another class, weights that are missing, a pickle or corrupt, and weights of another network.
     """
@@ -132,8 +134,8 @@ def load_model(folder: Path, kinds: tuple[str, ...]) -> tuple[nn.Module, str]:
     name = read_json(folder / "config.json").get("_class_name")
     if name not in kinds:
         raise ValueError(f"{folder} holds a {name}, which is not covered; {', '.join(kinds)} are.")
-    variant = _variant(folder)
-    kind: Any = MLPDenoiser if name == "MLPDenoiser" else getattr(diffusers, name)
+    variant = weights_variant(folder)
+    kind: Any = known or (MLPDenoiser if name == "MLPDenoiser" else getattr(diffusers, name))
     try:
         model, info = kind.from_pretrained(
             folder,
@@ -154,8 +156,11 @@ def load_model(folder: Path, kinds: tuple[str, ...]) -> tuple[nn.Module, str]:
     return model, stored
 
 
-def _variant(folder: Path) -> str | None:
-    """The variant ('fp16') of the weights where no plain ones exist."""
+def weights_variant(folder: Path) -> str | None:
+    """The variant ('fp16') of the weights where no plain ones exist.
+
+    Errors: ValueError for several variants, weights that are a pickle, and none.
+    """
     names = {path.name for path in folder.iterdir()}
     if {f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"} & names:
         return None

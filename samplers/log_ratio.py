@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .chain import Chain
 from .policy import Denoiser, evaluate
-from .trajectory import Trajectories
+from .trajectory import Trajectories, rows_at_once
 
 
 def log_ratio_from_noise(noise: Tensor, shift: Tensor) -> Tensor:
@@ -41,8 +41,11 @@ def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Tens
 
 
 @torch.no_grad()
-def step_log_ratio(chain: Chain, prior: Denoiser, policy: Denoiser, trajectories: Trajectories, chunk: int = 2048) -> Tensor:
+def step_log_ratio(
+    chain: Chain, prior: Denoiser, policy: Denoiser, trajectories: Trajectories, chunk: int | None = None
+) -> Tensor:
     """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
+    chunk = chunk or rows_at_once(tuple(trajectories.states.shape[2:]))
     total = chain.num_kernels * len(trajectories)
     ratios = []
     for first in range(0, total, chunk):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
@@ -67,12 +68,12 @@ class LoraDenoiser(nn.Module):
             weight.copy_(state[key])
 
 
-def add_adapters(denoiser: Any, rank: int, targets: tuple[str, ...] = (), config: Any = None) -> LoraDenoiser:
+def add_adapters(denoiser: Any, rank: int, targets: tuple[str, ...] = (), alpha: float | None = None) -> LoraDenoiser:
     """Put fresh adapters of ``rank`` into a denoiser's network, in place; they are off until the result is called.
 
     targets: names of linear or convolutional layers, or endings of such names. None given: every such layer that is larger
-    than its adapter, attention projections and convolutions among them. config: a peft LoraConfig in place of both.
-    The update is B A x with B = 0 at the start (arXiv 2106.09685, eq. 3), so that the network starts unchanged. Adapters of
+    than its adapter, attention projections and convolutions among them. alpha: the rank where None. The update is
+    alpha / rank · B A x with B = 0 at the start (arXiv 2106.09685, eq. 3), so that the network starts unchanged. Adapters of
     earlier policies on the same network stay as they are and stop being trainable.
 
     Errors: ValueError for a network that is no diffusers model or has adapters of its own, a rank below 1, targets that
@@ -88,8 +89,8 @@ def add_adapters(denoiser: Any, rank: int, targets: tuple[str, ...] = (), config
     model = denoiser.model
     if denoiser.adapters is None and any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("this prior's network has peft adapters of its own; merge them into its weights first.")
-    if config is None:
-        config = library.LoraConfig(r=rank, lora_alpha=rank, target_modules=_choose(model, rank, targets))
+    alpha = rank if alpha is None else alpha
+    config = library.LoraConfig(r=rank, lora_alpha=alpha, target_modules=_choose(model, rank, targets))
     switch = AdapterSwitch() if denoiser.adapters is None else denoiser.adapters
     name = f"policy_{len(switch)}"
     model.requires_grad_(False)
@@ -167,20 +168,51 @@ def save_adapter(denoiser: LoraDenoiser, folder: Path, source: Source | None) ->
 
 
 def load_adapter(denoiser: DiffusersDenoiser, folder: Path) -> LoraDenoiser:
-    """The adapter that `save_adapter` wrote, put into a denoiser's network. Errors: ValueError where it does not fit."""
+    """The adapter that `save_adapter` wrote, put into a denoiser's network. peft never sees the file of the config.
+
+    Errors: ValueError where it does not fit, and for options of peft that `make_policy` does not set.
+    """
     library = peft()
     from safetensors.torch import load_file
 
-    read_json(folder / "adapter_config.json")  # where it is missing, peft would go and look for it online
+    rank, alpha, targets = _read_config(folder / "adapter_config.json", library.LoraConfig().to_dict())
     try:
-        config = library.LoraConfig.from_pretrained(str(folder))
         state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"the adapter in {folder} cannot be read: {str(error).splitlines()[0]}") from error
     try:
-        loaded = add_adapters(denoiser, config.r, config=config)
+        # Before anything of that rank is allocated.
+        if {weight.shape[:1] for name, weight in state.items() if ".lora_A." in name} != {(rank,)}:
+            raise ValueError(f"its weights are not of rank {rank}.")
+        loaded = add_adapters(denoiser, rank, targets, alpha)
         loaded.load_adapter_state(state)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the adapter in {folder} does not fit this prior's network: {reason}") from error
     return loaded
+
+
+# What an adapter_config.json says of itself, which changes nothing about the adapter.
+NOTES = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
+
+
+def _read_config(path: Path, defaults: dict[str, Any]) -> tuple[int, float, tuple[str, ...]]:
+    """(rank, alpha, targets) of an adapter_config.json whose other options are peft's ``defaults``, or off."""
+    settings = read_json(path)
+    kind = settings.pop("peft_type", None)
+    rank, alpha, targets = (settings.pop(name, None) for name in ("r", "lora_alpha", "target_modules"))
+    if kind != "LORA":
+        raise ValueError(f"{path} is of the peft_type {kind!r}; only LORA is covered.")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{path} has r = {rank!r}, which is no rank; it must be a whole number of at least 1.")
+    if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
+        raise ValueError(f"{path} has lora_alpha = {alpha!r}; it must be a positive number.")
+    if not (isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in targets)):
+        raise ValueError(f"{path} has target_modules = {targets!r}; it must be a list of names of layers.")
+    other = sorted(name for name in set(settings) - set(NOTES) if settings[name] and settings[name] != defaults.get(name))
+    if other:
+        raise ValueError(
+            f"{path} sets {other[0]} = {settings[other[0]]!r}, which is not covered; merge that adapter into its base in peft and"
+            " load the result as a prior, or train one without it."
+        )
+    return rank, alpha, tuple(targets)

@@ -46,15 +46,24 @@ class Policy(nn.Module):
         return self.denoiser(state, timestep, condition)
 
     @torch.no_grad()
-    def sample(self, count: int, *, seed: int = 0, batch: int = 512, on_progress: Callable[[int], None] | None = None) -> Tensor:
-        """[count, ...] samples as an energy sees them (`Prior.to_data`), ``batch`` at a time.
+    def sample(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        batch: int | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """[count, ...] samples as an energy sees them (`Prior.to_data`), ``batch`` at a time (`trajectory.rows_at_once`).
 
         The law is that of the trained chain, the prior's last step included where it is a decoder. ``on_progress`` receives
         the number of samples just done. Samples depend on ``seed`` and ``batch``.
         """
         from .rollout import decode_last
+        from .trajectory import rows_at_once
 
         prior, chain = self.prior, self.prior.chain
+        batch = rows_at_once(prior.shape) if batch is None else batch
         generator = torch.Generator(device=prior.device).manual_seed(seed)
         samples = []
         for first in range(0, count, batch):

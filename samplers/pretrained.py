@@ -204,7 +204,7 @@ def load_policy(prior: Prior, folder: str | Path) -> Policy:
 
         return Policy(prior, load_adapter(base, folder), "lora")
     place = folder if kind == "full" else folder / "residual"
-    network, _ = load_model(place, (type(base.model).__name__,) if kind == "full" else DENOISERS)
+    network, _ = load_model(place, (type(base.model).__name__,), type(base.model))
     if kind == "full" and _architecture(network) != _architecture(base.model):
         raise ValueError(f"the policy in {folder} is not of this prior's network: their configs differ.")
     denoiser = beside(prior, network)

@@ -12,14 +12,6 @@ from .log_ratio import log_ratio_from_noise, log_ratio_from_states
 from .policy import Denoiser, Prior, evaluate
 from .trajectory import Trajectories
 
-MOST_AT_ONCE = 2048  # larger batches spill temporaries that the allocator returns to the system after every operation
-NUMBERS_AT_ONCE = 2**19
-
-
-def rows_at_once(shape: tuple[int, ...]) -> int:
-    """How many states of this shape to run through a network at once: enough for speed, few enough for memory."""
-    return max(1, min(MOST_AT_ONCE, NUMBERS_AT_ONCE // math.prod(shape)))
-
 
 @torch.no_grad()
 def rollout(
@@ -40,10 +32,11 @@ def rollout(
     noise_scale: > 1 inflates the noise of every kernel (not of the start); ``log_behavior`` stays exact.
     start: [batch, ...] fixed starts; drawn where None.
     keep: False keeps only the terminal samples (``states`` is then [1, batch, ...]).
-    compared: a policy whose log-ratio on the prior's own trajectories is wanted; it draws nothing.
+    compared: a policy whose log-ratio on the *prior's* own trajectories is wanted; it draws nothing.
 
     Returns trajectories with ``log_behavior`` and, from or compared with a policy, ``step_log_ratio`` set. No gradient is kept.
     """
+    assert policy is None or compared is None, "a policy's own trajectories have its log-ratio already"
     chain, device = prior.chain, prior.device
 
     def gaussian() -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .policy import Policy
 from .rollout import rollout
+from .trajectory import rows_at_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +73,13 @@ def importance_resample(
     generator: torch.Generator,
     *,
     proposals: int,
-    batch: int = 512,
+    batch: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Resampled:
     """``count`` samples of p_prior · exp(log_potential) out of ``proposals`` policy rollouts, exact as these grow.
 
     log_potential: data [B, ...] → [B] nats, -E/alpha; -inf is zero density, and so is NaN. The law is that of the policy's
-    chain, whatever the policy. batch: rollouts at once. on_progress: receives the number of rollouts just done.
+    chain, whatever the policy. batch: rollouts at once (`rows_at_once`). on_progress: receives the number of rollouts just done.
 
     Errors: ValueError for fewer proposals than samples, and where no proposal has any density.
     """
@@ -88,6 +89,7 @@ def importance_resample(
             " or most of them would be copies."
         )
     prior = policy.prior
+    batch = rows_at_once(prior.shape) if batch is None else batch
     data, log_weights = [], []
     for first in range(0, proposals, batch):
         drawn = rollout(prior, policy, min(batch, proposals - first), generator, keep=False)

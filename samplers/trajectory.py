@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+MOST_AT_ONCE = 2048  # larger batches spill temporaries that the allocator returns to the system after every operation
+NUMBERS_AT_ONCE = 2**19
+
+
+def rows_at_once(shape: tuple[int, ...]) -> int:
+    """How many states of this shape to run through a network at once: enough for speed, few enough for memory."""
+    return max(1, min(MOST_AT_ONCE, NUMBERS_AT_ONCE // math.prod(shape)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,7 +22,8 @@ class Trajectories:
     """B trajectories of one chain.
 
     states: [K + 1, B, ...] float32, states[0] the start and states[K] the terminal one.
-    step_log_ratio: [num_kernels, B] nats, log policy - log prior of the policy that drew them; None where unknown.
+    step_log_ratio: [num_kernels, B] nats, log policy - log prior of the policy that drew them, or that they were compared with;
+        None where unknown.
     log_behavior: [B] nats, log behavior - log prior of the whole trajectory, up to one constant for the batch; None where
         the density is unknown (noised-back, replayed and user samples).
     energy: [B], None until evaluated.

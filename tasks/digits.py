@@ -99,10 +99,9 @@ def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> d
     from .image_metrics import image_figures, wanted_figures
 
     found = image_figures(evidence, judge(), generator)
-    for term in energy_terms(energy):
-        if isinstance(term, ClassEnergy):
-            found |= wanted_figures(evidence, judge(), term.wanted)
-    return found
+    # Of several terms of classes none is the wanted one: the histogram over all classes is then what there is to see.
+    terms = [term for term in energy_terms(energy) if isinstance(term, ClassEnergy)]
+    return found | (wanted_figures(evidence, judge(), terms[0].wanted) if len(terms) == 1 else {})
 
 
 def criteria(figures: dict[str, Any]) -> list[Criterion]:

@@ -84,18 +84,20 @@ def recipe() -> RunConfig:
     """Inpainting at alpha = 1 and K = 20, in some fifteen minutes on one core."""
     train = TrainConfig(
         objective="reinforce_kl",
-        soft_value_updates=400,
-        bank_size=8000,
-        warm_start_updates=400,
+        soft_value_updates=300,
+        bank_size=12_000,
+        warm_start_updates=200,
         warm_start_rows=256,
-        warm_start_learning_rate=1.5e-3,
-        updates=45,
+        warm_start_learning_rate=1e-3,
+        updates=60,
         batch_size=128,
+        forward_rows=256,
         learning_rate=4e-4,
         tempering_ess=None,
         ema_decay=0.99,
         max_grad_norm=30.0,
         memory_mb=256.0,
+        monitor_every=1000,
     )
     return RunConfig(
         task="fashion",

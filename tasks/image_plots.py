@@ -20,27 +20,30 @@ if TYPE_CHECKING:
 SIDE = 8
 
 
-def tile(images: Tensor) -> Tensor:
-    """The first 64 of images [N, 1, H, W] as one picture, eight by eight, a white line between them."""
-    height, width = images.shape[2:]
-    sheet = torch.ones(SIDE * (height + 1), SIDE * (width + 1))
-    for position, image in enumerate(images[: SIDE**2, 0]):
-        row, column = divmod(position, SIDE)
-        sheet[row * (height + 1) :, column * (width + 1) :][:height, :width] = image
-    return sheet[:-1, :-1]
+def sheet(images: Tensor) -> Tensor:
+    """At most 8 x 8 images [N, 1 or 3, H, W] in [-1, 1] → one picture [height, width, 3] in [0, 1], white lines between them."""
+    images = images[: SIDE * SIDE].detach().float().cpu()
+    count, _, height, width = images.shape
+    columns = min(count, SIDE)
+    rows = -(-count // columns)
+    picture = torch.ones(rows * (height + 1), columns * (width + 1), 3)
+    for position, image in enumerate((images / 2 + 0.5).clamp(0, 1)):
+        row, column = divmod(position, columns)
+        picture[row * (height + 1) :, column * (width + 1) :][:height, :width] = image.permute(1, 2, 0)
+    return picture[:-1, :-1]
 
 
 def image_grid(axes: Axes, images: Tensor, title: str) -> None:
-    """Images [N, 1, H, W] in [-1, 1], tiled."""
-    axes.imshow(tile(images).numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    """The first images [N, 1 or 3, H, W] in [-1, 1] as a `sheet`."""
+    axes.imshow(sheet(images).numpy(), interpolation="nearest")
     axes.set_title(title, fontsize=10)
     axes.set_axis_off()
 
 
-def target_images(evidence: Evidence) -> Tensor:
-    """64 images of the tilted prior: prior samples drawn by their weights."""
+def target_samples(evidence: Evidence, count: int = SIDE**2) -> Tensor:
+    """``count`` samples of the tilted prior: prior samples of evidence on the CPU, drawn by their weights."""
     generator = torch.Generator().manual_seed(0)
-    return evidence.prior_samples[systematic(evidence.target_weight, SIDE**2, generator)]
+    return evidence.prior_samples[systematic(evidence.target_weight, count, generator)]
 
 
 def image_figure(evidence: Evidence, history: list[dict[str, Any]], certificate: dict[str, Any]) -> Figure:
@@ -51,7 +54,7 @@ def image_figure(evidence: Evidence, history: list[dict[str, Any]], certificate:
     axes = figure.subplots(1, len(ratios), width_ratios=ratios)
     image_grid(axes[0], evidence.prior_samples, "Prior")
     image_grid(axes[1], evidence.samples, f"Policy ({certificate['verdict']})")
-    image_grid(axes[2], target_images(evidence), "Target: prior samples by weight")
+    image_grid(axes[2], target_samples(evidence), "Target: prior samples by weight")
     if history:
         log_z = certificate["log_z_forward"]
         curves(axes[3], axes[4], history, log_z)
@@ -105,6 +108,6 @@ def inpainting_figure(evidence: Evidence, problem: Inpainting, certificate: dict
             axes.set_title(title, fontsize=9)
     image_grid(grids[0].subplots(), evidence.prior_samples, "Prior")
     image_grid(grids[1].subplots(), evidence.samples, f"Policy ({certificate['verdict']})")
-    image_grid(grids[2].subplots(), target_images(evidence), "Target: prior samples by weight")
+    image_grid(grids[2].subplots(), target_samples(evidence), "Target: prior samples by weight")
     figure.suptitle(summary(certificate), fontsize=9)
     return figure

@@ -53,8 +53,11 @@ def load_task(name: str) -> Task:
     return import_module(f".{name}", __package__).TASK
 
 
-def energy_terms(energy: Any) -> list[Any]:
+def energy_terms(energy: Energy) -> list[Energy]:
     """The energies that a weighted sum adds up, behind a memory or not; a single energy is its own only term."""
-    energy = getattr(energy, "energy", energy)
-    terms = getattr(energy, "terms", None)
-    return [energy] if terms is None else [term for _, term in terms.values()]
+    from ..finetune.energy_cache import CachedEnergy
+    from ..finetune.energy_sum import WeightedSum
+
+    if isinstance(energy, CachedEnergy):
+        energy = energy.energy
+    return [term for _, term in energy.terms.values()] if isinstance(energy, WeightedSum) else [energy]

@@ -131,7 +131,7 @@ RUN_REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (PolicyConfig, {"targets": ("to_q",)}, "the policy is 'full'; choose 'lora', or leave targets out"),
     (CertificateConfig, {"size": 99}, "fewer than 100"),
     (CertificateConfig, {"seed": -1}, "must not be negative"),
-    (RunConfig, {"device": "tpu"}, "device is 'tpu'; choose one of auto, cpu, cuda, mps"),
+    (RunConfig, {"device": "tpu"}, "device is 'tpu'; choose one of auto, cpu, cuda"),
     (RunConfig, {"threads": 0}, "threads is 0"),
     (RunConfig, {"task": "digits", "prior": PriorConfig("x")}, "brings its own prior, but 'x' is named too"),
 ]

@@ -95,9 +95,22 @@ def test_the_same_sampler_is_found_equal_and_others_are_not(tmp_path: Path) -> N
 def test_the_trained_chain_without_a_decoder_is_the_plain_loop(tmp_path: Path) -> None:
     prior = load_prior(saved(tmp_path, DDPMScheduler(**NOISY_END)), STEPS)
     policy = trained(prior)
-    looped = draw_deployed(policy, deployed_samplers(prior)[0], 600, seeded(3))
-    torch.testing.assert_close(looped[:512], policy.sample(600, seed=3)[:512], rtol=0, atol=1e-5)
-    assert len(looped) == 600
+    done: list[int] = []
+    looped = draw_deployed(policy, deployed_samplers(prior)[0], 2100, seeded(3), done.append)
+    assert done == [2048, 52]  # the batches of `rows_at_once`, here and there
+    torch.testing.assert_close(looped, policy.sample(2100, seed=3), rtol=0, atol=1e-5)
+
+
+class Silent(torch.nn.Module):
+    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        return 0 * state
+
+
+def test_large_states_come_in_small_batches() -> None:
+    scheduler, done = DDPMScheduler(**NOISY_END), []
+    prior = Prior(Silent(), chain_from_scheduler(scheduler, 2), (1, 512, 512), scheduler=scheduler)
+    draw_deployed(Policy(prior, Silent(), "residual"), Deployed("", scheduler, 2, {}), 3, seeded(), done.append)
+    assert done == [2, 1]
 
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any], list[tuple[str, int]]]] = {

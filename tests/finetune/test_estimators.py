@@ -127,6 +127,16 @@ def test_start_variance_recovers_a_planted_variance(planted: float) -> None:
         assert max(found) < 0.05
 
 
+def test_start_variance_sees_no_memory_in_unequal_weights() -> None:
+    """Rollouts of a poor policy, lw spread by 3 nats, from starts that do not matter: no flag; with memory, one."""
+    generator = torch.Generator().manual_seed(1)
+    lw = 3.0 * torch.randn(256, 8, generator=generator)
+    value, error = start_variance(lw)
+    assert value - 1.64 * error < 0.05
+    value, error = start_variance(lw + 1.5 * torch.randn(256, 1, generator=generator))
+    assert value - 1.64 * error > 0.05
+
+
 def test_start_variance_with_forbidden_rollouts() -> None:
     """Some rollouts of zero weight are ordinary; a start without any finite one cannot be measured, and says so."""
     lw = 0.1 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))

@@ -62,6 +62,15 @@ def unet(channels: int = 1, **config: Any) -> Any:
         )
 
 
+def first_stage() -> Any:
+    config: dict[str, Any] = {
+        "block_out_channels": (4, 4),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    return AutoencoderKL(norm_num_groups=2, latent_channels=3, **config)
+
+
 def mlp() -> Any:
     network = MLPDenoiser(dim=2, width=8, fourier_features=4)
     with torch.no_grad():
@@ -194,9 +203,7 @@ def test_an_exported_pipeline_is_a_prior_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["pipeline", "merged"])
 def test_latents_keep_their_decoder(format: Any, tmp_path: Path) -> None:
-    blocks: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    first_stage = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, latent_channels=3, **blocks)
-    stranger: Any = LDMPipeline(vqvae=first_stage, unet=unet(3), scheduler=DDIMScheduler())  # pyright: ignore[reportArgumentType]
+    stranger: Any = LDMPipeline(vqvae=first_stage(), unet=unet(3), scheduler=DDIMScheduler())  # pyright: ignore[reportArgumentType]
     prior = load_prior(saved(stranger, tmp_path / "prior"), STEPS, eta=0.5)
     (tmp_path / "prior" / "vqvae" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle beside the weights stays behind")
     policy = trained(prior, "full" if format == "pipeline" else "lora")
@@ -209,6 +216,29 @@ def test_latents_keep_their_decoder(format: Any, tmp_path: Path) -> None:
         theirs = call(pipeline, eta=0.5)
     live = draw_deployed(policy, Deployed("", prior.scheduler, STEPS, prior.step_options), 3, seeded(4))
     torch.testing.assert_close(theirs, images(prior.to_data(live)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["pipeline", "merged", "lora"])
+def test_a_prior_that_is_stored_as_a_variant_exports_what_loads(format: Any, tmp_path: Path) -> None:
+    """Every part of the prior has fp16 weights only, which a pipeline does not look for by itself."""
+    stranger: Any = LDMPipeline(vqvae=first_stage().half(), unet=unet(3).half(), scheduler=DDIMScheduler())  # pyright: ignore[reportArgumentType]
+    stranger.save_pretrained(tmp_path / "prior", variant="fp16")
+    assert all(".fp16." in path.name for path in (tmp_path / "prior").rglob("*.safetensors"))
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors"):
+        LDMPipeline.from_pretrained(tmp_path / "prior", use_safetensors=True)
+    prior = load_prior(tmp_path / "prior", STEPS)
+    policy = trained(prior, "full" if format == "pipeline" else "lora")
+    names = run(export_policy(policy, format, tmp_path / "out"))
+    latents = torch.randn(2, *prior.shape, generator=seeded(0))
+    network = names["network"] if format == "lora" else names["pipeline"].unet
+    with torch.no_grad():
+        theirs = network(latents, torch.tensor(300.0), return_dict=False)[0]
+        torch.testing.assert_close(theirs, policy(latents, torch.tensor(300.0)), rtol=0, atol=1e-5)
+        assert (prior.denoiser(latents, torch.tensor(300.0)) - theirs).abs().max() > 1e-3
+        if format != "lora":
+            decoder = names["pipeline"].vqvae
+            decoded = decoder.decode(latents / decoder.config.scaling_factor).sample
+            torch.testing.assert_close(decoded, prior.to_data(latents), rtol=0, atol=1e-5)
 
 
 BARE: dict[str, tuple[Callable[[], Any], Any, dict[str, Any]]] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,8 @@ from tiltune.finetune import run as runs
 from tiltune.finetune.certificate import Criterion
 from tiltune.finetune.config import EnergyConfig, PolicyConfig, PriorConfig, RunConfig, TrainConfig
 from tiltune.finetune.config_file import from_mapping, read_yaml
-from tiltune.finetune.run_folder import ASIDE
+from tiltune.finetune.run_folder import ASIDE, MOVING, new_run
+from tiltune.samplers.policy import Policy
 
 ENERGY = """
 import torch
@@ -175,6 +178,127 @@ def test_a_run_is_only_replaced_on_request_and_then_whole(config: RunConfig, tmp
         runs.train(config, out / "notes.txt", overwrite=True, progress=False)
 
 
+def test_overwrite_moves_a_run_back_that_a_killed_process_left_aside(config: RunConfig, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    runs.train(config, out, progress=False)
+    before = contents(out)
+
+    def kill(*moved: str, to: str) -> None:
+        (out / to).mkdir()
+        for name in moved:
+            (out / name).rename(out / to / name)
+
+    def fail() -> None:
+        with pytest.raises(ValueError, match="broken"):
+            runs.train(config, out, energy=Breaking(0, RuntimeError("broken")), overwrite=True, progress=False)
+        assert contents(out) == before
+
+    kill("config.yaml", "metrics.jsonl", "policy", "run.json", to=ASIDE)  # before anything new was written
+    with pytest.raises(ValueError, match=r"already holds a run \(\.replaced\); nothing was touched"):
+        runs.train(config, out, progress=False)
+    fail()
+    kill("config.yaml", "metrics.jsonl", "policy", "run.json", to=ASIDE)  # in the middle of the new training
+    (out / "config.yaml").write_text("{}")
+    (out / "metrics.jsonl").write_text("new")
+    fail()
+    kill("config.yaml", to=MOVING)  # on the way there or back, with the rest in the folder
+    fail()
+    kill(to=ASIDE)  # control: a finished run is not replaced by what it replaced
+    (out / ASIDE / "config.yaml").write_text("old")
+    fail()
+    assert not (out / ASIDE).exists()
+    assert not (out / MOVING).exists()
+
+
+def test_overwrite_takes_nothing_that_is_no_run(config: RunConfig, tmp_path: Path) -> None:
+    for name, files in {
+        "without": {"policy": "mine"},
+        "foreign": {"config.yaml": "learning_rate: 1\n", "metrics.jsonl": ""},
+        "written by hand": {"config.yaml": "train: {alpha: 2}\n"},
+        "empty": {"config.yaml": ""},
+        "no YAML": {"config.yaml": "train: ["},
+    }.items():
+        out = tmp_path / name
+        out.mkdir()
+        for file, text in files.items():
+            (out / file).write_text(text)
+        before = contents(out)
+        with pytest.raises(ValueError, match=r"but no run that could be overwritten: .*\. Nothing was touched"):
+            runs.train(config, out, overwrite=True, progress=False)
+        assert contents(out) == before
+
+
+def test_ctrl_c_while_saving_waits_until_all_is_saved(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Policy.save
+
+    def interrupted(policy: Policy, folder: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save(policy, folder)
+
+    monkeypatch.setattr(Policy, "save", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(config, tmp_path / "run", energy=Breaking(2, KeyboardInterrupt()), progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    opened = runs.open_run(tmp_path / "run")
+    assert (opened.record["updates"], opened.record["interrupted"]) == (1, True)
+
+
+def test_what_fails_while_saving_takes_neither_run(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    runs.train(config, out, progress=False)
+    before = contents(out)
+
+    def full(policy: Policy, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    other = replace(config, train=replace(config.train, seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            runs.train(other, out, overwrite=True, progress=False)
+        assert (out / "metrics.jsonl").read_bytes() != before["metrics.jsonl"]  # the new training's
+        assert contents(out / ASIDE) == before
+        with pytest.raises(OSError, match="No space left"):  # control: where nothing was trained, all is as it was
+            runs.train(replace(other, train=replace(other.train, updates=0)), out, overwrite=True, progress=False)
+    assert contents(out) == before
+
+
+def test_a_finished_run_is_not_rolled_back(tmp_path: Path) -> None:
+    def finish() -> None:
+        with new_run(tmp_path / "run", lambda: False):
+            (tmp_path / "run" / "run.json").write_text("{}")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finish()
+    assert (tmp_path / "run" / "run.json").exists()
+
+
+def test_energy_files_are_spelled_out(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    terms = ("my_energy.py:ink", "-0.5 * ./my_energy.py:nothing", "tiltune.tasks.mixture:energy(3)", "wanted")
+    spelled = (f"{tmp_path}/my_energy.py:ink", f"-0.5 * {tmp_path}/my_energy.py:nothing", *terms[2:])
+    assert tuple(map(runs.absolute_term, terms)) == spelled
+    assert tuple(map(runs.absolute_term, spelled)) == spelled
+    run = runs.train(replace(config, energy=EnergyConfig(terms[:2])), tmp_path / "run", progress=False)
+    assert runs.read_config(run.folder).energy.terms == run.config.energy.terms == spelled[:2]
+    odd = tmp_path / "a:b"  # no term can spell this place; as it was, it works here
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    assert runs.absolute_term("my_energy.py:ink") == "my_energy.py:ink"
+
+
+def test_mps_is_no_device(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for cuda, device in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+        assert runs._device(replace(config, device="auto")) == device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="the device is 'cuda', but torch sees none here"):
+        runs._device(replace(config, device="cuda"))
+
+
 def test_what_is_missing_is_said_before_any_work(config: RunConfig, tmp_path: Path) -> None:
     cases = [
         (replace(config, prior=PriorConfig()), "nothing says what to fine-tune"),
@@ -291,6 +415,44 @@ def test_a_certificate_repeats_and_another_seed_changes_it(config: RunConfig, tm
     assert evaluation.certify(run, energy, size=100, seed=1, progress=False)[0]["elbo"] != one["elbo"]
     with pytest.raises(ValueError, match="fewer than 100 rollouts"):
         evaluation.certify(run, energy, size=10, progress=False)
+
+
+def test_a_certificate_names_the_energy_that_judged(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runs.train(config, tmp_path / "run", progress=False)
+    monkeypatch.chdir(tmp_path)
+
+    def judged(*terms: str) -> tuple[Any, list[str]]:
+        figures, _ = evaluation.certify(run, run.energy(terms), terms=terms, size=100, progress=False)
+        return figures["energy"], [flag for flag in figures["flags"] if "the energy here" in flag]
+
+    ink = f"{tmp_path}/my_energy.py:ink"
+    assert judged("my_energy.py:ink") == ([ink], [])
+    assert judged("2*my_energy.py:ink") == (
+        [f"2*{ink}"],
+        [f"the energy here is 2*my_energy.py:ink; the run was trained with {ink}"],
+    )
+    assert not evaluation.energy_flags(run, ["1.0*./my_energy.py:ink"])
+    assert evaluation.energy_flags(run, ["my_energy.py:ink", "my_energy.py:nothing"])
+    figures, _ = evaluation.certify(run, lambda x: x.flatten(1).mean(1), size=100, progress=False)
+    assert figures["energy"] is None
+    assert f"the energy here is a function of its own; the run was trained with {ink}" in figures["flags"]
+
+
+def test_the_bar_of_a_certificate_ends_at_its_total(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tqdm
+
+    bars: list[Any] = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    run = runs.train(config, tmp_path / "run", progress=False)
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    figures, _ = evaluation.certify(run, run.energy([f"{tmp_path}/my_energy.py:ink"]), size=100, progress=True)
+    [bar] = bars
+    assert bar.n == bar.total == figures["certificate_energy_calls"]
 
 
 def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def test_the_console_script_is_quick():
 def test_statuses_and_sentences(monkeypatch, capsys):
     from types import SimpleNamespace
 
+    from tiltune.finetune.certificate import EXIT_STATUS
+
     def breaking(error):
         def main(argv):
             raise error
@@ -75,8 +77,19 @@ def test_statuses_and_sentences(monkeypatch, capsys):
         monkeypatch.setattr(cli, "import_module", breaking(error))
         assert cli.run(["train"]) == status
         assert len(capsys.readouterr().err.splitlines()) == 1
-    monkeypatch.setattr(cli, "import_module", breaking(RuntimeError("a bug")))
-    with pytest.raises(RuntimeError):  # a bug of ours keeps its traceback
+    for error in (
+        RuntimeError("a\nbug"),
+        MemoryError("a bug"),
+        AssertionError("a bug"),
+    ):  # keeps its traceback, and is no verdict
+        monkeypatch.setattr(cli, "import_module", breaking(error))
+        assert cli.run(["evaluate"]) == 70
+        shown = capsys.readouterr().err
+        assert shown.startswith("Traceback") and "in main" in shown
+        assert shown.splitlines()[-1] == f"tiltune evaluate: unexpected {type(error).__name__}: a bug"
+    assert 70 not in EXIT_STATUS.values()
+    monkeypatch.setattr(cli, "import_module", breaking(SystemExit(0)))
+    with pytest.raises(SystemExit):  # control: how tyro ends
         cli.run(["train"])
     assert cli.run(["tranin"]) == 2
     assert "did you mean train" in capsys.readouterr().err

@@ -43,6 +43,7 @@ VALUES: dict[str, list[str]] = {
     "--warm-start-rows": ["3"],
     "--warm-start-learning-rate": ["0.5"],
     "--soft-value-updates": ["3"],
+    "--forward-rows": ["5"],
     "--bank-size": ["7"],
     "--tempering-ess": ["0.5"],
     "--huber": ["5"],

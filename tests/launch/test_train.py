@@ -103,7 +103,7 @@ def test_what_train_prints_and_writes(tiltune: Callable[..., Any], here: Path, s
     assert [line.split(":")[0] for line in out[:3]] == ["prior", "chain", "condition"]
     assert "K = 3" in out[1]
     assert str(prior) in out[0]
-    assert out[-1] == "next: tiltune evaluate runs/pipeline"
+    assert out[-1] == f"next: tiltune evaluate runs/pipeline --energy {here}/my_energy.py:ink"
     assert "2 updates, 20 energy calls" in out[-2]
     assert "reinforce_kl" in shown.err  # the bar
     assert (here / "runs" / "pipeline" / "policy" / "policy.json").exists()
@@ -227,6 +227,17 @@ def test_flags_that_cannot_be_read_end_with_status_2(tiltune: Callable[..., Any]
     assert "Traceback" not in shown.err
 
 
+def test_config_yaml_repeats_the_run_from_another_folder(
+    tiltune: Callable[..., Any], trained: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    shown = tiltune("train", "--config", trained / "config.yaml", "--out", "again")
+    assert shown.status == 0, shown.err
+    for file in ("config.yaml", "metrics.jsonl", "policy/diffusion_pytorch_model.safetensors"):
+        assert (elsewhere / "again" / file).read_bytes() == (trained / file).read_bytes()
+
+
 def test_a_folder_that_holds_a_run_is_refused_untouched(tiltune: Callable[..., Any], trained: Path, small: list[Any]) -> None:
     before = contents(trained)
     shown = tiltune("train", *small, "--energy", "my_energy.py:ink", "--out", "my-run")
@@ -273,7 +284,12 @@ def test_ctrl_c_leaves_a_usable_run(tiltune: Callable[..., Any], here: Path, sma
     small[small.index("--updates") + 1] = 100_000
     arguments = [*map(str, small), "--energy", "my_energy.py:ink", "--out", "out"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tiltune", "train", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tiltune", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics = here / "out" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -299,13 +315,15 @@ def test_ctrl_c_leaves_a_usable_run(tiltune: Callable[..., Any], here: Path, sma
 def test_evaluate_writes_and_prints_the_certificate(tiltune: Callable[..., Any], trained: Path) -> None:
     shown = tiltune("evaluate", "my-run")
     assert shown.status == 2
-    assert "say it again: --energy my_energy.py:ink" in shown.err
+    assert f"say it again: --energy {trained.parent}/my_energy.py:ink" in shown.err
     assert not (trained / "certificate.json").exists()
 
     shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100)
     certificate = json.loads((trained / "certificate.json").read_text())
     assert shown.status == certificate["exit_status"] == 3  # 100 rollouts are too few for anything else
     assert certificate["verdict"] == "inconclusive"
+    assert certificate["energy"] == [f"{trained.parent}/my_energy.py:ink"]
+    assert not [flag for flag in certificate["flags"] if "the energy here" in flag]
     assert f"verdict: inconclusive: {certificate['reasons'][0]}" in shown.out
     for text in ("ELBO", "EUBO", "deployed", "DDIM eta=0", "written to my-run"):
         assert text in shown.out
@@ -351,6 +369,7 @@ def test_sample(tiltune: Callable[..., Any], trained: Path) -> None:
 def test_exact_samples_follow_the_energy_and_say_how_far_to_trust_them(
     tiltune: Callable[..., Any], here: Path, trained: Path
 ) -> None:
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     # Seven of eight weights on one side: the policy, next to the prior, does not know, the weights do.
@@ -370,6 +389,11 @@ def test_exact_samples_follow_the_energy_and_say_how_far_to_trust_them(
     assert abs(share("exact.safetensors") - expected) < 0.08  # 3.3 standard errors of two sets of 400
     assert "effective proposals:" in shown.out
     assert "Averages over them are as accurate as over" in shown.out
+    assert f"flag: the energy here is half.py:half; the run was trained with {here}/my_energy.py:ink" in shown.out
+    with safe_open(here / "exact.safetensors", "pt") as file:
+        told = json.loads(file.metadata()["tiltune"])
+    assert told["energy"] == [f"{here}/half.py:half"]
+    assert len(told["flags"]) == 1
     few = tiltune(
         "sample", "my-run", "--n", 9, "--exact", "--proposals", 20, "--energy", "half.py:half", "--out", "few.safetensors"
     )

@@ -97,6 +97,21 @@ def test_samples_come_in_batches_and_are_data() -> None:
     assert torch.equal(samples, 3 * expected)
 
 
+class Silent(nn.Module):
+    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        return 0 * state
+
+
+def test_batches_follow_the_size_of_the_states() -> None:
+    done: list[int] = []
+    for shape, expected in (((1, 512, 512), [2, 1]), ((2,), [3])):
+        prior = Prior(Silent(), CHAIN, shape)
+        policy = Policy(prior, Silent(), "residual")
+        done.clear()
+        assert policy.sample(3, on_progress=done.append).shape == (3, *shape)
+        assert done == expected
+
+
 def test_making_a_policy_repeats_and_leaves_the_global_generator_alone() -> None:
     with torch.random.fork_rng(devices=[]):
         for kind in KINDS:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -571,6 +573,66 @@ def test_a_saved_full_policy_is_a_diffusers_model(tmp_path: Path) -> None:
     network = UNet2DModel.from_pretrained(tmp_path / "policy", use_safetensors=True)
     for mine, theirs in zip(policy.parameters(), network.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
+    "another method": ({"peft_type": "PROMPT_TUNING"}, "peft_type 'PROMPT_TUNING'; only LORA is covered"),
+    "no method": ({"peft_type": None}, "peft_type None; only LORA is covered"),
+    "a rank in words": ({"r": "x"}, "r = 'x', which is no rank"),
+    "a rank of another type": ({"r": True}, "r = True, which is no rank"),
+    "no rank": ({"r": 0}, "r = 0, which is no rank"),
+    "a rank that would not fit into memory": ({"r": 10**12}, "not of rank 1000000000000"),
+    "a scale in words": ({"lora_alpha": "8"}, "lora_alpha = '8'; it must be a positive number"),
+    "a scale that is no number": ({"lora_alpha": float("nan")}, "lora_alpha = nan; it must be a positive number"),
+    "a scale beyond floats": ({"lora_alpha": 10**400}, "lora_alpha = 10+; it must be a positive number"),
+    "a pattern of targets": ({"target_modules": "(a+)+b"}, r"target_modules = .*must be a list of names of layers"),
+    "targets that are no names": ({"target_modules": [3]}, r"target_modules = \[3\]; it must be a list"),
+    "no targets": ({"target_modules": []}, r"target_modules = \[\]; it must be a list"),
+    "targets elsewhere": ({"target_modules": ["elsewhere"]}, "does not fit this prior's network: the target 'elsewhere'"),
+    "a module to import": ({"megatron_core": "antigravity", "megatron_config": {}}, "sets megatron_core = 'antigravity'"),
+    "another scaling": ({"use_rslora": True}, "sets use_rslora = True, which is not covered"),
+    "ranks by layer": ({"rank_pattern": {"conv_in": 1}}, "sets rank_pattern = .*which is not covered"),
+    "an option of a later peft": ({"use_tomorrow": True}, "sets use_tomorrow = True, which is not covered"),
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prior's folder with a saved LoRA policy in policy/."""
+    folder = pipeline_folder(tmp_path_factory.mktemp("adapter"))
+    make_policy(load_prior(folder, STEPS), "lora", rank=2).save(folder / "policy")
+    return folder
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_adapters_are_refused(name: str, adapter: Path, tmp_path: Path) -> None:
+    changes, message = FOREIGN[name]
+    shutil.copytree(adapter / "policy", tmp_path / "policy")
+    edit_json(tmp_path / "policy" / "adapter_config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_policy(load_prior(adapter, STEPS), tmp_path / "policy")
+    assert "antigravity" not in sys.modules
+
+
+def test_an_adapter_that_peft_wrote_with_another_scale_is_loaded(adapter: Path, tmp_path: Path) -> None:
+    """What peft says beside the three settings is no reason to refuse; the scale is the file's."""
+    import peft
+
+    randomized = make_policy(load_prior(adapter, STEPS), "lora", rank=2)
+    for parameter in randomized.parameters():
+        if parameter.requires_grad:
+            randomize_(nn.ParameterList([parameter]), scale=0.05)
+    randomized.save(tmp_path / "ours")
+    edit_json(tmp_path / "ours" / "adapter_config.json", lora_alpha=5)
+    network: Any = UNet2DModel.from_pretrained(adapter, subfolder="unet", use_safetensors=True)
+    theirs: Any = peft.PeftModel.from_pretrained(network, str(tmp_path / "ours")).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    shutil.copy(tmp_path / "ours" / "policy.json", tmp_path / "theirs")
+    state, timestep = torch.randn(2, 1, 8, 8, generator=seeded(0)), torch.tensor(300.0)
+    with torch.no_grad():
+        loaded = load_policy(load_prior(adapter, STEPS), tmp_path / "theirs")
+        torch.testing.assert_close(loaded(state, timestep), theirs(state, timestep, return_dict=False)[0], rtol=0, atol=1e-5)
+        assert (loaded(state, timestep) - randomized(state, timestep)).abs().max() > 1e-4
 
 
 def test_policies_that_do_not_fit_are_refused(tmp_path: Path) -> None:

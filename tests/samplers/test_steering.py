@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from tiltune.samplers.policy import Policy
+from tiltune.samplers.policy import Policy, Prior
 from tiltune.samplers.schedulers import brownian_chain
 from tiltune.samplers.steering import importance_resample, systematic
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
@@ -116,6 +116,18 @@ def test_a_prior_without_a_tilt_comes_back_as_it_is(linear):
     assert torch.equal(drawn.log_weight, torch.zeros(100))
     assert drawn.unique == 100 and drawn.ess == pytest.approx(100)
     assert steps == [32, 32, 32, 4]
+
+
+def test_batches_follow_the_size_of_the_states():
+    class Silent(nn.Module):
+        def forward(self, state, timestep, condition=None):
+            return 0 * state
+
+    for shape, expected in (((1, 512, 512), [2, 1]), ((2,), [3])):
+        policy, steps = Policy(Prior(Silent(), brownian_chain(2), shape), Silent(), "residual"), []
+        potential = lambda x: torch.zeros(len(x))  # noqa: E731
+        importance_resample(policy, potential, 1, torch.Generator(), proposals=3, on_progress=steps.append)
+        assert steps == expected
 
 
 def test_systematic_copies_are_floor_or_ceil_and_zero_weights_never_come():

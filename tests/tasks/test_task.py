@@ -1,0 +1,28 @@
+"""What the shipped tasks share."""
+
+import torch
+
+from tiltune.finetune.energy_cache import CachedEnergy
+from tiltune.finetune.energy_sum import WeightedSum
+from tiltune.tasks.task import energy_terms
+
+
+def ink(x):
+    return x.sum(1)
+
+
+class Stranger:
+    """An energy of somebody's own, with attributes that mean something else."""
+
+    energy, terms = "kinetic", 12
+
+    def __call__(self, x):
+        return torch.zeros(len(x))
+
+
+def test_terms_are_found_in_sums_behind_a_memory_or_not_and_nowhere_else():
+    stranger = Stranger()
+    total = WeightedSum({"ink": (2.0, ink), "own": (1.0, stranger)})
+    for energy, terms in ((total, [ink, stranger]), (ink, [ink]), (stranger, [stranger])):
+        assert energy_terms(energy) == terms
+        assert energy_terms(CachedEnergy(energy)) == terms
