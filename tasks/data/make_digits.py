@@ -21,7 +21,7 @@ PIXELS = 16.0
 
 def dataset() -> tuple[Tensor, Tensor]:
     """Images [1797, 1, 8, 8] in [-1, 1] and their classes [1797]."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports] - `pip install scikit-learn` for this script
 
     digits: Any = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / (PIXELS / 2) - 1
