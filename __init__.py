@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .finetune.export import export_policy
     from .finetune.run import Run, open_run, train
     from .finetune.trainer import Trainer, TrainResult
+    from .launch.pictures import run_figure
     from .samplers.chain import Chain
     from .samplers.mlp import MLPDenoiser
     from .samplers.policy import Policy, Prior, ResidualDenoiser, make_policy, trainable_copy
@@ -63,6 +64,7 @@ _HOMES = {
     "finetune.export": ("export_policy",),
     "finetune.run": ("Run", "open_run", "train"),
     "finetune.trainer": ("TrainResult", "Trainer"),
+    "launch.pictures": ("run_figure",),
     "samplers.chain": ("Chain",),
     "samplers.mlp": ("MLPDenoiser",),
     "samplers.policy": ("Policy", "Prior", "ResidualDenoiser", "make_policy", "trainable_copy"),
@@ -89,6 +91,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "CertificateConfig",
     "pretrained_recipe",
     "load_task",
+    "run_figure",
     # its parts
     "Trainer",
     "TrainResult",

@@ -242,7 +242,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks run; auto takes an accelerator where there is one."""
     threads: int = 1
-    """CPU threads of torch. Small networks on shared cores are fastest with one; give large ones all there are."""
+    """CPU threads of torch: one for points in the plane, as many as there are cores for images, unless other work shares them."""
 
     def __post_init__(self) -> None:
         _check_choices(self)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..samplers.log_ratio import step_log_ratio
-from ..samplers.policy import Policy, Prior, evaluate, trainable_copy
+from ..samplers.policy import Policy, Prior, trainable_copy
 from ..samplers.rollout import rollout
 from ..samplers.trajectory import Trajectories, concatenate, rows_at_once
 from .behavior import Context, PriorBank, draw, needs_bank
 from .config import TrainConfig
 from .energy import Energy, EnergyError, EnergyMeter
 from .estimators import ess, log_mean_exp
-from .gradients import backward_likelihood, backward_rows, backward_trajectories, chunk_rows, objective_gradient
+from .forward_kl import ForwardKL
+from .gradients import backward_trajectories, chunk_rows, objective_gradient
 from .objectives import OBJECTIVES, Batch
-from .soft_value import FRESH, SoftValue, bank_weight, fit_soft_value, states_of
+from .soft_value import SoftValue, fit_soft_value
 from .strict_json import strict_json
 
 MAX_OVERFLOWS = 20  # a scaler starts far too high and needs about that many to come down
@@ -92,6 +92,7 @@ class Trainer:
         self.alpha = self.config.alpha
         self.bank: PriorBank | None = None
         self.soft_value: SoftValue | None = None
+        self.forward_kl: ForwardKL | None = None
         # Half precision rounds small gradients to zero; scaled ones survive.
         half = getattr(prior.denoiser, "autocast", None) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -153,6 +154,8 @@ class Trainer:
         try:
             if self.bank is not None and config.soft_value_updates:
                 self.soft_value = self._fit_soft_value(self.bank)
+            if self.bank is not None:
+                self.forward_kl = ForwardKL(self.prior, self.policy, self.bank, self.soft_value, config, self.generator)
             if config.warm_start == "tlm":
                 self._warm_start(tilted)
             self._updates(tilted)
@@ -226,115 +229,25 @@ class Trainer:
         return bank.trajectories.select(index)
 
     def _warm_start(self, tilted: Trajectories | None) -> None:
-        """Trajectory likelihood on tilted prior paths, with each path's own end standing in for its next state's noise.
-
-        The log-ratio is linear in s_{k+1}, so c s_k + d x for the path's end x (`Chain.bridge`) puts its mean in its place.
-        A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
-        Where the chain does not allow it (`Chain.forgets_given_next`) the stored next state itself is used.
-        """
-        config = self.config
-        optimizer, schedule = self._optimizer(config.warm_start_learning_rate, config.warm_start_updates)
-        with self._bar(config.warm_start_updates, "warm start (tlm)") as bar, self._averaged():
-            for update in range(config.warm_start_updates):
-                loss = self._forward_rows(config.warm_start_rows)
-                loss_scale = self.scaler.get_scale()
-                self._step(optimizer, schedule)
-                bar.update(1)
-                if update % (5 * config.monitor_every) == 0 or update == config.warm_start_updates - 1:
-                    self._record(bar, "warm_start", update, {"loss": loss.item() / loss_scale, **self._monitor(tilted)})
-
-    def _forward_rows(self, count: int, factor: float = 1.0) -> Tensor:
-        """Accumulate ``factor`` times the gradient of the forward KL to the tilted law, on ``count`` transitions of the bank."""
-        assert self.bank is not None
-        if self.soft_value is not None:
-            return self._controlled_rows(self.bank, self.soft_value, count, factor)
-        step = self._stratified(self._step_probability, count)
-        state, following = self._bank_rows(self.bank, step)
-        g = self.scaler.scale(-factor / (count * self._step_probability[step]))
-        chunk = self._forward_chunk
-        parts = zip(state.split(chunk), following.split(chunk), step.split(chunk), g.split(chunk), strict=True)
-        return torch.stack([backward_rows(self.policy, self.prior.chain, *part, None) for part in parts]).sum()
-
-    def _stratified(self, probability: Tensor, count: int) -> Tensor:
-        """Steps [count] drawn by ``probability`` [num_kernels]: one uniform draw, then equal strides."""
-        cumulative = probability.cumsum(0)
-        first = torch.rand((), generator=self.generator, device=cumulative.device)
-        points = (torch.arange(count, device=cumulative.device) + first) / count
-        return torch.searchsorted(cumulative, points).clamp(max=len(probability) - 1)
-
-    def _controlled_rows(self, bank: PriorBank, soft_value: SoftValue, count: int, factor: float) -> Tensor:
-        """One gradient of the forward KL with the soft value as control variate, on paths of prior and tilted law alike.
-
-        On the prior's paths E_prior[w <z, delta>] is what the likelihood needs, and w - h_k(s_k) may stand for w: in late steps,
-        where the state has decided, the two are nearly equal and the noise is gone. Without it those steps, whose kernels are
-        narrow, learn the noise of a few hundred effective paths by heart.
-        """
-        chain, states = self.prior.chain, bank.trajectories.states
-        weight = self._bank_weight
-        mixture = 0.5 * (weight + 1)
-        even = torch.full((chain.num_kernels,), 1 / chain.num_kernels, device=states.device)
-        all_steps = self._stratified(even, count)
-        all_paths = torch.multinomial(mixture, count, replacement=True, generator=self.generator)
-        fresh = FRESH if chain.forgets_given_next else 0.0
-        all_states = states_of(chain, states, all_paths, all_steps, fresh, self.generator)
-        total = torch.zeros((), device=states.device)
-        chunk = self._forward_chunk
-        for state, step, path in zip(all_states.split(chunk), all_steps.split(chunk), all_paths.split(chunk), strict=True):
-            following = self._bridged(state, states[-1, path], step) if chain.forgets_given_next else states[step + 1, path]
-            with torch.no_grad():
-                prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
-            scale = self.scaler.scale(factor * chain.num_kernels / (count * mixture[path]))
-            control = scale * soft_value.of_paths(state, step, path).exp()
-            total += backward_likelihood(self.policy, chain, prior_output, state, following, step, scale * weight[path], control)
-        return total
-
-    def _bridged(self, state: Tensor, end: Tensor, step: Tensor) -> Tensor:
-        """c s_k + d x, the mean of s_{k+1} given s_k and the path's end x; all [n, ...], step [n]."""
-        shape = (-1, *[1] * (state.ndim - 1))
-        c, d = (column.to(state)[step].reshape(shape) for column in self.prior.chain.bridge[:2])
-        return c * state + d * end
-
-    def _bank_rows(self, bank: PriorBank, step: Tensor) -> tuple[Tensor, Tensor]:
-        """(s_k, s_{k+1} or its mean c s_k + d x given the path's end) of tilted prior paths at ``step`` [n]; [n, ...]."""
-        chain, states = self.prior.chain, bank.trajectories.states
-        index = bank.draw(len(step), self.config.alpha, self.generator)
-        state = states[step, index]
-        if not chain.forgets_given_next:
-            return state, states[step + 1, index]
-        return state, self._bridged(state, states[-1, index], step)
-
-    @cached_property
-    def _forward_chunk(self) -> int:
-        """Rows of the bank at once, so that their graph fits ``memory_mb``."""
-        assert self.bank is not None
-        few = self.bank.trajectories.select(torch.arange(6, device=self.prior.device) % len(self.bank.trajectories))
-        most = max(self.config.warm_start_rows, self.config.forward_rows)
-        return chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, most, total=most)
-
-    @cached_property
-    def _bank_weight(self) -> Tensor:
-        assert self.bank is not None
-        return bank_weight(self.bank, self.config.alpha)
-
-    @cached_property
-    def _step_probability(self) -> Tensor:
-        """[num_kernels]: half even, half by the root mean square of the prior's residual (x - x_hat) d / sigma."""
-        assert self.bank is not None
-        chain = self.prior.chain
-        per_step = 64
-        step = torch.arange(chain.num_kernels, device=self.prior.device).repeat_interleave(per_step)
-        with torch.no_grad():
-            state, following = self._bank_rows(self.bank, step)
-            chunk = rows_at_once(self.prior.shape)
-            output = torch.cat(
-                [
-                    evaluate(self.prior.denoiser, chain, *part, None)
-                    for part in zip(state.split(chunk), step.split(chunk), strict=True)
-                ]
-            )
-            z = chain.standardize(following, state, step, output)
-        residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()
-        return 0.5 * residual / residual.sum() + 0.5 / chain.num_kernels
+        """Trajectory likelihood on the bank (`ForwardKL`), in two halves where the shift of the first can teach the second."""
+        config, forward = self.config, self.forward_kl
+        assert forward is not None
+        total = config.warm_start_updates
+        halves = [(0, total // 2), (total // 2, total)] if forward.bridged_and_controlled else [(0, total)]
+        with self._bar(total, "warm start (tlm)") as bar:
+            for first, last in halves:
+                optimizer, schedule = self._optimizer(config.warm_start_learning_rate, last - first)
+                with self._averaged():
+                    for update in range(first, last):
+                        loss = forward.backward(config.warm_start_rows, self.scaler.scale)
+                        loss_scale = self.scaler.get_scale()
+                        self._step(optimizer, schedule)
+                        bar.update(1)
+                        if update % (5 * config.monitor_every) == 0 or update == total - 1:
+                            record = {"loss": loss.item() / loss_scale, **self._monitor(tilted)}
+                            self._record(bar, "warm_start", update, record)
+                if last < total:
+                    forward.measure_slope()
 
     def _updates(self, tilted: Trajectories | None) -> None:
         config, chain = self.config, self.prior.chain
@@ -377,7 +290,9 @@ class Trainer:
                 chunk = chunk or chunk_rows(self.policy, chain, trajectories, config.memory_mb)
                 backward_trajectories(self.policy, chain, trajectories, self.scaler.scale(g), chunk)
                 if config.forward_rows:
-                    self._forward_rows(config.forward_rows, self.alpha**self.objective.alpha_power)
+                    assert self.forward_kl is not None
+                    factor = self.alpha**self.objective.alpha_power
+                    self.forward_kl.backward(config.forward_rows, self.scaler.scale, factor)
                 self._step(optimizer, schedule)
                 if self.objective.learns_log_z:
                     log_z_optimizer.step()

@@ -204,6 +204,11 @@ class Chain:
             )
         return c, d, variance.clamp(min=0).sqrt()
 
+    def bridged(self, state: Tensor, end: Tensor, step: Tensor) -> Tensor:
+        """c s_k + d x: the mean of s_{k+1} given s_k and the path's end x; state and end [n, ...], step [n]."""
+        c, d = (column.to(state)[step].reshape(-1, *[1] * (state.ndim - 1)) for column in self.bridge[:2])
+        return c * state + d * end
+
     @cached_property
     def forgets_given_next(self) -> bool:
         """Whether s_k tells nothing more of x once s_{k+1} is known: c_k noise_k² signal_{k+1} = signal_k noise_{k+1}².

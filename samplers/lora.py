@@ -96,7 +96,7 @@ def add_adapters(denoiser: Any, rank: int, targets: tuple[str, ...] = (), alpha:
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second policy on one prior is meant
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs as well
         library.inject_adapter_in_model(config, model, adapter_name=name)
     switch.add(name, list(_adapted(model, name).values()))
     denoiser.adapters = switch

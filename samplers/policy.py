@@ -159,7 +159,7 @@ def residual_of(prior: Prior) -> ResidualDenoiser:
             " policy=ResidualDenoiser(prior.denoiser, network) with a network of your own."
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs as well
         network = type(base.model).from_config(base.model.config)  # pyright: ignore[reportAttributeAccessIssue]
     return ResidualDenoiser(base, beside(prior, network))
 

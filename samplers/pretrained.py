@@ -101,7 +101,7 @@ class LatentDecoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, state: Tensor) -> Tensor:
-        latents = state / self.config.scaling_factor
+        latents = state / self.config.scaling_factor + (self.config.get("shift_factor") or 0.0)
         parts = [self.vae.decode(part).sample for part in latents.split(DECODE_BATCH)]  # pyright: ignore[reportCallIssue]
         return torch.cat(parts)
 

@@ -59,11 +59,11 @@ def recipe() -> RunConfig:
         alpha=0.25,
         objective="reinforce_kl",
         soft_value_updates=300,
-        bank_size=12_000,
+        bank_size=8000,
         warm_start_updates=200,
         warm_start_rows=256,
-        warm_start_learning_rate=1e-3,
-        updates=60,
+        warm_start_learning_rate=5e-4,
+        updates=80,
         batch_size=128,
         forward_rows=256,
         learning_rate=4e-4,
@@ -79,6 +79,7 @@ def recipe() -> RunConfig:
         energy=EnergyConfig(("classes(3)",)),
         train=train,
         certificate=CertificateConfig(size=4500),
+        threads=2,
     )
 
 

@@ -11,6 +11,7 @@ from tiltune.finetune.certificate import judge_unknown, path_figures
 from tiltune.finetune.config import TrainConfig
 from tiltune.finetune.energy import EnergyError, EnergyMeter
 from tiltune.finetune.estimators import weighted_mean
+from tiltune.finetune.forward_kl import ForwardKL
 from tiltune.finetune.trainer import Trainer
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
 from tiltune.samplers.policy import Prior, ResidualDenoiser
@@ -55,10 +56,11 @@ def test_the_warm_start_at_zero_energy_leaves_the_prior_unchanged(name):
     prior = gaussian_prior(chain)
     trainer = Trainer(prior, lambda x: torch.zeros(len(x)), TrainConfig(seed=3), policy=residual_policy(prior), progress=False)
     bank = PriorBank(rollout(prior, None, 20_000, trainer.generator).with_(energy=torch.zeros(20_000)))
+    forward = ForwardKL(prior, trainer.policy, bank, None, trainer.config, trainer.generator)
     worst = 0.0
     for k in range(chain.num_kernels):
         step = torch.full((20_000,), k)
-        state, following = trainer._bank_rows(bank, step)
+        state, following = forward.rows(step)
         output = prior.denoiser(state, chain.timestep(step, state), None)
         z = chain.standardize(following, state, step, output).double().flatten()
         s = state.double().flatten()

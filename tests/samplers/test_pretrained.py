@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tiltune.samplers import pretrained
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.policy import Policy, Prior, ResidualDenoiser, make_policy
-from tiltune.samplers.pretrained import load_policy, load_prior
+from tiltune.samplers.pretrained import LatentDecoder, load_policy, load_prior
 from tiltune.samplers.rollout import rollout
 
 STEPS = 5
@@ -658,3 +658,14 @@ def test_policies_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"this one's network is a Conv2d; save its state_dict\(\) yourself"):
         residual.save(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_shifted_latent_space_is_shifted_back():
+    """As the pipelines of such models decode: vae.decode(latents / scale + shift)."""
+    model = vae()
+    model.register_to_config(shift_factor=0.4)
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    decoded = LatentDecoder(model, 4)(latents)
+    with torch.no_grad():
+        assert torch.equal(decoded, model.decode(latents / model.config.scaling_factor + 0.4).sample)
+        assert not torch.equal(decoded, model.decode(latents / model.config.scaling_factor).sample)

@@ -1,0 +1,168 @@
+"""The forward KL to the tilted path law, on rows of the bank: the warm start, and a part of every update where asked for.
+
+    row      one step k of one path: s_k, and s_{k+1} or the mean of s_{k+1} given the path's end
+    plain    -l_k, the trajectory likelihood, on paths drawn by exp(-E/alpha)
+    controlled   with a soft value, which takes out most of the noise: docs/theory.md
+
+The log-ratio is linear in s_{k+1}, so that c s_k + d x for the path's end x (`Chain.bridged`) puts its mean in its place. Where
+the chain does not allow it (`Chain.forgets_given_next`) the stored next state itself is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..samplers.policy import Prior, evaluate
+from ..samplers.trajectory import rows_at_once
+from .behavior import PriorBank
+from .config import TrainConfig
+from .gradients import backward_likelihood, backward_rows, chunk_rows
+from .soft_value import FRESH, SoftValue, bank_weight, states_of
+
+SLOPE_PATHS = 1500
+
+
+class ForwardKL:
+    """Gradients of KL(tilted || policy) on the bank's paths.
+
+    slope [num_kernels]: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        policy: nn.Module,
+        bank: PriorBank,
+        soft_value: SoftValue | None,
+        config: TrainConfig,
+        generator: torch.Generator,
+    ) -> None:
+        self.prior, self.policy, self.bank, self.soft_value = prior, policy, bank, soft_value
+        self.config, self.generator = config, generator
+        self.slope = torch.ones(prior.chain.num_kernels, device=bank.trajectories.states.device)
+
+    @property
+    def bridged_and_controlled(self) -> bool:
+        """Whether `measure_slope` has something to correct."""
+        return self.soft_value is not None and self.prior.chain.forgets_given_next
+
+    def backward(self, count: int, scale: Callable[[Tensor], Tensor], factor: float = 1.0) -> Tensor:
+        """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss. ``scale``: that of a gradient scaler."""
+        if self.soft_value is not None:
+            return self._controlled(self.soft_value, count, scale, factor)
+        step = self._stratified(self._step_probability, count)
+        state, following = self.rows(step)
+        g = scale(-factor / (count * self._step_probability[step]))
+        chunk = self._chunk
+        parts = zip(state.split(chunk), following.split(chunk), step.split(chunk), g.split(chunk), strict=True)
+        return torch.stack([backward_rows(self.policy, self.prior.chain, *part, None) for part in parts]).sum()
+
+    def rows(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """(s_k, s_{k+1} or its mean given the path's end) of tilted prior paths at ``step`` [n]; [n, ...].
+
+        A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
+        """
+        chain, states = self.prior.chain, self.bank.trajectories.states
+        index = self.bank.draw(len(step), self.config.alpha, self.generator)
+        state = states[step, index]
+        if not chain.forgets_given_next:
+            return state, states[step + 1, index]
+        return state, chain.bridged(state, states[-1, index], step)
+
+    @torch.no_grad()
+    def measure_slope(self) -> None:
+        """Set ``slope`` to the factor on the policy's shift delta that suits the tilted paths best: E<delta, z> / E|delta|².
+
+        z is the noise that the prior's kernels did draw on these paths. A bridged shift promises more than that: the end of a
+        path tells the mean of s_{k+1} exactly where the prior reverses its noising exactly, and K Gaussian kernels of a learned
+        network do not. Noise in delta lowers the factor as well, as it should. Sums over three neighboring steps, as one alone is
+        noisy; never above 1.
+        """
+        chain, states = self.prior.chain, self.bank.trajectories.states
+        drawn, own = torch.zeros(2, chain.num_kernels, device=states.device)
+        path = self.bank.draw(SLOPE_PATHS, self.config.alpha, self.generator)
+        for k in range(chain.num_kernels):
+            for some in path.split(rows_at_once(self.prior.shape)):
+                state, step = states[k, some], torch.full_like(some, k)
+                prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
+                output = evaluate(self.policy, chain, state, step, None)
+                shift = chain.kernel_shift(state, step, output, prior_output)
+                drawn[k] += (shift * chain.standardize(states[k + 1, some], state, step, prior_output)).sum()
+                own[k] += shift.square().sum()
+        around = torch.ones(1, 1, 3, device=states.device)
+        above, below = (functional.conv1d(total[None, None], around, padding=1)[0, 0] for total in (drawn, own))
+        self.slope = torch.where(below > 0, above / below, 1.0).clamp(0.0, 1.0)
+
+    def _controlled(self, soft_value: SoftValue, count: int, scale: Callable[[Tensor], Tensor], factor: float) -> Tensor:
+        """The gradient with the soft value as control variate, on paths of prior and tilted law alike.
+
+        On the prior's paths E_prior[w <z, delta>] is what the likelihood needs, and w - h_k(s_k) may stand for w: in late steps,
+        where the state has decided, the two are nearly equal and the noise is gone. Without it those steps, whose kernels are
+        narrow, learn the noise of a few hundred effective paths by heart.
+        """
+        chain, states = self.prior.chain, self.bank.trajectories.states
+        weight = self._weight
+        mixture = 0.5 * (weight + 1)
+        even = torch.full((chain.num_kernels,), 1 / chain.num_kernels, device=states.device)
+        all_steps = self._stratified(even, count)
+        all_paths = torch.multinomial(mixture, count, replacement=True, generator=self.generator)
+        fresh = FRESH if chain.forgets_given_next else 0.0
+        all_states = states_of(chain, states, all_paths, all_steps, fresh, self.generator)
+        total = torch.zeros((), device=states.device)
+        chunk = self._chunk
+        for state, step, path in zip(all_states.split(chunk), all_steps.split(chunk), all_paths.split(chunk), strict=True):
+            with torch.no_grad():
+                prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
+            if chain.forgets_given_next:
+                mean = chain.mean(state, step, prior_output)
+                slope = self.slope[step].reshape(-1, *[1] * (state.ndim - 1))
+                following = torch.lerp(mean, chain.bridged(state, states[-1, path], step), slope)
+            else:
+                following = states[step + 1, path]
+            share = scale(factor * chain.num_kernels / (count * mixture[path]))
+            control = share * soft_value.of_paths(state, step, path).exp()
+            total += backward_likelihood(self.policy, chain, prior_output, state, following, step, share * weight[path], control)
+        return total
+
+    def _stratified(self, probability: Tensor, count: int) -> Tensor:
+        """Steps [count] drawn by ``probability`` [num_kernels]: one uniform draw, then equal strides."""
+        cumulative = probability.cumsum(0)
+        first = torch.rand((), generator=self.generator, device=cumulative.device)
+        points = (torch.arange(count, device=cumulative.device) + first) / count
+        return torch.searchsorted(cumulative, points).clamp(max=len(probability) - 1)
+
+    @cached_property
+    def _chunk(self) -> int:
+        """Rows of the bank at once, so that their graph fits ``memory_mb``."""
+        trajectories = self.bank.trajectories
+        few = trajectories.select(torch.arange(6, device=self.prior.device) % len(trajectories))
+        most = max(self.config.warm_start_rows, self.config.forward_rows)
+        return chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, most, total=most)
+
+    @cached_property
+    def _weight(self) -> Tensor:
+        return bank_weight(self.bank, self.config.alpha)
+
+    @cached_property
+    def _step_probability(self) -> Tensor:
+        """[num_kernels]: half even, half by the root mean square of the prior's residual (x - x_hat) d / sigma."""
+        chain = self.prior.chain
+        per_step = 64
+        step = torch.arange(chain.num_kernels, device=self.prior.device).repeat_interleave(per_step)
+        with torch.no_grad():
+            state, following = self.rows(step)
+            chunk = rows_at_once(self.prior.shape)
+            output = torch.cat(
+                [
+                    evaluate(self.prior.denoiser, chain, *part, None)
+                    for part in zip(state.split(chunk), step.split(chunk), strict=True)
+                ]
+            )
+            z = chain.standardize(following, state, step, output)
+        residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()
+        return 0.5 * residual / residual.sum() + 0.5 / chain.num_kernels
