@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Annotated, Literal, get_args
 
 from ..tasks.task import TASKS
-from . import flags
+from . import checkpoint, flags
 from .cli import VERBS
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -46,7 +46,8 @@ def script(shell: str) -> str:
         tyro.extras.subcommand_cli_from_dict(verbs, args=arguments, prog="tiltune", config=(tyro.conf.OmitArgPrefixes,))
     text = printed.getvalue().replace("complete -F", "complete -o default -F")
     # Positional choices are missing from tyro's table; one completes like a flag that takes no value.
-    for verb, choices in {"train": tuple(TASKS), "completion": get_args(Shell)}.items():
+    positional = {"train": tuple(TASKS), "checkpoint": get_args(checkpoint.Action), "completion": get_args(Shell)}
+    for verb, choices in positional.items():
         added = "".join(f"{{'flags': ['{name}'], 'description': '{verb} {name}', 'type': 'flag'}}, " for name in choices)
         text = re.sub(
             rf"('{verb}': \{{'description': .*?'options': \[)", lambda found, added=added: found[1] + added, text, count=1
