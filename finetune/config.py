@@ -62,6 +62,8 @@ class TrainConfig:
     """Share of NaN or -inf energies above which the run stops."""
     monitor_every: int = 20
     """Updates between two EUBO points, on a fixed draw of the bank; no energy calls."""
+    checkpoint_every: int = 25
+    """Steps of warm start and updates between two checkpoints of a run folder; 0 for none."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ class TrainConfig:
         )
         refuse(not 0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it is a share, at least 0 and below 1.")
         refuse(not 0 <= self.max_invalid <= 1, f"max_invalid is {self.max_invalid}; it is a share, between 0 and 1.")
-        for name in ("updates", "warm_start_updates", "soft_value_updates", "forward_rows"):
+        for name in ("updates", "warm_start_updates", "soft_value_updates", "forward_rows", "checkpoint_every"):
             refuse(getattr(self, name) < 0, f"{name} is {getattr(self, name)}; it must not be negative.")
         refuse(self.batch_size < 2, "batch_size must be at least 2: baselines and variances compare trajectories.")
         refuse(self.warm_start not in ("tlm", "none"), f"warm_start is {self.warm_start!r}; choose 'tlm' or 'none'.")

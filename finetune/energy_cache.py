@@ -35,8 +35,25 @@ class CachedEnergy:
         self.term_values: dict[str, Tensor] = {}
         self.__name__ = energy_name(energy)
         self._rows: OrderedDict[bytes, tuple[float, ...]] = OrderedDict()  # the energy, then its terms
+        self._unsettled: set[bytes] = set()
         self._terms: list[str] = []
         self._dtype = torch.float32
+
+    def settle(self) -> None:
+        """A step is taken: what was learned in it belongs to `state` from now on."""
+        self._unsettled.clear()
+
+    def state(self) -> dict[str, Any]:
+        """What was remembered when it was settled last, for `restore`: plain values and tensors."""
+        rows = {key: row for key, row in self._rows.items() if key not in self._unsettled}
+        table = torch.tensor(list(rows.values()), dtype=torch.float64)
+        keys = [key.hex() for key in rows]
+        return {"keys": keys, "rows": table, "terms": self._terms, "dtype": str(self._dtype).removeprefix("torch.")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        rows = zip(state["keys"], state["rows"].tolist(), strict=True)
+        self._rows = OrderedDict((bytes.fromhex(key), tuple(row)) for key, row in rows)
+        self._terms, self._dtype = list(state["terms"]), getattr(torch, state["dtype"])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -55,6 +72,7 @@ class CachedEnergy:
         new = sorted(first.values())
         if new:
             rows |= zip((keys[position] for position in new), self._ask(x, context, new), strict=True)
+            self._unsettled.update(first)
         self.cache_hits += len(x) - len(new)
         for key in keys:
             self._rows[key] = rows[key]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,15 @@ class ForwardKL:
         self.prior, self.policy, self.bank, self.soft_value = prior, policy, bank, soft_value
         self.config, self.generator = config, generator
         self.slope = torch.ones(prior.chain.num_kernels, device=bank.trajectories.states.device)
+
+    def state(self) -> dict[str, Tensor | None]:
+        """What was measured, for `restore`."""
+        return {"slope": self.slope, "step_probability": self.__dict__.get("_step_probability")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.slope = state["slope"].to(self.slope)
+        if state["step_probability"] is not None:
+            self._step_probability = state["step_probability"].to(self.slope)
 
     @property
     def bridged_and_controlled(self) -> bool:

@@ -16,8 +16,6 @@ import math
 import platform
 import re
 import shlex
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,10 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .._version import __version__
+from . import checkpoint
 from .config import PriorConfig, RunConfig
 from .config_file import from_mapping, read_yaml, to_yaml
 from .energy_loading import combine, parse_energy
+from .interrupts import Preempted, preemptible, uninterrupted
 from .run_folder import new_run, refuse_occupied
+from .run_lock import RunLock
 from .strict_json import strict_json
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .certificate import Criterion, Evidence
     from .energy import Energy
 
+CHECKPOINTS = 2  # kept: the last, and one before it in case the last is damaged
 SHIPPED = re.compile(r"tiltune\.tasks\.(?!py$)[a-z_0-9]+")
 
 
@@ -102,6 +104,7 @@ def train(
     task: Task | None = None,
     energy: Energy | None = None,
     overwrite: bool = False,
+    resume: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
     """Fine-tune as ``config`` says and write the run into the folder ``out``.
@@ -110,7 +113,11 @@ def train(
     config.yaml then names no energy, and whoever opens it brings the function again. overwrite: replace a run in ``out``; the
     old one comes back if nothing gets trained. progress: print what the loader decided, and show bars.
 
-    Ctrl-C ends the training, not the run: the policy is saved as it is, ``record["interrupted"]`` is True. An error in the
+    resume: "auto" goes on from the last good checkpoint in ``out``, or starts where there is none; the path of a checkpoint goes
+    on from that one and from no other. The config must be the run's, which is then, bit for bit, the one that nobody interrupted.
+
+    Ctrl-C ends the training, not the run: the policy is saved as it is, ``record["interrupted"]`` is True. SIGTERM and SIGUSR1
+    do the same, and ``record["preempted"]`` is True: the process was to be started again. An error in the
     middle of the training saves it likewise, and is raised again. A second Ctrl-C waits until all is saved. If saving itself
     fails, what is written stays, and so does an older run, in `ASIDE`, until the next ``overwrite`` moves it back.
 
@@ -121,10 +128,23 @@ def train(
         config = replace(config, energy=replace(config.energy, terms=()))
     config = _with_absolute_places(config)
     _refuse_incomplete(config, task, energy)
-    refuse_occupied(folder, overwrite)
+    start = None if resume is None else _checkpoint_of(folder, config, resume)
+    if start is None:
+        refuse_occupied(folder, overwrite or _only_begun(folder, config, resume))
+    from .state_file import read_state, write_state
     from .trainer import Trainer
 
-    with threads(config.threads):
+    def save_checkpoint(trainer: Trainer) -> None:
+        def write(place: Path) -> None:
+            with trainer.averaged():
+                trainer.unwrapped.save(place / "policy")
+            (place / "config.yaml").write_text(to_yaml(config))
+            write_state(place, "trainer", trainer.state())
+
+        with uninterrupted():
+            checkpoint.save(folder / checkpoint.FOLDER, trainer.taken, write, keep=CHECKPOINTS)
+
+    with threads(config.threads), preemptible():
         measured = load_energies(config, task, energy)
         prior = load_prior(config, task)
         # The data's widest direction is unknown here; in images it holds about a tenth of all their variance.
@@ -132,11 +152,27 @@ def train(
         if progress:
             print(*prior.decisions, *(f"  {name:<10} {text}" for name, text in conditions.items()), sep="\n")
         policy = _initial_policy(config, prior)
-        trainer = Trainer(prior, measured, config.train, policy=policy, metrics=folder / "metrics.jsonl", progress=progress)
+        trainer = Trainer(
+            prior,
+            measured,
+            config.train,
+            policy=policy,
+            metrics=folder / "metrics.jsonl",
+            progress=progress,
+            on_checkpoint=save_checkpoint if config.train.checkpoint_every else None,
+        )
         result = None
         stopped: Exception | KeyboardInterrupt | None = None
-        with new_run(folder, lambda: bool(trainer.history)):
-            (folder / "config.yaml").write_text(to_yaml(config))
+        with new_run(folder, lambda: bool(trainer.history)) if start is None else RunLock(folder):
+            if start is None:
+                (folder / "config.yaml").write_text(to_yaml(config))
+            else:
+                trainer.restore(read_state(start, "trainer"))
+                if start.parent.resolve() == (folder / checkpoint.FOLDER).resolve():
+                    checkpoint.rewind(folder / checkpoint.FOLDER, trainer.taken)
+                (folder / "metrics.jsonl").write_text("".join(strict_json(line) + "\n" for line in trainer.history))
+                if progress:
+                    print(f"going on from {start}, after {trainer.taken} steps")
             try:
                 result = trainer.train()
             except (Exception, KeyboardInterrupt) as error:
@@ -146,6 +182,7 @@ def train(
             interrupted = isinstance(stopped, KeyboardInterrupt) or (result is not None and result.interrupted)
             record = {
                 "interrupted": interrupted,
+                "preempted": isinstance(stopped, Preempted) or (result is not None and result.preempted),
                 "stopped": f"{type(stopped).__name__}: {stopped}" if isinstance(stopped, Exception) else None,
                 "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
                 "energy_calls": trainer.meter.calls,
@@ -163,12 +200,56 @@ def train(
                     **{name: version(name) for name in ("torch", "diffusers", "accelerate")},
                 },
             }
-            with _uninterrupted():
+            with uninterrupted():
                 policy.save(folder / "policy")
                 (folder / "run.json").write_text(strict_json(record, indent=2) + "\n")
     if stopped is not None:
         raise stopped
     return Run(folder, config, prior, policy, record, task)
+
+
+def _checkpoint_of(folder: Path, config: RunConfig, resume: str | Path) -> Path | None:
+    """The checkpoint to go on from, None where "auto" finds none.
+
+    Errors: ValueError for a damaged one, one of another config, and a run that is finished.
+    """
+    record = folder / "run.json"
+    if (
+        record.exists()
+        and not json.loads(record.read_text()).get("interrupted")
+        and not json.loads(record.read_text()).get("stopped")
+    ):
+        raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
+    start = checkpoint.find(folder / checkpoint.FOLDER, resume)
+    if start is None:
+        return None
+    theirs = from_mapping(read_yaml(start / "config.yaml"), RunConfig(), str(start / "config.yaml"))
+    differing = _difference(asdict(theirs), asdict(config))
+    if differing:
+        raise ValueError(
+            f"{start} is of a run with another config: {differing}. Resume with the flags of that run, or --config"
+            f" {start / 'config.yaml'}."
+        )
+    return start
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any], place: str = "") -> str:
+    """The first field in which two configs differ, in words; empty where there is none."""
+    for name, value in theirs.items():
+        if isinstance(value, dict) and isinstance(ours[name], dict) and name != "behavior":
+            if found := _difference(value, ours[name], f"{place}{name}."):
+                return found
+        elif value != ours[name]:
+            return f"{place}{name} is {value!r} there and {ours[name]!r} here"
+    return ""
+
+
+def _only_begun(folder: Path, config: RunConfig, resume: str | Path | None) -> bool:
+    """Whether "auto" finds the same run, killed before its first checkpoint: to be started over without a word."""
+    path = folder / "config.yaml"
+    if resume != "auto" or (folder / "run.json").exists() or not path.exists():
+        return False
+    return path.read_text() == to_yaml(config)
 
 
 def _refuse_incomplete(config: RunConfig, task: Task | None, energy: Energy | None) -> None:
@@ -216,23 +297,6 @@ def absolute_term(term: str) -> str:
         return absolute if parse_energy(absolute).name == parse_energy(term).name else term
     except ValueError:
         return term
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C within the block takes effect behind it."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield  # nobody listens, or only the main thread hears it
-        return
-    pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if pressed:
-        handler(signal.SIGINT, None)
 
 
 # --- its parts -------------------------------------------------------------------------------------------------------

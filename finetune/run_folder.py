@@ -13,12 +13,14 @@ from pathlib import Path
 
 from .config import RunConfig
 from .config_file import from_mapping, read_yaml
+from .run_lock import RunLock
 
 FILES = (
     "config.yaml",
     "metrics.jsonl",
     "policy",
     "run.json",
+    "checkpoints",
     "certificate.json",
     "picture.png",
     "samples.safetensors",
@@ -71,19 +73,25 @@ def new_run(folder: Path, kept: Callable[[], bool]) -> Iterator[None]:
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    _recover(folder)
-    _put_aside(folder)
+    undone = False
     try:
-        yield
-    except BaseException:
-        if not kept() and not _finished(folder):
-            _put_back(folder)
+        with RunLock(folder):
+            _recover(folder)
+            _put_aside(folder)
+            try:
+                yield
+            except BaseException:
+                if not kept() and not _finished(folder):
+                    _put_back(folder)
+                    undone = True
+                raise
+            finally:
+                if _finished(folder):
+                    shutil.rmtree(folder / ASIDE, ignore_errors=True)
+    finally:
+        if undone:
             for path in made:
                 path.rmdir()
-        raise
-    finally:
-        if _finished(folder):
-            shutil.rmtree(folder / ASIDE, ignore_errors=True)
 
 
 def _finished(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,21 @@ class SoftValue:
 
     def __init__(self, networks: tuple[nn.Module, nn.Module], half: Tensor) -> None:
         self.networks, self.half = networks, half
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, for `from_state`."""
+        return {"networks": [network.state_dict() for network in self.networks], "half": self.half}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], shape: tuple[int, ...], steps: int, device: torch.device) -> SoftValue:
+        """What `state` was of, on states of this shape and a chain of ``steps`` kernels."""
+        networks = []
+        for weights in state["networks"]:
+            with torch.random.fork_rng(devices=[]):
+                network = ValueNetwork(shape, steps)
+            network.load_state_dict(weights)
+            networks.append(network.to(device).eval().requires_grad_(False))
+        return cls((networks[0], networks[1]), state["half"].to(device))
 
     @torch.no_grad()
     def __call__(self, state: Tensor, step: Tensor) -> Tensor:

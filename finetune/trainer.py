@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +20,17 @@ from ..samplers.trajectory import Trajectories, concatenate, rows_at_once
 from .behavior import Context, PriorBank, draw, needs_bank
 from .config import TrainConfig
 from .energy import Energy, EnergyError, EnergyMeter
+from .energy_cache import CachedEnergy
 from .estimators import ess, log_mean_exp
 from .forward_kl import ForwardKL
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
+from .interrupts import Preempted, uninterrupted
 from .objectives import OBJECTIVES, Batch
 from .soft_value import SoftValue, fit_soft_value
 from .strict_json import strict_json
 
 MAX_OVERFLOWS = 20  # a scaler starts far too high and needs about that many to come down
+COUNTERS = ("calls", "invalid", "forbidden", "cache_hits")  # of the energy meter
 MONITOR_SIZE = 512  # at most, and a fortieth of the bank: the curve must not cost what it watches
 
 
@@ -42,6 +45,7 @@ class TrainResult:
     energy_calls: int
     seconds: float
     interrupted: bool
+    preempted: bool
     history: list[dict[str, Any]] = field(repr=False)
 
 
@@ -64,6 +68,7 @@ class Trainer:
         policy: nn.Module | None = None,
         metrics: Path | None = None,
         progress: bool = True,
+        on_checkpoint: Callable[[Trainer], None] | None = None,
     ) -> None:
         from accelerate import Accelerator
 
@@ -99,8 +104,15 @@ class Trainer:
         self._overflows = 0
         self.average: list[Tensor] | None = None
         self.history: list[dict[str, Any]] = []
+        self.taken = 0
+        self._optimizer, self._schedule = self._optimizer_for(self.config.learning_rate, 1)
+        self._log_z_optimizer = torch.optim.Adam([self.log_z], self.config.log_z_learning_rate)
+        self._tilted: Tensor | None = None
         self._ceiling: float | None = None
         self._alpha_start = self.config.alpha
+        self._on_checkpoint = on_checkpoint
+        self._boundary: dict[str, Any] = {}
+        self._restored: dict[str, Any] | None = None
         self._started = 0.0
 
     # --- the parts of an update, in the order in which data flows -------------------------------------------------
@@ -142,36 +154,47 @@ class Trainer:
         if self._started:
             raise ValueError("this trainer has trained; make a new one, on the trained policy to go on from it.")
         self._started = time.perf_counter()
-        self._check_energy()
-        config = self.config
-        if needs_bank(config):
-            self.bank = self.fill_bank(self.config.bank_size)
-            # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
-            with torch.no_grad():
-                self.log_z.fill_(self._agreed(self.bank.log_z(self.config.alpha)))
-        tilted = None if self.bank is None else self._monitored(self.bank)
-        interrupted = False
+        if self._restored is None:
+            self._prepare()
+        interrupted: KeyboardInterrupt | None = None
         try:
-            if self.bank is not None and config.soft_value_updates:
-                self.soft_value = self._fit_soft_value(self.bank)
-            if self.bank is not None:
-                self.forward_kl = ForwardKL(self.prior, self.policy, self.bank, self.soft_value, config, self.generator)
-            if config.warm_start == "tlm":
-                self._warm_start(tilted)
-            self._updates(tilted)
-        except KeyboardInterrupt:
+            if self.config.warm_start == "tlm":
+                self._warm_start()
+            self._updates()
+        except KeyboardInterrupt as error:
             if not self.history:
                 raise
-            interrupted = True
+            interrupted = error
         self.policy.eval()
-        policy = self.accelerator.unwrap_model(self.policy)
+        policy = self.unwrapped
         if self.objective.learns_log_z:
             log_z = self.log_z.item()
         else:
             fallback = math.nan if self.bank is None else self.bank.log_z(self.config.alpha)
             log_z = self.history[-1].get("log_z", fallback) if self.history else fallback
         seconds = time.perf_counter() - self._started
-        return TrainResult(policy, log_z, self.meter.calls, seconds, interrupted, self.history)
+        return TrainResult(
+            policy, log_z, self.meter.calls, seconds, interrupted is not None, isinstance(interrupted, Preempted), self.history
+        )
+
+    @property
+    def unwrapped(self) -> Policy:
+        """The policy itself, without what distributed training wraps around it."""
+        return self.accelerator.unwrap_model(self.policy)
+
+    def _prepare(self) -> None:
+        """What the updates start from: a bank if anything needs it, and the soft value that is learned on it."""
+        config = self.config
+        self._check_energy()
+        if needs_bank(config):
+            self.bank = self.fill_bank(config.bank_size)
+            # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
+            with torch.no_grad():
+                self.log_z.fill_(self._agreed(self.bank.log_z(config.alpha)))
+            self._tilted = self._monitored(self.bank)
+            if config.soft_value_updates:
+                self.soft_value = self._fit_soft_value(self.bank)
+            self.forward_kl = ForwardKL(self.prior, self.policy, self.bank, self.soft_value, config, self.generator)
 
     def _check_energy(self) -> None:
         probe = rollout(self.prior, None, 4, self.generator, keep=False)
@@ -222,13 +245,39 @@ class Trainer:
                 bank, self.prior.chain, config.alpha, config.soft_value_updates, self.generator, lambda: bar.update(1)
             )
 
-    def _monitored(self, bank: PriorBank) -> Trajectories:
-        """A fixed draw of the tilted path law, for EUBO curves."""
+    def _monitored(self, bank: PriorBank) -> Tensor:
+        """Paths of the bank, drawn from the tilted law once, for EUBO curves."""
         size = max(2, min(MONITOR_SIZE, len(bank.trajectories) // 40))
-        index = bank.draw(size, self.config.alpha, self.generator)
-        return bank.trajectories.select(index)
+        return bank.draw(size, self.config.alpha, self.generator)
 
-    def _warm_start(self, tilted: Trajectories | None) -> None:
+    @contextmanager
+    def _phase(self, first: int, count: int, learning_rate: float) -> Iterator[range]:
+        """The steps of a phase that are still to be taken, out of ``count`` from the run's step ``first`` on; with an optimizer,
+        a schedule and a running average of their own. At its end (Ctrl-C included) the policy takes the average.
+
+        What breaks a phase off leaves a checkpoint of the last whole step, for a run that keeps them.
+        """
+        if first + count < self.taken:  # a restored run is past it
+            yield range(0)
+            return
+        self._optimizer, self._schedule = self._optimizer_for(learning_rate, count)
+        self.average = [weight.clone() for weight in self._trained()] if self.config.ema_decay else None
+        if self._restored is not None:
+            self._restore_phase(self._restored)
+            self._restored = None
+        self._boundary = self._between_steps()
+        try:
+            yield range(self.taken - first, count)
+        except BaseException:
+            if self._on_checkpoint is not None and self.taken:
+                self._on_checkpoint(self)
+            raise
+        finally:
+            if self.average is not None:
+                torch._foreach_copy_(self._trained(), self.average)
+                self.average = None
+
+    def _warm_start(self) -> None:
         """Trajectory likelihood on the bank (`ForwardKL`), in two halves where the shift of the first can teach the second."""
         config, forward = self.config, self.forward_kl
         assert forward is not None
@@ -236,27 +285,30 @@ class Trainer:
         halves = [(0, total // 2), (total // 2, total)] if forward.bridged_and_controlled else [(0, total)]
         with self._bar(total, "warm start (tlm)") as bar:
             for first, last in halves:
-                optimizer, schedule = self._optimizer(config.warm_start_learning_rate, last - first)
-                with self._averaged():
-                    for update in range(first, last):
+                past = self.taken > last
+                with self._phase(first, last - first, config.warm_start_learning_rate) as steps:
+                    for update in steps:
+                        update += first
                         loss = forward.backward(config.warm_start_rows, self.scaler.scale)
                         loss_scale = self.scaler.get_scale()
-                        self._step(optimizer, schedule)
-                        bar.update(1)
-                        if update % (5 * config.monitor_every) == 0 or update == total - 1:
-                            record = {"loss": loss.item() / loss_scale, **self._monitor(tilted)}
-                            self._record(bar, "warm_start", update, record)
-                if last < total:
+                        with uninterrupted():
+                            self._step()
+                            if update % (5 * config.monitor_every) == 0 or update == total - 1:
+                                record = {"loss": loss.item() / loss_scale, **self._monitor()}
+                                self._record(bar, "warm_start", update, record)
+                            self._step_taken(bar)
+                if last < total and not past:
                     forward.measure_slope()
 
-    def _updates(self, tilted: Trajectories | None) -> None:
+    def _updates(self) -> None:
         config, chain = self.config, self.prior.chain
-        optimizer, schedule = self._optimizer(config.learning_rate, config.updates)
-        log_z_optimizer = torch.optim.Adam([self.log_z], config.log_z_learning_rate)
-        self.alpha = math.inf if config.tempering_ess else config.alpha
+        first = config.warm_start_updates if config.warm_start == "tlm" else 0
+        if self.taken == first:
+            self.alpha = math.inf if config.tempering_ess else config.alpha
         chunk = 0
-        with self._bar(config.updates, config.objective) as bar, self._averaged():
-            for update in range(config.updates):
+        bar = self._bar(config.updates, config.objective)
+        with bar, self._phase(first, config.updates, config.learning_rate) as steps:
+            for update in steps:
                 progress = update / max(1, config.updates - 1)
                 context = Context(self.prior, self.policy, self.bank, config.alpha, progress, config.noise_scale)
                 parts = draw(config.shares, context, config.batch_size, self.generator)
@@ -293,17 +345,109 @@ class Trainer:
                     assert self.forward_kl is not None
                     factor = self.alpha**self.objective.alpha_power
                     self.forward_kl.backward(config.forward_rows, self.scaler.scale, factor)
-                self._step(optimizer, schedule)
-                if self.objective.learns_log_z:
-                    log_z_optimizer.step()
-                    log_z_optimizer.zero_grad()
-                bar.update(1)
-                record: dict[str, Any] = {"loss": loss.item(), **self._batch_metrics(batch, on_policy)}
-                if len(terms) > 1:
-                    record["terms"] = terms
-                if update % config.monitor_every == 0 or update == config.updates - 1:
-                    record |= self._monitor(tilted)
-                self._record(bar, config.objective, update, record)
+                with uninterrupted():
+                    self._step()
+                    if self.objective.learns_log_z:
+                        self._log_z_optimizer.step()
+                        self._log_z_optimizer.zero_grad()
+                    record: dict[str, Any] = {"loss": loss.item(), **self._batch_metrics(batch, on_policy)}
+                    if len(terms) > 1:
+                        record["terms"] = terms
+                    if update % config.monitor_every == 0 or update == config.updates - 1:
+                        record |= self._monitor()
+                    self._record(bar, config.objective, update, record)
+                    self._step_taken(bar)
+
+    # --- going on from where a run stopped ---------------------------------------------------------------------------
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The policy as it would be if the training ended here: with the running average of its weights, where there is one."""
+        if self.average is None:
+            yield
+            return
+        weights = [weight.clone() for weight in self._trained()]
+        torch._foreach_copy_(self._trained(), self.average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._trained(), weights)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, as of the last whole step, for `state_file.write_state`."""
+        bank, forward, value = self.bank, self.forward_kl, self.soft_value
+        energy = self.meter.energy
+        return {
+            "taken": self.taken,
+            "history": self.history,
+            "weights": {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad},
+            "average": self.average,
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "log_z_optimizer": self._log_z_optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "overflows": self._overflows,
+            "bank": None if bank is None else {"states": bank.trajectories.states, "energy": bank.trajectories.energy},
+            "tilted": self._tilted,
+            "soft_value": None if value is None else value.state(),
+            "forward_kl": None if forward is None else forward.state(),
+            "energy_cache": energy.state() if isinstance(energy, CachedEnergy) else None,
+            **self._boundary,
+        }
+
+    def _between_steps(self) -> dict[str, Any]:
+        """What a step that is broken off has changed already: kept as it was before."""
+        meter = self.meter
+        if isinstance(meter.energy, CachedEnergy):
+            meter.energy.settle()
+        return {
+            "generator": self.generator.get_state(),
+            "log_z": self.log_z.detach().clone(),
+            "alpha": self.alpha,
+            "alpha_start": self._alpha_start,
+            "ceiling": self._ceiling,
+            "meter": {name: getattr(meter, name) for name in COUNTERS},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on, in `train`, from what `state` returned in a run of the same config: bit for bit the same run, on one device.
+
+        Errors: ValueError for the state of a policy that trains other weights.
+        """
+        weights = dict(self.policy.named_parameters())
+        if {name for name, weight in weights.items() if weight.requires_grad} != state["weights"].keys():
+            raise ValueError("the checkpoint is of another policy: it trains other weights. Resume with the config of the run.")
+        device = self.accelerator.device
+        with torch.no_grad():
+            for name, weight in state["weights"].items():
+                weights[name].copy_(weight)
+            self.log_z.copy_(state["log_z"])
+        self.taken, self.history = state["taken"], state["history"]
+        self._log_z_optimizer.load_state_dict(state["log_z_optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self._overflows, self._ceiling = state["overflows"], state["ceiling"]
+        self.alpha, self._alpha_start = state["alpha"], state["alpha_start"]
+        for name in COUNTERS:
+            setattr(self.meter, name, state["meter"][name])
+        if state["energy_cache"] is not None and isinstance(self.meter.energy, CachedEnergy):
+            self.meter.energy.restore(state["energy_cache"])
+        self.generator.set_state(state["generator"])
+        if state["bank"] is not None:
+            kept = {name: tensor.to(device) for name, tensor in state["bank"].items()}
+            self.bank = PriorBank(Trajectories(kept["states"], energy=kept["energy"]))
+            self._tilted = state["tilted"].to(device)
+            if state["soft_value"] is not None:
+                shape, steps = self.prior.shape, self.prior.chain.num_kernels
+                self.soft_value = SoftValue.from_state(state["soft_value"], shape, steps, device)
+            self.forward_kl = ForwardKL(self.prior, self.policy, self.bank, self.soft_value, self.config, self.generator)
+            self.forward_kl.restore(state["forward_kl"])
+        self._restored = state
+
+    def _restore_phase(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        if self.average is not None:
+            self.average = [average.to(weight) for average, weight in zip(state["average"], self.average, strict=True)]
 
     # --- small parts ---------------------------------------------------------------------------------------------
 
@@ -378,14 +522,16 @@ class Trainer:
         return metrics
 
     @torch.no_grad()
-    def _monitor(self, tilted: Trajectories | None) -> dict[str, float]:
+    def _monitor(self) -> dict[str, float]:
         """EUBO on a fixed draw of the tilted law; no energy calls."""
-        if tilted is None or tilted.energy is None:
+        if self.bank is None or self._tilted is None:
             return {}
+        tilted = self.bank.trajectories.select(self._tilted)
+        assert tilted.energy is not None
         ratio = step_log_ratio(self.prior.chain, self.prior.denoiser, self.policy, tilted).sum(0)
         return {"eubo": (-tilted.energy / self.config.alpha - ratio).mean().item()}
 
-    def _optimizer(self, learning_rate: float, updates: int) -> tuple[Any, Any]:
+    def _optimizer_for(self, learning_rate: float, updates: int) -> tuple[Any, Any]:
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(parameters, learning_rate)
         # OneCycleLR divides by zero where its rise has a single step (10 updates at 10%).
@@ -394,7 +540,8 @@ class Trainer:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=rise)
         return optimizer, schedule
 
-    def _step(self, optimizer: Any, schedule: Any) -> None:
+    def _step(self) -> None:
+        optimizer, schedule = self._optimizer, self._schedule
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         if not torch.isfinite(norm) and not self.scaler.is_enabled():  # an enabled scaler skips the step and lowers its scale
@@ -422,18 +569,14 @@ class Trainer:
     def _trained(self) -> list[Tensor]:
         return [parameter.detach() for parameter in self.policy.parameters() if parameter.requires_grad]
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """A phase, at whose end (Ctrl-C included) the policy takes the running average of its weights."""
-        if not self.config.ema_decay:
-            yield
-            return
-        self.average = [weight.clone() for weight in self._trained()]
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(self._trained(), self.average)
-            self.average = None
+    def _step_taken(self, bar: Any) -> None:
+        """The run is whole again: nothing of the last step is left over."""
+        self.taken += 1
+        bar.update(1)
+        self._boundary = self._between_steps()
+        every = self.config.checkpoint_every
+        if self._on_checkpoint is not None and every and self.taken % every == 0:
+            self._on_checkpoint(self)
 
     def _bar(self, total: int, name: str) -> Any:
         from tqdm import tqdm

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..finetune.config import RunConfig, pretrained_recipe
 from ..finetune.config_file import from_mapping, read_yaml, to_yaml
+from ..finetune.interrupts import Preempted
 from ..tasks.task import TASKS, load_task
 from . import flags
 
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
 DESCRIPTION = """Fine-tune a sampler so that it draws from p_prior(x) · exp(-E(x)/alpha), and write the run into --out:
 config.yaml, metrics.jsonl, run.json and the policy. A shipped TASK brings its prior and energies; otherwise --prior names a
 model saved by diffusers, and --energy the function to minimize. A flag overrides --config, which overrides the task's recipe.
-Exit status: 0 trained, 130 interrupted (the run is usable), 1 the training broke down, 2 bad input, 70 an unexpected error,
-after its traceback.
+Exit status: 0 trained, 130 interrupted (the run is usable), 75 the same by SIGTERM or SIGUSR1, 1 the training broke down, 2 bad
+input, 70 an unexpected error, after its traceback.
 
 example: tiltune train digits --alpha 0.25 --out my-run
 
 example: tiltune train --prior my-ddpm-folder --energy my_energy.py:brightness --alpha 0.1 --steps 50
 """
+
+
+REQUEUE = 75  # sysexits.h, EX_TEMPFAIL: stopped from outside, and to be started again
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Own:
     """The run's folder; runs/NAME where not given. Refused if it holds a run, unless --overwrite."""
     overwrite: bool = False
     """Replace the run in --out."""
+    resume: str | None = None
+    """Go on from a checkpoint: auto for the last good one in --out (or a start, where there is none), or the path of one."""
     print_config: bool = False
     """Print the whole config as YAML and stop."""
 
@@ -55,7 +61,7 @@ def main(argv: list[str]) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
-    return train(config, options.out or default_folder(config), options.overwrite)
+    return train(config, options.out or default_folder(config), options.overwrite, options.resume)
 
 
 def said_again(trained: Run) -> str:
@@ -67,20 +73,25 @@ def said_again(trained: Run) -> str:
     return ""
 
 
-def train(config: RunConfig, out: Path, overwrite: bool) -> int:
+def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = None) -> int:
     from ..finetune import run
 
     task = None if config.task is None else load_task(config.task)
-    trained = run.train(config, out, task=task, overwrite=overwrite)
+    try:
+        trained = run.train(config, out, task=task, overwrite=overwrite, resume=resume)
+    except Preempted as error:
+        print(f"{error} before the first step: nothing is saved; the same command starts again.", file=sys.stderr)
+        return REQUEUE
     seconds, calls = trained.record["seconds"], trained.record["energy_calls"]
     print(f"{trained.record['updates']} updates, {calls:,} energy calls, {seconds:.0f} s; written to {out}")
     if trained.record["interrupted"]:
+        again = "--resume auto goes on" if config.train.checkpoint_every else "--overwrite starts again"
         print(
             f"interrupted: {out} holds the policy as it was then. `tiltune evaluate {out}{said_again(trained)}` judges it; the"
-            " same command with --overwrite starts again.",
+            f" same command with {again}.",
             file=sys.stderr,
         )
-        return 130
+        return REQUEUE if trained.record["preempted"] else 130
     print(f"next: tiltune evaluate {out}{said_again(trained)}")
     return 0
 

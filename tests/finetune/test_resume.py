@@ -1,0 +1,308 @@
+"""A run that was stopped and resumed is the run that nobody stopped, bit for bit."""
+
+import os
+import signal
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from tiltune.finetune import checkpoint
+from tiltune.finetune import run as runs
+from tiltune.finetune.config import PriorConfig, RunConfig, TrainConfig
+from tiltune.finetune.energy_cache import CachedEnergy
+from tiltune.finetune.interrupts import Preempted
+from tiltune.finetune.objectives import OBJECTIVES
+from tiltune.finetune.run_lock import RunLock
+from tiltune.finetune.state_file import read_state, write_state
+from tiltune.finetune.trainer import Trainer
+from tiltune.samplers.mlp import MLPDenoiser
+from tiltune.samplers.policy import ResidualDenoiser
+from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.tasks.linear_gaussian import LinearGaussian
+
+VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
+SIZES = TrainConfig(
+    bank_size=60, warm_start_updates=4, warm_start_rows=32, updates=4, batch_size=8, monitor_every=3, checkpoint_every=1
+)
+# Every objective with every behavior that it admits, a mixture, and what keeps a state of its own.
+CASES: dict[str, TrainConfig] = {
+    f"{name} {behavior}": replace(SIZES, objective=name, behavior={behavior: 1.0}, noise_scale=1.2)
+    for name, objective in OBJECTIVES.items()
+    for behavior in sorted(objective.behaviors)
+} | {
+    "mixture": replace(SIZES, behavior={"on_policy": 0.5, "noised_back": 0.5}),
+    "average": replace(SIZES, ema_decay=0.9),
+    "soft value": replace(SIZES, objective="reinforce_kl", soft_value_updates=3, forward_rows=16, ema_decay=0.9),
+    "no warm start": replace(SIZES, objective="rtb", warm_start="none", behavior={"on_policy": 1.0}),
+    "huber, tempered": replace(SIZES, objective="rtb", huber=1.0, tempering_ess=0.9),
+}
+
+
+@pytest.fixture(scope="module")
+def task():
+    chain = chain_from_scheduler(DDPMScheduler(variance_type="fixed_large", **VP), 5)
+    return LinearGaussian(chain, torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, -0.5], dtype=torch.float64))
+
+
+def policy_of(prior):
+    torch.manual_seed(0)
+    return ResidualDenoiser(prior.denoiser, MLPDenoiser(width=8, depth=1, fourier_features=2))
+
+
+def trainer_of(task, config, energy=None, **options):
+    energy = task.energy if energy is None else energy
+    return Trainer(task.prior(), energy, config, policy=policy_of(task.prior()), progress=False, **options)
+
+
+def ended(trainer):
+    """What a run leaves: its metrics, weights and log Z."""
+    result = trainer.train()
+    return trainer.history, [weight.detach().clone() for weight in result.policy.parameters()], result.log_z, result.energy_calls
+
+
+def same(first, second):
+    return (
+        str(first[0]) == str(second[0])  # as text: NaN is not equal to itself
+        and all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+        and first[2:] == second[2:]
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_at_any_step_it_is_the_same_run(name, task, tmp_path):
+    config = CASES[name]
+
+    def keep(trainer):
+        folder = tmp_path / str(trainer.taken)
+        folder.mkdir()
+        write_state(folder, "trainer", trainer.state())
+
+    whole = ended(trainer_of(task, config, on_checkpoint=keep))
+    steps = sorted(int(folder.name) for folder in tmp_path.iterdir())
+    first = 0 if config.warm_start == "none" else 4
+    assert steps == list(range(1, first + 5))
+    for step in steps:
+        torch.manual_seed(step)  # nothing hangs on the global generator
+        resumed = trainer_of(task, config)
+        resumed.restore(read_state(tmp_path / str(step), "trainer"))
+        assert same(ended(resumed), whole), step
+
+
+@pytest.mark.parametrize("lost", ["generator", "optimizer", "meter", "average", "forward_kl"])
+def test_a_state_that_forgets_something_is_caught(lost, task):
+    """The control: with one entry as it is at the start of a run, the check above fails."""
+    config = replace(CASES["soft value"], tempering_ess=0.9)
+    states: dict[int, Any] = {}
+    whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.taken: copied(trainer.state())})))
+    step = {"forward_kl": 3}.get(lost, 6)
+    state, blank = states[step], trainer_of(task, config)._between_steps()
+    if lost == "forward_kl":  # the slope is measured between the halves of the warm start
+        state[lost]["slope"] = torch.zeros_like(state[lost]["slope"])
+    elif lost == "average":
+        state[lost] = [torch.zeros_like(one) for one in state[lost]]
+    elif lost == "optimizer":
+        state[lost]["state"] = {}
+    else:
+        state[lost] = blank[lost] if lost == "meter" else torch.Generator().manual_seed(1).get_state()
+    resumed = trainer_of(task, config)
+    resumed.restore(state)
+    assert not same(ended(resumed), whole)
+
+
+def copied(state):
+    """A deep copy: a state holds the trainer's own tensors."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(copied(value) for value in state)
+    return state
+
+
+@pytest.mark.parametrize("call", [2, 3, 5])
+@pytest.mark.parametrize("cache", [False, True])
+def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache, task):
+    """The energy is interrupted: after generator, temperature and counters of the broken step have already moved."""
+    config = replace(SIZES, objective="rtb", tempering_ess=0.9, behavior={"on_policy": 0.5, "prior": 0.5}, ema_decay=0.9)
+    energy = CachedEnergy(task.energy) if cache else task.energy
+    whole = ended(trainer_of(task, config, energy))
+    kept = []
+
+    asked = []
+
+    def interrupted(x):
+        asked.append(len(x))
+        if len(asked) == 2 + call:  # after the probe and the bank
+            raise Preempted("SIGTERM")
+        return task.energy(x)
+
+    broken = CachedEnergy(interrupted) if cache else interrupted
+    trainer = trainer_of(task, config, broken, on_checkpoint=lambda trainer: kept.append(copied(trainer.state())))
+    result = trainer.train()
+    assert result.interrupted and result.preempted
+    resumed = trainer_of(task, config, CachedEnergy(task.energy) if cache else task.energy)
+    resumed.restore(kept[-1])
+    assert same(ended(resumed), whole)
+
+
+def test_the_state_of_another_policy_is_refused(task):
+    state = trainer_of(task, SIZES).state()
+    other = Trainer(task.prior(), task.energy, SIZES, policy=MLPDenoiser(width=4, depth=1, fourier_features=1), progress=False)
+    with pytest.raises(ValueError, match="of another policy"):
+        other.restore(state)
+
+
+# --- as a run folder --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run on a tiny pipeline, made and saved by plain diffusers."""
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    folder = tmp_path_factory.mktemp("prior") / "pipeline"
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        blocks: Any = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        unet = UNet2DModel(4, 1, 1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4, **blocks)
+        DDPMPipeline(unet, DDPMScheduler(clip_sample=False, variance_type="fixed_large")).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    return RunConfig(
+        prior=PriorConfig(str(folder), steps=3), train=replace(SIZES, bank_size=16, checkpoint_every=3), device="cpu"
+    )
+
+
+def ink(x):
+    return x.flatten(1).mean(1)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    runs.train(config, folder, energy=ink, progress=False)
+    return folder
+
+
+def left(folder):
+    """What must be the same: metrics and policy, byte for byte."""
+    names = ("metrics.jsonl", "policy/diffusion_pytorch_model.safetensors")
+    return [(folder / name).read_bytes() for name in names]
+
+
+def breaking(call, error):
+    """Ink, until the given call, at which ``error`` is called."""
+    asked = []
+
+    def energy(x):
+        asked.append(len(x))
+        if len(asked) == call:
+            error()
+        return ink(x)
+
+    return energy
+
+
+def raised(error):
+    def now():
+        raise error
+
+    return now
+
+
+STOPS = {
+    "Ctrl-C": lambda: signal.raise_signal(signal.SIGINT),
+    "SIGTERM": lambda: signal.raise_signal(signal.SIGTERM),
+    "SIGUSR1": lambda: signal.raise_signal(signal.SIGUSR1),
+    "an error": raised(RuntimeError("the scorer is gone")),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_stopped_run_folder_goes_on_as_if_nobody_had_stopped_it(name, config, whole, tmp_path):
+    run = tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if name == "an error":
+        with pytest.raises(ValueError, match="the scorer is gone"):
+            runs.train(config, run, energy=breaking(5, STOPS[name]), progress=False)
+    else:
+        record = runs.train(config, run, energy=breaking(5, STOPS[name]), progress=False).record
+        assert record["interrupted"] and record["preempted"] == (name != "Ctrl-C")
+    assert signal.getsignal(signal.SIGTERM) is before
+    # The last whole step, not the last of the cadence: nothing computed is lost.
+    assert checkpoint.last(run / "checkpoints").name == "step-00000006"
+    assert left(run) != left(whole)
+    runs.train(config, run, energy=ink, resume="auto", progress=False)
+    assert left(run) == left(whole)
+    with pytest.raises(ValueError, match="is finished"):
+        runs.train(config, run, energy=ink, resume="auto", progress=False)
+
+
+def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_else(config, whole, tmp_path):
+    run = tmp_path / "run"
+    child = os.fork()
+    if child == 0:  # pragma: no cover - the child is killed
+        runs.train(config, run, energy=breaking(6, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    known = read_state(checkpoint.last(run / "checkpoints"), "trainer")["history"]
+    assert not (run / "run.json").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > len(known)
+    with pytest.raises(ValueError, match="already holds a run"):
+        runs.train(config, run, energy=ink, progress=False)
+    resumed = runs.train(config, run, energy=ink, resume="auto", progress=False)
+    assert left(run) == left(whole) and not resumed.record["interrupted"]
+
+
+def test_auto_starts_where_there_is_nothing_and_a_path_does_not(config, whole, tmp_path):
+    runs.train(config, tmp_path / "new", energy=ink, resume="auto", progress=False)
+    assert left(tmp_path / "new") == left(whole)
+    with pytest.raises(ValueError, match="no such folder"):
+        runs.train(config, tmp_path / "other", energy=ink, resume=tmp_path / "nothing", progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_checkpoint_is_fallen_back_from_loudly_and_never_from_a_path(config, whole, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="is gone"):
+        runs.train(config, run, energy=breaking(6, STOPS["an error"]), progress=False)
+    newest = checkpoint.last(run / "checkpoints")
+    weights = newest / "trainer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="no good checkpoint"):
+        runs.train(config, run, energy=ink, resume=newest, progress=False)
+    with pytest.warns(UserWarning, match=r"trainer\.safetensors"):
+        runs.train(config, run, energy=ink, resume="auto", progress=False)
+    assert left(run) == left(whole)
+
+
+def test_another_config_is_refused_with_the_field_that_differs(config, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="is gone"):
+        runs.train(config, run, energy=breaking(6, STOPS["an error"]), progress=False)
+    other = replace(config, train=replace(config.train, learning_rate=0.5))
+    with pytest.raises(ValueError, match=r"train\.learning_rate is .* there and 0\.5 here"):
+        runs.train(other, run, energy=ink, resume="auto", progress=False)
+
+
+def test_the_policy_of_a_checkpoint_is_one_that_diffusers_loads(config, tmp_path):
+    from diffusers import UNet2DModel
+
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="is gone"):
+        runs.train(config, run, energy=breaking(6, STOPS["an error"]), progress=False)
+    saved = UNet2DModel.from_pretrained(checkpoint.last(run / "checkpoints") / "policy")
+    ours: Any = runs.open_run(run).policy.denoiser
+    for name, weight in ours.model.state_dict().items():
+        assert torch.equal(weight, saved.state_dict()[name])
+
+
+def test_a_run_that_is_being_written_is_left_alone(config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with RunLock(run), pytest.raises(ValueError, match="is being written by process"):
+        runs.train(config, run, energy=ink, progress=False)
+    assert not list(run.iterdir())
