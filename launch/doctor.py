@@ -158,7 +158,7 @@ def world() -> Iterator[Finding]:
     size = os.environ.get("WORLD_SIZE")
     missing = [name for name in WORLD if name not in os.environ]
     if missing:
-        says = f"RANK is set but {', '.join(missing)} not, so processes cannot meet; start them by tiltune launch, or unset RANK."
+        says = f"RANK is set but {', '.join(missing)} not, so processes cannot meet; start them by torchrun, or unset RANK."
         yield Finding("world size", size or "unknown", says)
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

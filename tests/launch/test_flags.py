@@ -54,6 +54,7 @@ VALUES: dict[str, list[str]] = {
     "--memory-mb": ["5"],
     "--max-invalid": ["0.5"],
     "--monitor-every": ["5"],
+    "--checkpoint-every": ["4"],
     "--seed": ["5"],
     "--certificate-size": ["500"],
     "--certificate-seed": ["5"],
@@ -75,7 +76,7 @@ def test_the_names_of_train_are_frozen(tiltune: Callable[..., Any]) -> None:
     shown = tiltune("train", "--help")
     assert shown.status == 0
     listed = set(re.findall(r"^│ (?:-h, )?(--[a-z-]+)", shown.out, re.MULTILINE))
-    assert listed == {"--help", "--config", "--out", "--overwrite", "--print-config", *VALUES}
+    assert listed == {"--help", "--config", "--out", "--overwrite", "--resume", "--print-config", *VALUES}
     assert "[TASK]" in shown.out
 
 
