@@ -69,7 +69,7 @@ def classes(*wanted: int) -> ClassEnergy:
 def inpainting(image: int = 5, region: str = "upper", std: float = 1.6, every: int = 2) -> Inpainting:
     """The energy of held-out image ``image`` (0 to 9, one a class) measured on ``region``, every ``every``-th row and column.
 
-    The default leaves the lower half open, between sandal and sneaker, and 16% of prior samples effective at alpha = 1 (4.6% at std = 0.8).
+    The default leaves the lower half open, between sandal and sneaker, and 16% of prior samples effective at alpha = 1.
 
     Errors: ValueError for an image that is not there, or what `measure` refuses.
     """
