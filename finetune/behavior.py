@@ -50,7 +50,9 @@ class PriorBank:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a behavior may use. ``alpha`` is the configured temperature, ``progress`` runs from 0 to 1 over the run."""
+    """What a behavior may use. ``alpha`` is the configured temperature, ``progress`` runs from 0 to 1 over the run.
+
+    on_step: called between two steps of a rollout."""
 
     prior: Prior
     policy: nn.Module
@@ -58,6 +60,7 @@ class Context:
     alpha: float
     progress: float
     noise_scale: float = 1.0
+    on_step: Callable[[], None] | None = None
 
 
 Behavior = Callable[[Context, int, torch.Generator], Trajectories]
@@ -65,18 +68,19 @@ Behavior = Callable[[Context, int, torch.Generator], Trajectories]
 
 def on_policy(context: Context, count: int, generator: torch.Generator) -> Trajectories:
     """Rollouts of the current policy."""
-    return rollout(context.prior, context.policy, count, generator)
+    return rollout(context.prior, context.policy, count, generator, on_step=context.on_step)
 
 
 def prior(context: Context, count: int, generator: torch.Generator) -> Trajectories:
     """Rollouts of the prior: full coverage, few of them near the target."""
-    return rollout(context.prior, None, count, generator)
+    return rollout(context.prior, None, count, generator, on_step=context.on_step)
 
 
 def inflated(context: Context, count: int, generator: torch.Generator) -> Trajectories:
     """Policy rollouts with every kernel's noise times ``noise_scale``, annealed to 1 over the run."""
     scale = 1 + (context.noise_scale - 1) * (1 - context.progress)
-    return rollout(context.prior, context.policy, count, generator, noise_scale=scale).with_(step_log_ratio=None)
+    drawn = rollout(context.prior, context.policy, count, generator, noise_scale=scale, on_step=context.on_step)
+    return drawn.with_(step_log_ratio=None)
 
 
 def tilted_prior(context: Context, count: int, generator: torch.Generator) -> Trajectories:

@@ -92,8 +92,13 @@ def rewind(folder: Path, step: int) -> None:
     _sweep(folder)
 
 
+def being_written(folder: Path, step: int) -> Path:
+    """The folder that `save` gives to its writer: other processes of the run may fill it as well."""
+    return folder / (WRITING + name_of(step))
+
+
 def _write(target: Path, step: int, write: Callable[[Path], None]) -> None:
-    temporary = target.with_name(WRITING + target.name)
+    temporary = being_written(target.parent, step)
     try:
         temporary.mkdir()
         write(temporary)

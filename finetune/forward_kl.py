@@ -11,6 +11,7 @@ the chain does not allow it (`Chain.forgets_given_next`) the stored next state i
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..samplers.policy import Prior, evaluate
 from ..samplers.trajectory import rows_at_once
 from .behavior import PriorBank
 from .config import TrainConfig
-from .gradients import backward_likelihood, backward_rows, chunk_rows
+from .gradients import Around, backward_likelihood, backward_rows, chunk_rows
 from .soft_value import FRESH, SoftValue, bank_weight, states_of
 
 SLOPE_PATHS = 1500
@@ -31,6 +32,7 @@ SLOPE_PATHS = 1500
 class ForwardKL:
     """Gradients of KL(tilted || policy) on the bank's paths.
 
+    held: what goes around a forward and backward of the policy that another one will follow, before its gradients are used.
     slope [num_kernels]: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
     """
 
@@ -42,9 +44,10 @@ class ForwardKL:
         soft_value: SoftValue | None,
         config: TrainConfig,
         generator: torch.Generator,
+        held: Around = nullcontext,
     ) -> None:
         self.prior, self.policy, self.bank, self.soft_value = prior, policy, bank, soft_value
-        self.config, self.generator = config, generator
+        self.config, self.generator, self.held = config, generator, held
         self.slope = torch.ones(prior.chain.num_kernels, device=bank.trajectories.states.device)
 
     def state(self) -> dict[str, Tensor | None]:
@@ -61,16 +64,23 @@ class ForwardKL:
         """Whether `measure_slope` has something to correct."""
         return self.soft_value is not None and self.prior.chain.forgets_given_next
 
-    def backward(self, count: int, scale: Callable[[Tensor], Tensor], factor: float = 1.0) -> Tensor:
-        """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss. ``scale``: that of a gradient scaler."""
+    def backward(self, count: int, scale: Callable[[Tensor], Tensor], factor: float = 1.0, held: Around = nullcontext) -> Tensor:
+        """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss. ``scale``: that of a gradient scaler.
+
+        held: what goes around the forward and backward of all chunks but the last.
+        """
         if self.soft_value is not None:
-            return self._controlled(self.soft_value, count, scale, factor)
+            return self._controlled(self.soft_value, count, scale, factor, held)
         step = self._stratified(self._step_probability, count)
         state, following = self.rows(step)
         g = scale(-factor / (count * self._step_probability[step]))
         chunk = self._chunk
-        parts = zip(state.split(chunk), following.split(chunk), step.split(chunk), g.split(chunk), strict=True)
-        return torch.stack([backward_rows(self.policy, self.prior.chain, *part, None) for part in parts]).sum()
+        parts = list(zip(state.split(chunk), following.split(chunk), step.split(chunk), g.split(chunk), strict=True))
+        losses = []
+        for part in parts:
+            with nullcontext() if part is parts[-1] else self.held():
+                losses.append(backward_rows(self.policy, self.prior.chain, *part, None))
+        return torch.stack(losses).sum()
 
     def rows(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """(s_k, s_{k+1} or its mean given the path's end) of tilted prior paths at ``step`` [n]; [n, ...].
@@ -108,7 +118,9 @@ class ForwardKL:
         above, below = (functional.conv1d(total[None, None], around, padding=1)[0, 0] for total in (drawn, own))
         self.slope = torch.where(below > 0, above / below, 1.0).clamp(0.0, 1.0)
 
-    def _controlled(self, soft_value: SoftValue, count: int, scale: Callable[[Tensor], Tensor], factor: float) -> Tensor:
+    def _controlled(
+        self, soft_value: SoftValue, count: int, scale: Callable[[Tensor], Tensor], factor: float, held: Around
+    ) -> Tensor:
         """The gradient with the soft value as control variate, on paths of prior and tilted law alike.
 
         On the prior's paths E_prior[w <z, delta>] is what the likelihood needs, and w - h_k(s_k) may stand for w: in late steps,
@@ -125,7 +137,9 @@ class ForwardKL:
         all_states = states_of(chain, states, all_paths, all_steps, fresh, self.generator)
         total = torch.zeros((), device=states.device)
         chunk = self._chunk
-        for state, step, path in zip(all_states.split(chunk), all_steps.split(chunk), all_paths.split(chunk), strict=True):
+        parts = list(zip(all_states.split(chunk), all_steps.split(chunk), all_paths.split(chunk), strict=True))
+        for part in parts:
+            state, step, path = part
             with torch.no_grad():
                 prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
             if chain.forgets_given_next:
@@ -136,7 +150,10 @@ class ForwardKL:
                 following = states[step + 1, path]
             share = scale(factor * chain.num_kernels / (count * mixture[path]))
             control = share * soft_value.of_paths(state, step, path).exp()
-            total += backward_likelihood(self.policy, chain, prior_output, state, following, step, share * weight[path], control)
+            with nullcontext() if part is parts[-1] else self.held():
+                total += backward_likelihood(
+                    self.policy, chain, prior_output, state, following, step, share * weight[path], control
+                )
         return total
 
     def _stratified(self, probability: Tensor, count: int) -> Tensor:
@@ -152,7 +169,8 @@ class ForwardKL:
         trajectories = self.bank.trajectories
         few = trajectories.select(torch.arange(6, device=self.prior.device) % len(trajectories))
         most = max(self.config.warm_start_rows, self.config.forward_rows)
-        return chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, most, total=most)
+        with self.held():
+            return chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, most, total=most)
 
     @cached_property
     def _weight(self) -> Tensor:

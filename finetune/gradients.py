@@ -9,7 +9,9 @@ The prior's share of l does not depend on the parameters, so pass 2 needs the po
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from ..samplers.trajectory import Trajectories
 from .objectives import Batch, Objective
 
 Gather = Callable[[Tensor], Tensor]
+Around = Callable[[], AbstractContextManager[Any]]
 # More rows a chunk bring no more throughput, but push a small network's activations out of the processor's cache.
 MAX_CHUNK = 2048
 
@@ -98,13 +101,24 @@ def backward_likelihood(
     return total.detach()
 
 
-def backward_trajectories(policy: nn.Module, chain: Chain, trajectories: Trajectories, g: Tensor, chunk: int) -> None:
-    """Pass 2: accumulate the gradient of sum g · log policy over stored trajectories, ``chunk`` rows at a time."""
+def backward_trajectories(
+    policy: nn.Module,
+    chain: Chain,
+    trajectories: Trajectories,
+    g: Tensor,
+    chunk: int,
+    held: Around = nullcontext,
+    last: Around = nullcontext,
+) -> None:
+    """Pass 2: accumulate the gradient of sum g · log policy over stored trajectories, ``chunk`` rows at a time.
+
+    held, last: what goes around the forward and backward of all chunks but the last, and of the last."""
     flat = g.flatten()
     for first in range(0, len(flat), chunk):
         rows = slice(first, first + chunk)
         state, following, step, condition = rows_of(trajectories, chain, rows)
-        backward_rows(policy, chain, state, following, step, flat[rows], condition)
+        with held() if first + chunk < len(flat) else last():
+            backward_rows(policy, chain, state, following, step, flat[rows], condition)
 
 
 def chunk_rows(

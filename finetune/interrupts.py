@@ -16,6 +16,34 @@ class Preempted(KeyboardInterrupt):
     """The process is to stop and to be started again: as Ctrl-C, but nobody is there to do it by hand."""
 
 
+# The first signal that `deferred` heard.
+_asked: list[type[KeyboardInterrupt]] = []
+
+
+def asked_to_stop() -> type[KeyboardInterrupt] | None:
+    """What `deferred` has heard so far: KeyboardInterrupt, Preempted, or nothing."""
+    return _asked[0] if _asked else None
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGUSR1 within the block only set `asked_to_stop`: of several processes, none may leave alone.
+
+    What was heard is forgotten at the end of the block.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        _asked.append(KeyboardInterrupt if number == signal.SIGINT else Preempted)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, *PREEMPTING)}
+    try:
+        yield
+    finally:
+        _asked.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
 def _preempt(number: int, frame: FrameType | None) -> None:
     raise Preempted(signal.Signals(number).name)
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -30,7 +31,7 @@ from . import checkpoint
 from .config import PriorConfig, RunConfig
 from .config_file import from_mapping, read_yaml, to_yaml
 from .energy_loading import combine, parse_energy
-from .interrupts import Preempted, preemptible, uninterrupted
+from .interrupts import Preempted, deferred, preemptible, uninterrupted
 from .run_folder import new_run, refuse_occupied
 from .run_lock import RunLock
 from .strict_json import strict_json
@@ -135,21 +136,32 @@ def train(
     from .trainer import Trainer
 
     def save_checkpoint(trainer: Trainer) -> None:
+        processes = trainer.processes
+
         def write(place: Path) -> None:
-            with trainer.averaged():
-                trainer.unwrapped.save(place / "policy")
-            (place / "config.yaml").write_text(to_yaml(config))
-            write_state(place, "trainer", trainer.state())
+            with processes.together():
+                if processes.main:
+                    with trainer.averaged():
+                        trainer.unwrapped.save(place / "policy")
+                    (place / "config.yaml").write_text(to_yaml(config))
+                    write_state(place, "run", trainer.state())
+            with processes.together():
+                write_state(place, _own(processes.rank), trainer.own_state())
 
-        with uninterrupted():
-            checkpoint.save(folder / checkpoint.FOLDER, trainer.taken, write, keep=CHECKPOINTS)
+        saved = folder / checkpoint.FOLDER
+        with uninterrupted(), processes.together():
+            if processes.main:
+                checkpoint.save(saved, trainer.taken, write, keep=CHECKPOINTS)
+            else:
+                write(checkpoint.being_written(saved, trainer.taken))
 
-    with threads(config.threads), preemptible():
+    # Several processes must leave together, so that what they hear waits for a place where all of them ask.
+    with threads(config.threads), deferred() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else preemptible():
         measured = load_energies(config, task, energy)
         prior = load_prior(config, task)
         # The data's widest direction is unknown here; in images it holds about a tenth of all their variance.
         conditions = prior.chain.conditions(max(1.0, 0.1 * math.prod(prior.shape)))
-        if progress:
+        if progress and os.environ.get("RANK", "0") == "0":
             print(*prior.decisions, *(f"  {name:<10} {text}" for name, text in conditions.items()), sep="\n")
         policy = _initial_policy(config, prior)
         trainer = Trainer(
@@ -161,18 +173,26 @@ def train(
             progress=progress,
             on_checkpoint=save_checkpoint if config.train.checkpoint_every else None,
         )
+        processes = trainer.processes
         result = None
         stopped: Exception | KeyboardInterrupt | None = None
-        with new_run(folder, lambda: bool(trainer.history)) if start is None else RunLock(folder):
-            if start is None:
-                (folder / "config.yaml").write_text(to_yaml(config))
-            else:
-                trainer.restore(read_state(start, "trainer"))
-                if start.parent.resolve() == (folder / checkpoint.FOLDER).resolve():
-                    checkpoint.rewind(folder / checkpoint.FOLDER, trainer.taken)
-                (folder / "metrics.jsonl").write_text("".join(strict_json(line) + "\n" for line in trainer.history))
-                if progress:
-                    print(f"going on from {start}, after {trainer.taken} steps")
+        if start is not None:
+            state = read_state(start, "run")
+            trainer.restore(state, read_state(start, _own(processes.rank % state["processes"])))
+        processes.agree()  # all have looked at the folder and found it right, before one writes in it
+        begun = new_run(folder, lambda: bool(trainer.history)) if start is None else RunLock(folder)
+        with begun if processes.main else nullcontext():
+            with processes.together():
+                if not processes.main:
+                    pass
+                elif start is None:
+                    (folder / "config.yaml").write_text(to_yaml(config))
+                else:
+                    if start.parent.resolve() == (folder / checkpoint.FOLDER).resolve():
+                        checkpoint.rewind(folder / checkpoint.FOLDER, trainer.taken)
+                    (folder / "metrics.jsonl").write_text("".join(strict_json(line) + "\n" for line in trainer.history))
+                    if progress:
+                        print(f"going on from {start}, after {trainer.taken} steps")
             try:
                 result = trainer.train()
             except (Exception, KeyboardInterrupt) as error:
@@ -185,7 +205,7 @@ def train(
                 "preempted": isinstance(stopped, Preempted) or (result is not None and result.preempted),
                 "stopped": f"{type(stopped).__name__}: {stopped}" if isinstance(stopped, Exception) else None,
                 "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
-                "energy_calls": trainer.meter.calls,
+                "energy_calls": trainer.meter.calls if processes.count == 1 else trainer.history[-1]["energy_calls"],
                 "bank_ess": None if trainer.bank is None else trainer.bank.ess(config.train.alpha),
                 "log_z": None if result is None else result.log_z,
                 "seconds": None if result is None else round(result.seconds, 1),
@@ -200,12 +220,18 @@ def train(
                     **{name: version(name) for name in ("torch", "diffusers", "accelerate")},
                 },
             }
-            with uninterrupted():
-                policy.save(folder / "policy")
-                (folder / "run.json").write_text(strict_json(record, indent=2) + "\n")
+            if processes.main:
+                with uninterrupted():
+                    policy.save(folder / "policy")
+                    (folder / "run.json").write_text(strict_json(record, indent=2) + "\n")
     if stopped is not None:
         raise stopped
     return Run(folder, config, prior, policy, record, task)
+
+
+def _own(rank: int) -> str:
+    """The file of one process in a checkpoint."""
+    return f"process-{rank:05d}"
 
 
 def _checkpoint_of(folder: Path, config: RunConfig, resume: str | Path) -> Path | None:
@@ -214,11 +240,8 @@ def _checkpoint_of(folder: Path, config: RunConfig, resume: str | Path) -> Path 
     Errors: ValueError for a damaged one, one of another config, and a run that is finished.
     """
     record = folder / "run.json"
-    if (
-        record.exists()
-        and not json.loads(record.read_text()).get("interrupted")
-        and not json.loads(record.read_text()).get("stopped")
-    ):
+    ended = json.loads(record.read_text()) if record.exists() else {"interrupted": True}
+    if not (ended["interrupted"] or ended["stopped"]):
         raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
     start = checkpoint.find(folder / checkpoint.FOLDER, resume)
     if start is None:
@@ -342,11 +365,13 @@ def _device(config: RunConfig) -> str:
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "cpu": True}  # not mps, which has no float64
+    # Under torchrun every process has a GPU of its own.
+    names = {"cuda": f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda", "cpu": "cpu"}
     if config.device == "auto":
-        return next(name for name, usable in there.items() if usable)
+        return next(names[name] for name, usable in there.items() if usable)
     if not there.get(config.device):
         raise ValueError(f"the device is {config.device!r}, but torch sees none here; use --device auto or cpu.")
-    return config.device
+    return names[config.device]
 
 
 def _initial_policy(config: RunConfig, prior: Prior) -> Policy:

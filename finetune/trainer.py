@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from .forward_kl import ForwardKL
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
 from .interrupts import Preempted, uninterrupted
 from .objectives import OBJECTIVES, Batch
+from .processes import Processes
 from .soft_value import SoftValue, fit_soft_value
 from .strict_json import strict_json
 
 MAX_OVERFLOWS = 20  # a scaler starts far too high and needs about that many to come down
+SHARED = ("batch_size", "bank_size", "warm_start_rows", "forward_rows")  # the processes split these
 COUNTERS = ("calls", "invalid", "forbidden", "cache_hits")  # of the energy meter
 MONITOR_SIZE = 512  # at most, and a fortieth of the bank: the curve must not cost what it watches
 
@@ -70,8 +73,6 @@ class Trainer:
         progress: bool = True,
         on_checkpoint: Callable[[Trainer], None] | None = None,
     ) -> None:
-        from accelerate import Accelerator
-
         self.config = config or TrainConfig()
         self.prior, self.metrics, self.progress = prior, metrics, progress
         self.meter = EnergyMeter(energy, self.config.max_invalid)
@@ -80,19 +81,15 @@ class Trainer:
         assert not wrong, f"config admitted {wrong} for {self.config.objective}"
         if "noised_back" in self.config.shares:
             _ = prior.chain.bridge  # refuses a chain that cannot be noised back, before any work
-        self.accelerator = Accelerator(cpu=prior.device.type == "cpu")
-        if self.accelerator.device.type != prior.device.type:
-            raise ValueError(
-                f"the prior is on {prior.device} but accelerate runs on {self.accelerator.device}; move the prior's network"
-                " there first."
-            )
+        self.processes = Processes(prior.device)
         if policy is None:
             policy = trainable_copy(prior)
-        self.policy = self.accelerator.prepare(policy if isinstance(policy, Policy) else Policy(prior, policy, "full"))
-        device = self.accelerator.device
+        self.policy = self.processes.wrap(policy if isinstance(policy, Policy) else Policy(prior, policy, "full"))
+        device = self.processes.device
+        self._sizes = {name: self.processes.share(name, getattr(self.config, name)) for name in SHARED}
         # Each process draws its own noise; a shared seed would give every rank the same trajectories.
-        seed = self.config.seed * 1_000_003 + self.accelerator.process_index
-        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self._seed = self.config.seed * 1_000_003 + self.processes.rank
+        self.generator = torch.Generator(device=device).manual_seed(self._seed)
         self.log_z = torch.zeros((), device=device, requires_grad=True)
         self.alpha = self.config.alpha
         self.bank: PriorBank | None = None
@@ -121,20 +118,24 @@ class Trainer:
         """Trajectories with their energies, evaluated once on the decoded samples."""
         if trajectories.energy is not None:
             return trajectories
-        samples = self.prior.to_data(trajectories.terminal)
-        return trajectories.with_(energy=self.meter(samples, **self.prior.context(len(samples))))
+        energy = torch.empty(0)
+        with self.processes.together():
+            samples = self.prior.to_data(trajectories.terminal)
+            energy = self.meter(samples, **self.prior.context(len(samples)))
+        self.processes.poll()
+        return trajectories.with_(energy=energy)
 
     def capped(self, energy: Tensor) -> tuple[Tensor, Tensor]:
         """(finite energies, valid mask): +inf and what lies above the ceiling is set to it, NaN is masked."""
         valid = ~energy.isnan()
         if self._ceiling is None:
-            finite = energy[torch.isfinite(energy)]
-            if not len(finite):
+            lowest = self._gather(energy.where(energy.isfinite(), math.inf).min()[None]).min().item()
+            if math.isinf(lowest):
                 raise EnergyError(
                     "every energy of the first batch is +inf or invalid: the target has no mass where the prior samples."
                     " Soften the constraint, or raise alpha."
                 )
-            self._ceiling = self._agreed(finite.min().item()) + self.config.max_energy * self.config.alpha
+            self._ceiling = lowest + self.config.max_energy * self.config.alpha
         return energy.nan_to_num(nan=0.0, posinf=math.inf).clamp(max=self._ceiling), valid
 
     def log_ratios(self, parts: dict[str, Trajectories]) -> Tensor:
@@ -180,26 +181,29 @@ class Trainer:
     @property
     def unwrapped(self) -> Policy:
         """The policy itself, without what distributed training wraps around it."""
-        return self.accelerator.unwrap_model(self.policy)
+        return self.processes.unwrap(self.policy)
 
     def _prepare(self) -> None:
         """What the updates start from: a bank if anything needs it, and the soft value that is learned on it."""
         config = self.config
+        self.processes.refuse_same_noise(self.generator)
         self._check_energy()
         if needs_bank(config):
-            self.bank = self.fill_bank(config.bank_size)
+            self.bank = self.fill_bank(self._sizes["bank_size"])
             # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
             with torch.no_grad():
                 self.log_z.fill_(self._agreed(self.bank.log_z(config.alpha)))
             self._tilted = self._monitored(self.bank)
             if config.soft_value_updates:
                 self.soft_value = self._fit_soft_value(self.bank)
-            self.forward_kl = ForwardKL(self.prior, self.policy, self.bank, self.soft_value, config, self.generator)
+            self.forward_kl = ForwardKL(self.prior, self.policy, self.bank, self.soft_value, config, self.generator, self._hold)
 
     def _check_energy(self) -> None:
-        probe = rollout(self.prior, None, 4, self.generator, keep=False)
-        if self.evaluate_energy(probe).energy.isnan().all():  # pyright: ignore[reportOptionalMemberAccess]
-            raise EnergyError("the energy is NaN or -inf on all of four prior samples; it cannot guide anything.")
+        probe = rollout(self.prior, None, 4, self.generator, keep=False, on_step=self.processes.poll)
+        energy = self.evaluate_energy(probe).energy
+        with self.processes.together():
+            if energy.isnan().all():  # pyright: ignore[reportOptionalMemberAccess]
+                raise EnergyError("the energy is NaN or -inf on all of four prior samples; it cannot guide anything.")
 
     def fill_bank(self, size: int) -> PriorBank:
         """``size`` prior trajectories with their energies.
@@ -214,16 +218,17 @@ class Trainer:
             chunk = rows_at_once(self.prior.shape)
             for first in range(0, size, chunk):
                 count = min(chunk, size - first)
-                part = self.evaluate_energy(rollout(self.prior, None, count, self.generator))
+                part = self.evaluate_energy(rollout(self.prior, None, count, self.generator, on_step=self.processes.poll))
                 states[:, first : first + count] = part.states
                 energies.append(part.energy)
                 bar.update(count)
             bank = PriorBank(Trajectories(states, energy=torch.cat(energies)))
             bar.set_postfix(effective=f"{bank.ess(self.config.alpha):,.0f}")  # what says whether alpha is within reach
-        if not torch.isfinite(bank.log_weight(self.config.alpha)).any():
-            raise EnergyError(
-                f"none of {size} prior samples has a finite energy: the tilted law is out of the prior's reach here."
-            )
+        with self.processes.together():
+            if not torch.isfinite(bank.log_weight(self.config.alpha)).any():
+                raise EnergyError(
+                    f"none of {size} prior samples has a finite energy: the tilted law is out of the prior's reach here."
+                )
         return bank
 
     def _refuse_oversized(self, wanted: int) -> None:
@@ -289,7 +294,7 @@ class Trainer:
                 with self._phase(first, last - first, config.warm_start_learning_rate) as steps:
                     for update in steps:
                         update += first
-                        loss = forward.backward(config.warm_start_rows, self.scaler.scale)
+                        loss = forward.backward(self._sizes["warm_start_rows"], self.scaler.scale)
                         loss_scale = self.scaler.get_scale()
                         with uninterrupted():
                             self._step()
@@ -310,8 +315,10 @@ class Trainer:
         with bar, self._phase(first, config.updates, config.learning_rate) as steps:
             for update in steps:
                 progress = update / max(1, config.updates - 1)
-                context = Context(self.prior, self.policy, self.bank, config.alpha, progress, config.noise_scale)
-                parts = draw(config.shares, context, config.batch_size, self.generator)
+                context = Context(
+                    self.prior, self.policy, self.bank, config.alpha, progress, config.noise_scale, self.processes.poll
+                )
+                parts = draw(config.shares, context, self._sizes["batch_size"], self.generator)
                 terms: dict[str, float] = {}
                 for name, part in parts.items():
                     parts[name] = self.evaluate_energy(part)
@@ -336,15 +343,19 @@ class Trainer:
                     self.log_z,
                     config.huber,
                     gather=self._gather,
-                    rank=self.accelerator.process_index,
-                    world_size=self.accelerator.num_processes,
+                    rank=self.processes.rank,
+                    world_size=self.processes.count,
                 )
-                chunk = chunk or chunk_rows(self.policy, chain, trajectories, config.memory_mb)
-                backward_trajectories(self.policy, chain, trajectories, self.scaler.scale(g), chunk)
+                if not chunk:
+                    with self._hold():
+                        chunk = chunk_rows(self.policy, chain, trajectories, config.memory_mb)
+                # The last backward pass of an update is the one that the processes average.
+                last = self._hold if config.forward_rows else nullcontext
+                backward_trajectories(self.policy, chain, trajectories, self.scaler.scale(g), chunk, held=self._hold, last=last)
                 if config.forward_rows:
                     assert self.forward_kl is not None
                     factor = self.alpha**self.objective.alpha_power
-                    self.forward_kl.backward(config.forward_rows, self.scaler.scale, factor)
+                    self.forward_kl.backward(self._sizes["forward_rows"], self.scaler.scale, factor)
                 with uninterrupted():
                     self._step()
                     if self.objective.learns_log_z:
@@ -374,25 +385,31 @@ class Trainer:
             torch._foreach_copy_(self._trained(), weights)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, as of the last whole step, for `state_file.write_state`."""
-        bank, forward, value = self.bank, self.forward_kl, self.soft_value
-        energy = self.meter.energy
+        """What the rest of the run depends on and every process knows, as of the last whole step, for `write_state`."""
         return {
+            "processes": self.processes.count,
             "taken": self.taken,
             "history": self.history,
-            "weights": {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad},
+            "weights": {name: weight for name, weight in self.unwrapped.named_parameters() if weight.requires_grad},
             "average": self.average,
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "log_z_optimizer": self._log_z_optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "overflows": self._overflows,
+            **{name: self._boundary[name] for name in ("log_z", "alpha", "alpha_start", "ceiling")},
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """What only this process knows of the same moment: its generator, its part of the bank and what it learned from it."""
+        bank, forward, value, energy = self.bank, self.forward_kl, self.soft_value, self.meter.energy
+        return {
             "bank": None if bank is None else {"states": bank.trajectories.states, "energy": bank.trajectories.energy},
             "tilted": self._tilted,
             "soft_value": None if value is None else value.state(),
             "forward_kl": None if forward is None else forward.state(),
             "energy_cache": energy.state() if isinstance(energy, CachedEnergy) else None,
-            **self._boundary,
+            **{name: self._boundary[name] for name in ("generator", "meter")},
         }
 
     def _between_steps(self) -> dict[str, Any]:
@@ -409,15 +426,18 @@ class Trainer:
             "meter": {name: getattr(meter, name) for name in COUNTERS},
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on, in `train`, from what `state` returned in a run of the same config: bit for bit the same run, on one device.
+    def restore(self, state: dict[str, Any], own: dict[str, Any]) -> None:
+        """Go on, in `train`, from what `state` and `own_state` returned in a run of the same config.
+
+        On as many processes and the same kind of device it is bit for bit the same run. On another number of processes,
+        each takes the part of one that there was, with noise of its own from there on: a warning says so.
 
         Errors: ValueError for the state of a policy that trains other weights.
         """
-        weights = dict(self.policy.named_parameters())
+        weights = dict(self.unwrapped.named_parameters())
         if {name for name, weight in weights.items() if weight.requires_grad} != state["weights"].keys():
             raise ValueError("the checkpoint is of another policy: it trains other weights. Resume with the config of the run.")
-        device = self.accelerator.device
+        device = self.processes.device
         with torch.no_grad():
             for name, weight in state["weights"].items():
                 weights[name].copy_(weight)
@@ -427,20 +447,34 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self._overflows, self._ceiling = state["overflows"], state["ceiling"]
         self.alpha, self._alpha_start = state["alpha"], state["alpha_start"]
-        for name in COUNTERS:
-            setattr(self.meter, name, state["meter"][name])
-        if state["energy_cache"] is not None and isinstance(self.meter.energy, CachedEnergy):
-            self.meter.energy.restore(state["energy_cache"])
-        self.generator.set_state(state["generator"])
-        if state["bank"] is not None:
-            kept = {name: tensor.to(device) for name, tensor in state["bank"].items()}
+        before, now = state["processes"], self.processes.count
+        if before == now:
+            self.generator.set_state(own["generator"])
+        else:
+            self.generator.manual_seed(self._seed + self.taken * 1009)
+            if self.processes.main:
+                warnings.warn(
+                    f"the run was on {before} processes and goes on with {now}: the noise is another one from here on, and"
+                    f" {'some parts of the bank are left out' if now < before else 'parts of the bank are used twice'}."
+                    " Everything else is what it was.",
+                    stacklevel=2,
+                )
+        if before == now or self.processes.rank < before:  # a second one of the same part has spent nothing yet
+            for name in COUNTERS:
+                setattr(self.meter, name, own["meter"][name])
+        if own["energy_cache"] is not None and isinstance(self.meter.energy, CachedEnergy):
+            self.meter.energy.restore(own["energy_cache"])
+        if own["bank"] is not None:
+            kept = {name: tensor.to(device) for name, tensor in own["bank"].items()}
             self.bank = PriorBank(Trajectories(kept["states"], energy=kept["energy"]))
-            self._tilted = state["tilted"].to(device)
-            if state["soft_value"] is not None:
+            self._tilted = own["tilted"].to(device)
+            if own["soft_value"] is not None:
                 shape, steps = self.prior.shape, self.prior.chain.num_kernels
-                self.soft_value = SoftValue.from_state(state["soft_value"], shape, steps, device)
-            self.forward_kl = ForwardKL(self.prior, self.policy, self.bank, self.soft_value, self.config, self.generator)
-            self.forward_kl.restore(state["forward_kl"])
+                self.soft_value = SoftValue.from_state(own["soft_value"], shape, steps, device)
+            self.forward_kl = ForwardKL(
+                self.prior, self.policy, self.bank, self.soft_value, self.config, self.generator, self._hold
+            )
+            self.forward_kl.restore(own["forward_kl"])
         self._restored = state
 
     def _restore_phase(self, state: dict[str, Any]) -> None:
@@ -498,28 +532,31 @@ class Trainer:
         return math.exp(high)
 
     def _gather(self, value: Tensor) -> Tensor:
-        gathered = self.accelerator.gather(value)
-        assert isinstance(gathered, Tensor)
-        return gathered
+        return self.processes.gather(value)
 
     def _agreed(self, value: float) -> float:
-        """The mean over processes: an objective of the global batch needs one temperature, ceiling and log Z."""
-        if self.accelerator.num_processes == 1:
-            return value
-        mine = torch.tensor([value], device=self.accelerator.device, dtype=torch.float64)
-        return self._gather(mine).mean().item()
+        """An objective of the global batch needs one temperature and one log Z."""
+        return self.processes.mean(value)
+
+    def _hold(self) -> Any:
+        return self.processes.hold(self.policy)
 
     def _batch_metrics(self, batch: Batch, on_policy: int) -> dict[str, float]:
         """The residual of the whole batch; ELBO, ESS and log Z of its on-policy part, at the final temperature."""
-        x = (batch.log_ratio + batch.energy / self.alpha)[batch.valid]
+        x = self._of_all(batch.log_ratio + batch.energy / self.alpha, batch.valid)
         metrics = {"alpha": self.alpha, "residual_std": x.std().item()}
         if on_policy:
             log_weight = -batch.log_ratio[:on_policy] - batch.energy[:on_policy] / self.config.alpha
-            log_weight = log_weight[batch.valid[:on_policy]]
+            log_weight = self._of_all(log_weight, batch.valid[:on_policy])
             metrics |= {"elbo": log_weight.mean().item(), "ess": ess(log_weight), "log_z": log_mean_exp(log_weight)[0]}
         if self.objective.learns_log_z:
             metrics["log_z_learned"] = self.log_z.item()
         return metrics
+
+    def _of_all(self, value: Tensor, valid: Tensor) -> Tensor:
+        """[n] of every process, without what is invalid."""
+        gathered = self._gather(value.masked_fill(~valid, math.nan))
+        return gathered[~gathered.isnan()]
 
     @torch.no_grad()
     def _monitor(self) -> dict[str, float]:
@@ -529,7 +566,8 @@ class Trainer:
         tilted = self.bank.trajectories.select(self._tilted)
         assert tilted.energy is not None
         ratio = step_log_ratio(self.prior.chain, self.prior.denoiser, self.policy, tilted).sum(0)
-        return {"eubo": (-tilted.energy / self.config.alpha - ratio).mean().item()}
+        self.processes.refuse_other_weights(self._trained())
+        return {"eubo": self._agreed((-tilted.energy / self.config.alpha - ratio).mean().item())}
 
     def _optimizer_for(self, learning_rate: float, updates: int) -> tuple[Any, Any]:
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
@@ -581,22 +619,18 @@ class Trainer:
     def _bar(self, total: int, name: str) -> Any:
         from tqdm import tqdm
 
-        quiet = not self.progress or not self.accelerator.is_main_process
+        quiet = not self.progress or not self.processes.main
         return tqdm(total=total, desc=name, disable=quiet, dynamic_ncols=True, mininterval=0.5)
 
     def _record(self, bar: Any, phase: str, update: int, values: dict[str, Any]) -> None:
-        record = {
-            "phase": phase,
-            "update": update,
-            **values,
-            "energy_calls": self.meter.calls,
-            "energy_cache_hits": self.meter.cache_hits,
-            "invalid_energies": self.meter.invalid,
-            "forbidden_energies": self.meter.forbidden,
-        }
+        meter = self.meter
+        mine = torch.tensor([[meter.calls, meter.cache_hits, meter.invalid, meter.forbidden]], device=self.processes.device)
+        names = ("energy_calls", "energy_cache_hits", "invalid_energies", "forbidden_energies")
+        counts = dict(zip(names, self._gather(mine).sum(0).tolist(), strict=True))
+        record = {"phase": phase, "update": update, **values, **counts}
         self.history.append(record)  # no clock in it: the same config gives the same lines, to the last bit
         shown = {key: f"{record[key]:.3g}" for key in ("elbo", "eubo", "ess", "log_z", "alpha") if key in record}
-        bar.set_postfix(**shown, energy_calls=self.meter.calls, refresh=False)
-        if self.metrics is not None and self.accelerator.is_main_process:
+        bar.set_postfix(**shown, energy_calls=record["energy_calls"], refresh=False)
+        if self.metrics is not None and self.processes.main:
             with self.metrics.open("a") as file:
                 file.write(strict_json(record) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = No
     except Preempted as error:
         print(f"{error} before the first step: nothing is saved; the same command starts again.", file=sys.stderr)
         return REQUEUE
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
+        return 0 if not trained.record["interrupted"] else REQUEUE if trained.record["preempted"] else 130
     seconds, calls = trained.record["seconds"], trained.record["energy_calls"]
     print(f"{trained.record['updates']} updates, {calls:,} energy calls, {seconds:.0f} s; written to {out}")
     if trained.record["interrupted"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ def rollout(
     dtype: torch.dtype = torch.float32,
     keep: bool = True,
     compared: Denoiser | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> Trajectories:
     """Draw ``batch`` trajectories from the policy, or from the prior where ``policy`` is None.
 
@@ -33,6 +35,7 @@ def rollout(
     start: [batch, ...] fixed starts; drawn where None.
     keep: False keeps only the terminal samples (``states`` is then [1, batch, ...]).
     compared: a policy whose log-ratio on the *prior's* own trajectories is wanted; it draws nothing.
+    on_step: called before every kernel; what it raises ends the rollout.
 
     Returns trajectories with ``log_behavior`` and, from or compared with a policy, ``step_log_ratio`` set. No gradient is kept.
     """
@@ -49,6 +52,8 @@ def rollout(
     ratios = []
     inflation = torch.zeros(batch, device=device, dtype=dtype)
     for step in range(chain.num_kernels):
+        if on_step is not None:
+            on_step()
         row = chain.row(step, state)
         noise = gaussian() * noise_scale if noise_scale != 1.0 else gaussian()
         prior_output = evaluate(prior.denoiser, chain, state, step, condition)

@@ -78,7 +78,8 @@ def test_resumed_at_any_step_it_is_the_same_run(name, task, tmp_path):
     def keep(trainer):
         folder = tmp_path / str(trainer.taken)
         folder.mkdir()
-        write_state(folder, "trainer", trainer.state())
+        write_state(folder, "run", trainer.state())
+        write_state(folder, "process", trainer.own_state())
 
     whole = ended(trainer_of(task, config, on_checkpoint=keep))
     steps = sorted(int(folder.name) for folder in tmp_path.iterdir())
@@ -87,7 +88,7 @@ def test_resumed_at_any_step_it_is_the_same_run(name, task, tmp_path):
     for step in steps:
         torch.manual_seed(step)  # nothing hangs on the global generator
         resumed = trainer_of(task, config)
-        resumed.restore(read_state(tmp_path / str(step), "trainer"))
+        resumed.restore(read_state(tmp_path / str(step), "run"), read_state(tmp_path / str(step), "process"))
         assert same(ended(resumed), whole), step
 
 
@@ -96,9 +97,11 @@ def test_a_state_that_forgets_something_is_caught(lost, task):
     """The control: with one entry as it is at the start of a run, the check above fails."""
     config = replace(CASES["soft value"], tempering_ess=0.9)
     states: dict[int, Any] = {}
-    whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.taken: copied(trainer.state())})))
+    whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.taken: both(trainer)})))
     step = {"forward_kl": 3}.get(lost, 6)
-    state, blank = states[step], trainer_of(task, config)._between_steps()
+    common, own = states[step]
+    state = own if lost in own else common
+    blank = trainer_of(task, config)._between_steps()
     if lost == "forward_kl":  # the slope is measured between the halves of the warm start
         state[lost]["slope"] = torch.zeros_like(state[lost]["slope"])
     elif lost == "average":
@@ -108,8 +111,12 @@ def test_a_state_that_forgets_something_is_caught(lost, task):
     else:
         state[lost] = blank[lost] if lost == "meter" else torch.Generator().manual_seed(1).get_state()
     resumed = trainer_of(task, config)
-    resumed.restore(state)
+    resumed.restore(common, own)
     assert not same(ended(resumed), whole)
+
+
+def both(trainer):
+    return copied(trainer.state()), copied(trainer.own_state())
 
 
 def copied(state):
@@ -141,19 +148,20 @@ def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache
         return task.energy(x)
 
     broken = CachedEnergy(interrupted) if cache else interrupted
-    trainer = trainer_of(task, config, broken, on_checkpoint=lambda trainer: kept.append(copied(trainer.state())))
+    trainer = trainer_of(task, config, broken, on_checkpoint=lambda trainer: kept.append(both(trainer)))
     result = trainer.train()
     assert result.interrupted and result.preempted
     resumed = trainer_of(task, config, CachedEnergy(task.energy) if cache else task.energy)
-    resumed.restore(kept[-1])
+    resumed.restore(*kept[-1])
     assert same(ended(resumed), whole)
 
 
 def test_the_state_of_another_policy_is_refused(task):
-    state = trainer_of(task, SIZES).state()
+    trainer = trainer_of(task, SIZES)
+    trainer._boundary = trainer._between_steps()
     other = Trainer(task.prior(), task.energy, SIZES, policy=MLPDenoiser(width=4, depth=1, fourier_features=1), progress=False)
     with pytest.raises(ValueError, match="of another policy"):
-        other.restore(state)
+        other.restore(trainer.state(), trainer.own_state())
 
 
 # --- as a run folder --------------------------------------------------------------------------------------------------
@@ -249,7 +257,7 @@ def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_
         runs.train(config, run, energy=breaking(6, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    known = read_state(checkpoint.last(run / "checkpoints"), "trainer")["history"]
+    known = read_state(checkpoint.last(run / "checkpoints"), "run")["history"]
     assert not (run / "run.json").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > len(known)
     with pytest.raises(ValueError, match="already holds a run"):
         runs.train(config, run, energy=ink, progress=False)
@@ -270,11 +278,11 @@ def test_a_damaged_checkpoint_is_fallen_back_from_loudly_and_never_from_a_path(c
     with pytest.raises(ValueError, match="is gone"):
         runs.train(config, run, energy=breaking(6, STOPS["an error"]), progress=False)
     newest = checkpoint.last(run / "checkpoints")
-    weights = newest / "trainer.safetensors"
+    weights = newest / "run.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match="no good checkpoint"):
         runs.train(config, run, energy=ink, resume=newest, progress=False)
-    with pytest.warns(UserWarning, match=r"trainer\.safetensors"):
+    with pytest.warns(UserWarning, match=r"run\.safetensors"):
         runs.train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole)
 

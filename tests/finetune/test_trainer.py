@@ -16,6 +16,7 @@ from tiltune.finetune.behavior import BEHAVIORS
 from tiltune.finetune.config import TrainConfig
 from tiltune.finetune.energy import Energy, EnergyError
 from tiltune.finetune.objectives import OBJECTIVES, Batch
+from tiltune.finetune.processes import Processes
 from tiltune.finetune.trainer import Trainer, TrainResult
 from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
@@ -215,13 +216,12 @@ def test_processes_agree_on_one_temperature() -> None:
         task.prior(), task.energy, make_config(tempering_ess=0.5), policy=small_policy(task.prior()), progress=False
     )
 
-    class Three:
-        num_processes, device = 3, torch.device("cpu")
+    class Three(Processes):
+        def gather(self, value: Tensor) -> Tensor:
+            return torch.cat([value, value + 0.5, value + 1.0])
 
-        def gather(self, mine: Tensor) -> Tensor:
-            return torch.cat([mine, mine + 0.5, mine + 1.0])
-
-    trainer.accelerator = Three()  # type: ignore[assignment]
+    trainer.processes = Three(torch.device("cpu"))
+    trainer.processes.count = 3
     trainer.alpha = math.inf
     trainer._temper(Batch(torch.zeros(2, 10), torch.zeros(10), torch.ones(10, dtype=torch.bool)), 10)
     assert trainer.alpha == pytest.approx(1.5)

@@ -1,0 +1,139 @@
+"""The processes of a run: who they are, what they share, and that they fail and stop together.
+
+What talks to the others (`gather`, `mean`, `agree`, `together`, `poll`) is called by all processes, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .interrupts import Preempted, asked_to_stop
+
+# In the order of their say: a preempted run is started again, one that a person stopped is not.
+ASKED = (None, Preempted, KeyboardInterrupt)
+
+
+class ProcessError(RuntimeError):
+    """Another process of the run failed, or the processes no longer agree."""
+
+
+class Processes:
+    """What torchrun started, or this process alone; on the device type of ``device``.
+
+    Errors: ValueError where accelerate runs on another kind of device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        # Sampling calls the wrapped network without gradients: buffers are the same everywhere, and sending them costs each call.
+        wrapping = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self._accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[wrapping])
+        if self._accelerator.device.type != device.type:
+            raise ValueError(
+                f"the prior is on {device} but accelerate runs on {self._accelerator.device}; move the prior's network there"
+                " first."
+            )
+        self.device: torch.device = self._accelerator.device
+        self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
+        self._known: Exception | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def wrap(self, policy: nn.Module) -> Any:
+        """The policy as it is called from now on: its gradients are averaged over the processes."""
+        return self._accelerator.prepare(policy)
+
+    def unwrap(self, policy: nn.Module) -> Any:
+        return self._accelerator.unwrap_model(policy)
+
+    def hold(self, policy: nn.Module) -> AbstractContextManager[Any]:
+        """A forward and backward whose gradients stay here, for a later one to send along."""
+        return self._accelerator.no_sync(policy)
+
+    def share(self, name: str, total: int) -> int:
+        """This process's part of a size that the config states for the whole run.
+
+        Errors: ValueError where it cannot be split evenly: processes with different numbers of rows would not mean the same.
+        """
+        if total % self.count:
+            raise ValueError(
+                f"{name} is {total}, which {self.count} processes cannot share evenly; give a multiple of {self.count}."
+            )
+        return total // self.count
+
+    def gather(self, value: Tensor) -> Tensor:
+        """[n, ...] of every process, in the order of ranks: [W n, ...]. n must be the same everywhere."""
+        gathered = self._accelerator.gather(value)
+        assert isinstance(gathered, Tensor)
+        return gathered
+
+    def mean(self, value: float) -> float:
+        """Over the processes."""
+        if self.count == 1:
+            return value
+        return self.gather(torch.tensor([value], device=self.device, dtype=torch.float64)).mean().item()
+
+    def agree(self, error: Exception | None = None) -> None:
+        """Go on only if all processes can.
+
+        Errors: ``error``; ProcessError where another process has one.
+        """
+        if self.count > 1:
+            failed = self.gather(torch.tensor([error is not None], device=self.device, dtype=torch.int32)).nonzero()[:, 0]
+            if error is None and len(failed):
+                error = ProcessError(f"process {failed[0].item()} failed, and all stop with it; its own output says why.")
+        if error is not None:
+            self._known = error
+            raise error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block in which one process may fail where others do not: then all raise behind it."""
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            if caught is self._known:  # of an inner block: the others have left as well
+                raise
+            error = caught
+        self.agree(error)
+
+    def poll(self) -> None:
+        """Where a run may stop: all processes do if any was asked to.
+
+        Errors: KeyboardInterrupt or Preempted. A process alone raises them by itself, wherever it is.
+        """
+        if self.count == 1:
+            return
+        stop = asked_to_stop()
+        asked = self.gather(torch.tensor([ASKED.index(stop)], device=self.device, dtype=torch.int32)).max().item()
+        if kind := ASKED[int(asked)]:
+            raise kind("asked to stop")
+
+    def refuse_same_noise(self, generator: torch.Generator) -> None:
+        """Errors: ProcessError where two processes would draw the same trajectories, which is one batch paid for twice."""
+        if self.count == 1:
+            return
+        copy = torch.Generator(device=self.device)
+        copy.set_state(generator.get_state())
+        drawn = self.gather(torch.randn(1, 8, generator=copy, device=self.device))
+        if len(drawn.unique(dim=0)) < self.count:
+            raise ProcessError("two processes draw the same noise: their generators have one seed.")
+
+    def refuse_other_weights(self, weights: list[Tensor]) -> None:
+        """Errors: ProcessError where the processes' weights are no longer the same."""
+        if self.count == 1:
+            return
+        sums = torch.stack([weight.detach().double().square().sum() for weight in weights])
+        everyone = self.gather(sums[None])
+        if not torch.allclose(everyone, everyone[:1].expand_as(everyone), rtol=1e-6, atol=0):
+            raise ProcessError("the processes' weights have drifted apart: a gradient was not shared.")
