@@ -5,6 +5,7 @@ What talks to the others (`gather`, `mean`, `agree`, `together`, `poll`) is call
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -50,7 +51,10 @@ class Processes:
 
     def wrap(self, policy: nn.Module) -> Any:
         """The policy as it is called from now on: its gradients are averaged over the processes."""
-        return self._accelerator.prepare(policy)
+        with warnings.catch_warnings():
+            # Torch 2.13 has a new name for it, which older ones do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return self._accelerator.prepare(policy)
 
     def unwrap(self, policy: nn.Module) -> Any:
         return self._accelerator.unwrap_model(policy)

@@ -16,6 +16,7 @@ VERBS = {
     "sample": ("sample", "draw from a run's policy; --exact for samples of the tilted prior itself"),
     "export": ("export", "write a run's policy as a diffusers pipeline or peft adapters"),
     "checkpoint": ("checkpoint", "list or verify what a run has saved to go on from"),
+    "launch": ("launch", "train in several processes, here or on a cluster: tiltune launch -- train ..."),
     "doctor": ("doctor", "say what is installed, whether processes reach each other, and what is wrong"),
     "tasks": ("tasks", "list the shipped tasks"),
     "2d": ("two_d", "fine-tune the shipped 2D prior onto a known target and certify the result"),

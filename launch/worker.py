@@ -1,0 +1,26 @@
+"""One process of a distributed run: the command line as ever, with its exit status written where `torchrun.py` reads it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from . import cli
+from .torchrun import STATUS_FOLDER
+
+
+def main() -> None:
+    """Entry point of `python -m tiltune.launch.worker VERB …`, under torchrun."""
+    file = Path(os.environ[STATUS_FOLDER], os.environ["LOCAL_RANK"])
+    file.touch()
+    try:
+        status = cli.run(sys.argv[1:])
+    except SystemExit as stop:  # how tyro ends for --help and for flags that it cannot read
+        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    file.write_text(str(status))
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
