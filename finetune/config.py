@@ -56,6 +56,10 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Each phase ends at the running average of its weights, with at most this decay; the metrics are of the weights that move.
     0: at its last weights."""
+    spike_factor: float | None = None
+    """Leave out a step whose gradient norm is over this many times the median of the last 20; None clips and takes it."""
+    max_skipped: int = 10
+    """Steps left out in a row, for spikes or gradients that are not finite, above which the run stops."""
     memory_mb: float = 64.0
     """What autograd may keep for one chunk of the second pass."""
     max_invalid: float = 0.05
@@ -87,7 +91,7 @@ class TrainConfig:
         )
         refuse(not 0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it is a share, at least 0 and below 1.")
         refuse(not 0 <= self.max_invalid <= 1, f"max_invalid is {self.max_invalid}; it is a share, between 0 and 1.")
-        for name in ("updates", "warm_start_updates", "soft_value_updates", "forward_rows", "checkpoint_every"):
+        for name in ("updates", "warm_start_updates", "soft_value_updates", "forward_rows", "checkpoint_every", "max_skipped"):
             refuse(getattr(self, name) < 0, f"{name} is {getattr(self, name)}; it must not be negative.")
         refuse(self.batch_size < 2, "batch_size must be at least 2: baselines and variances compare trajectories.")
         refuse(self.warm_start not in ("tlm", "none"), f"warm_start is {self.warm_start!r}; choose 'tlm' or 'none'.")
@@ -95,6 +99,10 @@ class TrainConfig:
         refuse(
             self.tempering_ess is not None and not 0 < self.tempering_ess < 1,
             f"tempering_ess is {self.tempering_ess}; it is a share of the batch, between 0 and 1, or None.",
+        )
+        spike = self.spike_factor
+        refuse(
+            spike is not None and not spike > 1, f"spike_factor is {spike}; a spike is over once the median: give more than 1."
         )
         refuse(self.huber is not None and not self.huber > 0, f"huber is {self.huber}; give positive nats, or None.")
         for name, share in self.shares.items():

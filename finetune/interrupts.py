@@ -1,4 +1,4 @@
-"""Signals that end a training: where they may, and where half of something would be worse than waiting."""
+"""What ends a training from outside: signals, where they may and where half of something would be worse, and other processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 
 class Preempted(KeyboardInterrupt):
     """The process is to stop and to be started again: as Ctrl-C, but nobody is there to do it by hand."""
+
+
+class ProcessError(RuntimeError):
+    """Another process of the run failed, or the processes no longer agree."""
 
 
 # The first signal that `deferred` heard.

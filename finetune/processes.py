@@ -13,14 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .interrupts import Preempted, asked_to_stop
+from .interrupts import Preempted, ProcessError, asked_to_stop
 
 # In the order of their say: a preempted run is started again, one that a person stopped is not.
 ASKED = (None, Preempted, KeyboardInterrupt)
-
-
-class ProcessError(RuntimeError):
-    """Another process of the run failed, or the processes no longer agree."""
 
 
 class Processes:

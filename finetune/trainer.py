@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from .strict_json import strict_json
 MAX_OVERFLOWS = 20  # a scaler starts far too high and needs about that many to come down
 SHARED = ("batch_size", "bank_size", "warm_start_rows", "forward_rows")  # the processes split these
 COUNTERS = ("calls", "invalid", "forbidden", "cache_hits")  # of the energy meter
+NORMS = 20  # gradients that a spike is compared with
 MONITOR_SIZE = 512  # at most, and a fortieth of the bank: the curve must not cost what it watches
 
 
@@ -98,7 +100,8 @@ class Trainer:
         # Half precision rounds small gradients to zero; scaled ones survive.
         half = getattr(prior.denoiser, "autocast", None) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
-        self._overflows = 0
+        self._overflows = self._skipped = 0
+        self._norms: list[float] = []
         self.average: list[Tensor] | None = None
         self.history: list[dict[str, Any]] = []
         self.taken = 0
@@ -297,9 +300,10 @@ class Trainer:
                         loss = forward.backward(self._sizes["warm_start_rows"], self.scaler.scale)
                         loss_scale = self.scaler.get_scale()
                         with uninterrupted():
-                            self._step()
+                            taken = self._step()
                             if update % (5 * config.monitor_every) == 0 or update == total - 1:
                                 record = {"loss": loss.item() / loss_scale, **self._monitor()}
+                                record |= {} if taken else {"skipped": True}
                                 self._record(bar, "warm_start", update, record)
                             self._step_taken(bar)
                 if last < total and not past:
@@ -357,11 +361,14 @@ class Trainer:
                     factor = self.alpha**self.objective.alpha_power
                     self.forward_kl.backward(self._sizes["forward_rows"], self.scaler.scale, factor)
                 with uninterrupted():
-                    self._step()
+                    taken = self._step()
                     if self.objective.learns_log_z:
-                        self._log_z_optimizer.step()
+                        if taken:
+                            self._log_z_optimizer.step()
                         self._log_z_optimizer.zero_grad()
                     record: dict[str, Any] = {"loss": loss.item(), **self._batch_metrics(batch, on_policy)}
+                    if not taken:
+                        record["skipped"] = True
                     if len(terms) > 1:
                         record["terms"] = terms
                     if update % config.monitor_every == 0 or update == config.updates - 1:
@@ -397,6 +404,8 @@ class Trainer:
             "log_z_optimizer": self._log_z_optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "overflows": self._overflows,
+            "skipped": self._skipped,
+            "norms": self._norms,
             **{name: self._boundary[name] for name in ("log_z", "alpha", "alpha_start", "ceiling")},
         }
 
@@ -445,7 +454,8 @@ class Trainer:
         self.taken, self.history = state["taken"], state["history"]
         self._log_z_optimizer.load_state_dict(state["log_z_optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self._overflows, self._ceiling = state["overflows"], state["ceiling"]
+        self._overflows, self._skipped, self._norms = state["overflows"], state["skipped"], state["norms"]
+        self._ceiling = state["ceiling"]
         self.alpha, self._alpha_start = state["alpha"], state["alpha_start"]
         before, now = state["processes"], self.processes.count
         if before == now:
@@ -578,12 +588,24 @@ class Trainer:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=rise)
         return optimizer, schedule
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Move the policy by the gradient that is there; False where that is left out, and only the gradient is changed."""
         optimizer, schedule = self._optimizer, self._schedule
         self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
-        if not torch.isfinite(norm) and not self.scaler.is_enabled():  # an enabled scaler skips the step and lowers its scale
-            raise FloatingPointError("the gradient is not finite, and the policy was left as it was; lower the learning rate.")
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
+        # An enabled scaler leaves out a step that overflowed by itself, and lowers its scale.
+        if not self.scaler.is_enabled() and not self._usable(norm):
+            optimizer.zero_grad()
+            self._log_z_optimizer.zero_grad()
+            self._skipped += 1
+            if self._skipped > self.config.max_skipped:
+                raise FloatingPointError(
+                    f"{self._skipped} steps in a row were left out, the last for a gradient of norm {norm:.3g}; the policy is as"
+                    " it was before them. Lower the learning rate, or raise max_skipped."
+                )
+            return False
+        self._skipped = 0
+        self._norms = [*self._norms, norm][-NORMS:]
         scale = self.scaler.get_scale()
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -595,7 +617,7 @@ class Trainer:
                     f"the float16 gradient overflowed {self._overflows} times in a row; use bf16 or float32, or lower the"
                     " learning rate."
                 )
-            return
+            return False
         self._overflows = 0
         schedule.step()
         if self.average is not None:
@@ -603,6 +625,14 @@ class Trainer:
             taken = schedule.last_epoch
             decay = min(self.config.ema_decay, taken / (taken + 9))
             torch._foreach_lerp_(self.average, self._trained(), 1 - decay)
+        return True
+
+    def _usable(self, norm: float) -> bool:
+        """Whether a gradient of this norm is finite, and no spike where those are left out."""
+        spike = self.config.spike_factor
+        if spike is not None and len(self._norms) == NORMS and norm > spike * statistics.median(self._norms):
+            return False
+        return math.isfinite(norm)
 
     def _trained(self) -> list[Tensor]:
         return [parameter.detach() for parameter in self.policy.parameters() if parameter.requires_grad]

@@ -9,6 +9,8 @@ import traceback
 from importlib import import_module
 
 from .._version import __version__
+from ..finetune.interrupts import Preempted, ProcessError
+from .torchrun import REQUEUE
 
 VERBS = {
     "train": ("train", "fine-tune a shipped task, or any diffusers prior toward any energy"),
@@ -57,15 +59,18 @@ def run(arguments: list[str]) -> int:
         return 2
     try:
         return import_module(f".{VERBS[verb][0]}", __package__).main(arguments[1:])
+    except Preempted as signal:
+        print(f"{signal}: nothing of this was saved; run the same command again.", file=sys.stderr)
+        return REQUEUE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader had enough, as in `tiltune tasks | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports it; 1 is a verdict
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ProcessError) as error:
         print(f"tiltune {verb}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1 if isinstance(error, FloatingPointError | ProcessError) else 2
     except Exception as error:  # out of memory, or a bug of ours
         traceback.print_exc()
         print(f"tiltune {verb}: unexpected {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)

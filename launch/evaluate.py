@@ -14,7 +14,8 @@ from .tasks import open_with_task
 DESCRIPTION = """Draw fresh rollouts of a run's policy and of its prior, and measure how close the policy came to
 p_prior(x) · exp(-E(x)/alpha): certificate.json and picture.png in the run's folder, the figures and a verdict on the
 terminal. A shipped task is judged by its own criteria, any other run by its two sides against each other. Exit status: 0 the
-certificate passes, 1 it fails, 3 it is inconclusive, 2 bad input, 70 an unexpected error, after its traceback.
+certificate passes, 1 it fails, 3 it is inconclusive, 75 stopped by SIGTERM or SIGUSR1 with nothing written, 2 bad input, 70 an
+unexpected error, after its traceback.
 
 example: tiltune evaluate my-run
 
@@ -41,13 +42,16 @@ def main(argv: list[str]) -> int:
     options = flags.parse(Options, argv, "tiltune evaluate", DESCRIPTION)
     run = open_with_task(options.run)
     from ..finetune.evaluation import certify, write_certificate
+    from ..finetune.interrupts import preemptible, uninterrupted
     from .pictures import run_figure
 
     energy = run.energy(options.energy)
-    certificate, evidence = certify(
-        run, energy, terms=options.energy or run.config.energy.terms, size=options.size, seed=options.seed
-    )
-    write_certificate(run, certificate)
+    with preemptible():
+        certificate, evidence = certify(
+            run, energy, terms=options.energy or run.config.energy.terms, size=options.size, seed=options.seed
+        )
+    with uninterrupted():
+        write_certificate(run, certificate)
     if run.config.task is not None and certificate["judged_by"] == f"the task {run.config.task}":
         figure = load_task(run.config.task).picture(evidence, energy, run.history, certificate)
     else:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..finetune.config import RunConfig, pretrained_recipe
 from ..finetune.config_file import from_mapping, read_yaml, to_yaml
-from ..finetune.interrupts import Preempted
 from ..tasks.task import TASKS, load_task
 from . import flags
+from .torchrun import REQUEUE
 
 if TYPE_CHECKING:
     from ..finetune.run import Run
@@ -28,9 +28,6 @@ example: tiltune train digits --alpha 0.25 --out my-run
 
 example: tiltune train --prior my-ddpm-folder --energy my_energy.py:brightness --alpha 0.1 --steps 50
 """
-
-
-REQUEUE = 75  # sysexits.h, EX_TEMPFAIL: stopped from outside, and to be started again
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,7 @@ def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = No
     from ..finetune import run
 
     task = None if config.task is None else load_task(config.task)
-    try:
-        trained = run.train(config, out, task=task, overwrite=overwrite, resume=resume)
-    except Preempted as error:
-        print(f"{error} before the first step: nothing is saved; the same command starts again.", file=sys.stderr)
-        return REQUEUE
+    trained = run.train(config, out, task=task, overwrite=overwrite, resume=resume)
     if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
         return 0 if not trained.record["interrupted"] else REQUEUE if trained.record["preempted"] else 130
     seconds, calls = trained.record["seconds"], trained.record["energy_calls"]

@@ -6,7 +6,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -313,3 +313,60 @@ def test_an_interrupted_run_keeps_what_it_has_trained() -> None:
     result = train(task, make_config(behavior={"on_policy": 1.0}), interrupted)
     assert [record["update"] for record in result.history] == list(range(6))
     assert not result.policy.training
+
+
+class Bursting(Trainer):
+    """The gradient of the given steps is multiplied before it is used; weights and Adam's state are noted around each step."""
+
+    factors: ClassVar[dict[int, float]] = {}
+
+    def _step(self) -> bool:
+        for weight in self._trained_parameters():
+            assert weight.grad is not None
+            weight.grad *= self.factors.get(self.taken, 1.0)
+        before = self._noted()
+        taken = super()._step()
+        self.moved = [*getattr(self, "moved", []), taken]
+        if not taken:
+            for old, new in zip(before, self._noted(), strict=True):
+                assert torch.equal(old, new)
+        return taken
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return [weight for weight in self.policy.parameters() if weight.requires_grad]
+
+    def _noted(self) -> list[Tensor]:
+        adam = [value for entry in self._optimizer.state.values() for value in entry.values()]
+        return [value.detach().clone() for value in [*self._trained(), *adam, self.log_z]]
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bursting, "factors", {3: factor, 4: factor})
+    task = make_task()
+    trainer = Bursting(
+        task.prior(), task.energy, make_config(objective="rtb", updates=6), policy=small_policy(task.prior()), progress=False
+    )
+    result = trainer.train()
+    assert trainer.moved == [True, True, True, False, False, True]
+    assert [record.get("skipped", False) for record in result.history] == [not moved for moved in trainer.moved]
+
+
+def test_too_many_steps_left_out_in_a_row_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bursting, "factors", dict.fromkeys(range(2, 20), math.nan))
+    task = make_task()
+    config = make_config(updates=20, max_skipped=3)
+    trainer = Bursting(task.prior(), task.energy, config, policy=small_policy(task.prior()), progress=False)
+    with pytest.raises(FloatingPointError, match="4 steps in a row were left out"):
+        trainer.train()
+    assert trainer.moved == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("spike_factor", [None, 5.0])
+def test_a_spike_is_left_out_only_where_that_is_asked_for(spike_factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bursting, "factors", {22: 1e3})
+    task = make_task()
+    config = make_config(updates=25, spike_factor=spike_factor)
+    trainer = Bursting(task.prior(), task.energy, config, policy=small_policy(task.prior()), progress=False)
+    trainer.train()
+    assert trainer.moved == [True] * 22 + [spike_factor is None] + [True] * 2

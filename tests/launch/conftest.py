@@ -23,6 +23,11 @@ def scaled(factor):
 
 def stuck(x):
     raise RuntimeError("the scorer is down")
+
+def taken_away(x):
+    import signal
+    signal.raise_signal(signal.SIGTERM)
+    return ink(x)
 """
 
 

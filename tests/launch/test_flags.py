@@ -55,6 +55,8 @@ VALUES: dict[str, list[str]] = {
     "--max-invalid": ["0.5"],
     "--monitor-every": ["5"],
     "--checkpoint-every": ["4"],
+    "--spike-factor": ["8.0"],
+    "--max-skipped": ["4"],
     "--seed": ["5"],
     "--certificate-size": ["500"],
     "--certificate-seed": ["5"],

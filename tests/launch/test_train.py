@@ -333,6 +333,27 @@ def test_evaluate_writes_and_prints_the_certificate(tiltune: Callable[..., Any],
     assert json.loads((trained / "certificate.json").read_text())["elbo"] != certificate["elbo"]
 
 
+def test_a_preempted_evaluation_leaves_the_certificate_that_was_there(tiltune: Callable[..., Any], trained: Path) -> None:
+    first = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100)
+    before = (trained / "certificate.json").read_bytes()
+    shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:taken_away", "--size", 200)
+    assert (first.status, shown.status) == (3, 75)
+    assert "SIGTERM: nothing of this was saved; run the same command again." in shown.err
+    assert (trained / "certificate.json").read_bytes() == before
+
+
+def test_a_preempted_training_ends_with_75_and_goes_on(tiltune: Callable[..., Any], here: Path, small: list[Any]) -> None:
+    command = ["train", *small, "--out", "run"]
+    nothing = tiltune(*command, "--energy", "my_energy.py:taken_away")
+    assert nothing.status == 75 and "nothing of this was saved" in nothing.err
+    assert not (here / "run").exists()
+    assert tiltune(*command, "--energy", "my_energy.py:ink", "--resume", "auto").status == 0
+    again = tiltune(*command, "--energy", "my_energy.py:ink", "--resume", "auto")
+    assert again.status == 2 and "is finished; there is nothing to resume" in again.err
+    other = tiltune(*command, "--energy", "my_energy.py:ink", "--resume", here / "nothing")
+    assert other.status == 2
+
+
 def test_sample(tiltune: Callable[..., Any], trained: Path) -> None:
     from PIL import Image
     from safetensors import safe_open
