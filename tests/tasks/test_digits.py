@@ -128,8 +128,8 @@ def test_reinforce_without_kl_is_caught():
 def kernel_limit(digit, paths, rollouts):
     """(KL(tilted || prior) over paths, what Gaussian kernels of the prior's variance can follow of it, its error), nats.
 
-    The best of them move every kernel by delta*(s) = E_tilted[z | s], which follows E |delta*|² / 2. The square is a product of two
-    independent estimates: the noise that a tilted path drew, and the mean over fresh prior rollouts from the same state,
+    The best of them move every kernel by delta*(s) = E_tilted[z | s], which follows E |delta*|² / 2. The square is a product of
+    two independent estimates: the noise that a tilted path drew, and the mean over fresh prior rollouts from the same state,
     weighted by exp(-E/alpha), with the ends in place of the noise (`Chain.bridged`).
     """
     from tiltune.finetune.trainer import Trainer
