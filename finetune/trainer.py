@@ -26,7 +26,7 @@ from .energy_cache import CachedEnergy
 from .estimators import ess, log_mean_exp
 from .forward_kl import ForwardKL
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
-from .interrupts import Preempted, uninterrupted
+from .interrupts import Preempted, ProcessError, uninterrupted
 from .objectives import OBJECTIVES, Batch
 from .processes import Processes
 from .soft_value import SoftValue, fit_soft_value
@@ -35,6 +35,7 @@ from .strict_json import strict_json
 MAX_OVERFLOWS = 20  # a scaler starts far too high and needs about that many to come down
 SHARED = ("batch_size", "bank_size", "warm_start_rows", "forward_rows")  # the processes split these
 COUNTERS = ("calls", "invalid", "forbidden", "cache_hits")  # of the energy meter
+EVERYWHERE = (KeyboardInterrupt, FloatingPointError, EnergyError, ProcessError)  # what all processes raise together
 NORMS = 20  # gradients that a spike is compared with
 MONITOR_SIZE = 512  # at most, and a fortieth of the bank: the curve must not cost what it watches
 
@@ -276,8 +277,10 @@ class Trainer:
         self._boundary = self._between_steps()
         try:
             yield range(self.taken - first, count)
-        except BaseException:
-            if self._on_checkpoint is not None and self.taken:
+        except BaseException as error:
+            # Saving takes all processes: what one of them alone has run into (out of memory, say) is left to torchrun.
+            all_here = self.processes.count == 1 or isinstance(error, EVERYWHERE)
+            if self._on_checkpoint is not None and self.taken and all_here:
                 self._on_checkpoint(self)
             raise
         finally:
@@ -293,10 +296,11 @@ class Trainer:
         halves = [(0, total // 2), (total // 2, total)] if forward.bridged_and_controlled else [(0, total)]
         with self._bar(total, "warm start (tlm)") as bar:
             for first, last in halves:
-                past = self.taken > last
                 with self._phase(first, last - first, config.warm_start_learning_rate) as steps:
                     for update in steps:
                         update += first
+                        if update == first > 0:
+                            forward.measure_slope()
                         loss = forward.backward(self._sizes["warm_start_rows"], self.scaler.scale)
                         loss_scale = self.scaler.get_scale()
                         with uninterrupted():
@@ -306,8 +310,6 @@ class Trainer:
                                 record |= {} if taken else {"skipped": True}
                                 self._record(bar, "warm_start", update, record)
                             self._step_taken(bar)
-                if last < total and not past:
-                    forward.measure_slope()
 
     def _updates(self) -> None:
         config, chain = self.config, self.prior.chain

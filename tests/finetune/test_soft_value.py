@@ -292,10 +292,11 @@ def test_the_returned_weights_are_the_running_average(task):
     seen = []
 
     class Watched(Trainer):
-        def _step(self, optimizer, schedule):
+        def _step(self):
             before = [weight.clone() for weight in self._trained()]
-            super()._step(optimizer, schedule)
+            taken = super()._step()
             seen.append((before, [weight.clone() for weight in self._trained()]))
+            return taken
 
     config = TrainConfig(warm_start="none", behavior={"on_policy": 1.0}, updates=6, batch_size=16, ema_decay=0.6)
     result = Watched(task.prior(), task.energy, config, policy=Shift(task), progress=False).train()
