@@ -31,7 +31,7 @@ HELP = f"""tiltune {__version__}: fine-tune diffusion samplers toward energies, 
 
 usage: tiltune VERB [options]          (tiltune VERB --help says more)
 
-{chr(10).join(f"  {name:<10} {text}" for name, (_, text) in VERBS.items())}
+{chr(10).join(f"  {name:<11} {text}" for name, (_, text) in VERBS.items())}
 
 example: tiltune train digits --out my-run && tiltune evaluate my-run
 """
