@@ -253,6 +253,8 @@ class RunConfig:
     """Where the networks run; auto takes an accelerator where there is one."""
     threads: int = 1
     """CPU threads of torch: one for points in the plane, as many as there are cores for images, unless other work shares them."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Where the numbers of metrics.jsonl are sent besides; without it where it fails. Needs its package: tiltune[wandb]."""
 
     def __post_init__(self) -> None:
         _check_choices(self)

@@ -18,7 +18,7 @@ import platform
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -29,12 +29,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .._version import __version__
 from . import checkpoint
 from .config import PriorConfig, RunConfig
-from .config_file import from_mapping, read_yaml, to_yaml
+from .config_file import from_mapping, read_yaml, to_mapping, to_yaml
 from .energy_loading import combine, parse_energy
 from .interrupts import Preempted, deferred, preemptible, uninterrupted
+from .manifest import write_file
 from .run_folder import new_run, refuse_occupied
 from .run_lock import RunLock
 from .strict_json import strict_json
+from .tracker import Tracker, refuse_missing
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +131,7 @@ def train(
         config = replace(config, energy=replace(config.energy, terms=()))
     config = _with_absolute_places(config)
     _refuse_incomplete(config, task, energy)
+    refuse_missing(config.tracker)
     start = None if resume is None else _checkpoint_of(folder, config, resume)
     if start is None:
         refuse_occupied(folder, overwrite or _only_begun(folder, config, resume))
@@ -164,6 +167,7 @@ def train(
         if progress and os.environ.get("RANK", "0") == "0":
             print(*prior.decisions, *(f"  {name:<10} {text}" for name, text in conditions.items()), sep="\n")
         policy = _initial_policy(config, prior)
+        tracker = None if config.tracker is None else Tracker(config.tracker, folder, to_mapping(config))
         trainer = Trainer(
             prior,
             measured,
@@ -172,6 +176,7 @@ def train(
             metrics=folder / "metrics.jsonl",
             progress=progress,
             on_checkpoint=save_checkpoint if config.train.checkpoint_every else None,
+            on_record=None if tracker is None else tracker.log,
         )
         processes = trainer.processes
         result = None
@@ -181,18 +186,20 @@ def train(
             trainer.restore(state, read_state(start, _own(processes.rank % state["processes"])))
         processes.agree()  # all have looked at the folder and found it right, before one writes in it
         begun = new_run(folder, lambda: bool(trainer.history)) if start is None else RunLock(folder)
-        with begun if processes.main else nullcontext():
+        with begun if processes.main else nullcontext(), ExitStack() as ending:
             with processes.together():
                 if not processes.main:
                     pass
                 elif start is None:
-                    (folder / "config.yaml").write_text(to_yaml(config))
+                    _write_whole(folder / "config.yaml", to_yaml(config))
                 else:
                     if start.parent.resolve() == (folder / checkpoint.FOLDER).resolve():
                         checkpoint.rewind(folder / checkpoint.FOLDER, trainer.taken)
                     (folder / "metrics.jsonl").write_text("".join(strict_json(line) + "\n" for line in trainer.history))
                     if progress:
                         print(f"going on from {start}, after {trainer.taken} steps")
+            if processes.main and tracker is not None:
+                ending.enter_context(tracker)
             try:
                 result = trainer.train()
             except (Exception, KeyboardInterrupt) as error:
@@ -221,12 +228,20 @@ def train(
                 },
             }
             if processes.main:
-                with uninterrupted():
+                # What asks to stop meanwhile asks it of a run that has ended, and the record says how.
+                with suppress(KeyboardInterrupt), uninterrupted():
                     policy.save(folder / "policy")
-                    (folder / "run.json").write_text(strict_json(record, indent=2) + "\n")
+                    _write_whole(folder / "run.json", strict_json(record, indent=2) + "\n")
     if stopped is not None:
         raise stopped
     return Run(folder, config, prior, policy, record, task)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """At once or not at all: half of a file, left by a kill, would keep "auto" from going on."""
+    temporary = path.with_name(f".{path.name}")
+    write_file(temporary, text)
+    os.replace(temporary, path)
 
 
 def _own(rank: int) -> str:
@@ -247,7 +262,7 @@ def _checkpoint_of(folder: Path, config: RunConfig, resume: str | Path) -> Path 
     if start is None:
         return None
     theirs = from_mapping(read_yaml(start / "config.yaml"), RunConfig(), str(start / "config.yaml"))
-    differing = _difference(asdict(theirs), asdict(config))
+    differing = _difference(asdict(theirs), asdict(replace(config, tracker=theirs.tracker)))
     if differing:
         raise ValueError(
             f"{start} is of a run with another config: {differing}. Resume with the flags of that run, or --config"

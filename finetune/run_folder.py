@@ -21,6 +21,7 @@ FILES = (
     "policy",
     "run.json",
     "checkpoints",
+    "tracker",
     "certificate.json",
     "picture.png",
     "samples.safetensors",

@@ -60,6 +60,7 @@ class Trainer:
 
     policy: a trainable denoiser that starts at the prior; None makes a full copy (`trainable_copy`).
     metrics: a file that receives one JSON object a line, or None. progress: show a bar on stderr.
+    on_record: is given each of these objects with the number of steps before it, in the process that writes.
 
     Errors: ValueError for a pair of objective and behavior that cannot be right; EnergyError for an unusable energy,
     found on four prior samples before any training.
@@ -75,6 +76,7 @@ class Trainer:
         metrics: Path | None = None,
         progress: bool = True,
         on_checkpoint: Callable[[Trainer], None] | None = None,
+        on_record: Callable[[int, dict[str, Any]], None] | None = None,
     ) -> None:
         self.config = config or TrainConfig()
         self.prior, self.metrics, self.progress = prior, metrics, progress
@@ -111,7 +113,7 @@ class Trainer:
         self._tilted: Tensor | None = None
         self._ceiling: float | None = None
         self._alpha_start = self.config.alpha
-        self._on_checkpoint = on_checkpoint
+        self._on_checkpoint, self._on_record = on_checkpoint, on_record
         self._boundary: dict[str, Any] = {}
         self._restored: dict[str, Any] | None = None
         self._started = 0.0
@@ -666,3 +668,5 @@ class Trainer:
         if self.metrics is not None and self.processes.main:
             with self.metrics.open("a") as file:
                 file.write(strict_json(record) + "\n")
+        if self._on_record is not None and self.processes.main:
+            self._on_record(self.taken, record)

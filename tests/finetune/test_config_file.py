@@ -163,6 +163,7 @@ def test_the_yaml_keys_are_frozen() -> None:
         *(f"{section}.{name}" for section, names in sections.items() for name in names.split()),
         "device",
         "threads",
+        "tracker",
     ]
     assert list(leaves()) == frozen
 

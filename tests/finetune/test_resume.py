@@ -265,6 +265,41 @@ def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_
     assert left(run) == left(whole) and not resumed.record["interrupted"]
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "run.json"])
+def test_killed_while_it_writes_about_itself_a_run_goes_on(name, config, whole, tmp_path, monkeypatch):
+    """Neither file is ever there in part."""
+    run, replace_file = tmp_path / "run", os.replace
+
+    def killed(source, target):
+        if target == run / name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(source, target)
+
+    child = os.fork()
+    if child == 0:  # pragma: no cover - the child is killed
+        monkeypatch.setattr(os, "replace", killed)
+        runs.train(config, run, energy=ink, progress=False)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (run / name).exists() and (run / f".{name}").exists()
+    runs.train(config, run, energy=ink, resume="auto", progress=False)
+    assert left(run) == left(whole)
+
+
+def test_a_signal_in_the_last_save_does_not_undo_the_end(config, whole, tmp_path, monkeypatch):
+    """The run has ended: started again by a cluster, it would be refused as finished."""
+    run, replace_file = tmp_path / "run", os.replace
+
+    def asked(source, target):
+        if target == run / "run.json":
+            signal.raise_signal(signal.SIGTERM)
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", asked)
+    record = runs.train(config, run, energy=ink, progress=False).record
+    assert not record["interrupted"] and left(run) == left(whole)
+
+
 def test_auto_starts_where_there_is_nothing_and_a_path_does_not(config, whole, tmp_path):
     runs.train(config, tmp_path / "new", energy=ink, resume="auto", progress=False)
     assert left(tmp_path / "new") == left(whole)

@@ -16,6 +16,7 @@ from tiltune.launch import flags, train
 VALUES: dict[str, list[str]] = {
     "--device": ["cpu"],
     "--threads": ["3"],
+    "--tracker": ["wandb"],
     "--prior": ["folder"],
     "--steps": ["7"],
     "--eta": ["0.5"],
