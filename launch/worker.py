@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from .torchrun import STATUS_FOLDER
 
 def main() -> None:
     """Entry point of `python -m tiltune.launch.worker VERB …`, under torchrun."""
+    stop_with_parent()
     file = Path(os.environ[STATUS_FOLDER], os.environ["LOCAL_RANK"])
     file.touch()
     try:
@@ -20,6 +23,16 @@ def main() -> None:
         status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     file.write_text(str(status))
     raise SystemExit(status)
+
+
+def stop_with_parent() -> None:
+    """Hear SIGTERM when torchrun is gone, killed for its memory perhaps: nobody else would stop a run that nobody watches.
+
+    Linux alone has such a request; elsewhere nothing is done.
+    """
+    if sys.platform == "linux":
+        pdeathsig = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(pdeathsig, int(signal.SIGTERM))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ TERM, USR1, INT, KILL = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SI
 KINDS = ((KILL,), (TERM,), (USR1,), (INT,), (TERM, KILL))
 MARK = "TILTUNE_SOAK"  # in the environment of every process of a run, wherever it ends up in the tree
 PATIENCE = 150  # seconds after a kill: torchrun gives its processes 100 to save
+SAVING = 30  # seconds for processes whose torchrun was killed
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,6 @@ class Soak:
                 continue
         return [process for process in found if process.pid != os.getpid()]
 
-    def workers(self) -> list[psutil.Process]:
-        """Those that train: not torchrun, which has started them."""
-        found = self.alive()
-        starters = {process.ppid() for process in found}
-        return [process for process in found if process.pid not in starters]
-
     def stop(self) -> None:
         for process in self.alive():
             send(process, KILL)
@@ -172,7 +167,8 @@ def live(soak: Soak, run: Path, kill: Kill | None) -> tuple[int, list[int], bool
         if kill.in_save:
             time.sleep(kill.gap / 4)
         if hit := process.poll() is None:
-            targets = [soak.random.choice(soak.workers() or soak.alive())] if kill.one else soak.alive()
+            everyone = soak.alive()
+            targets = soak.random.sample(everyone, 1) if kill.one and everyone else everyone
             for number in kill.signals:
                 for target in targets:
                     send(target, number)
@@ -187,7 +183,7 @@ def live(soak: Soak, run: Path, kill: Kill | None) -> tuple[int, list[int], bool
 
 def check(soak: Soak, run: Path, before: list[int]) -> None:
     """What a kill must leave behind."""
-    until = time.monotonic() + 5
+    until = time.monotonic() + SAVING
     while (left := soak.alive()) and time.monotonic() < until:
         time.sleep(0.05)
     if left:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -411,6 +412,39 @@ def test_the_status_of_the_processes_survives_torchrun(tmp_path: Path, monkeypat
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {title: status for title, (*_, status) in SCENARIOS.items()}
     assert "tiltune launch: rank 1 ended first, with status 3." in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells a process that its parent is gone")
+@pytest.mark.parametrize("told", [True, False])
+def test_a_process_hears_sigterm_when_its_torchrun_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    """Without being told (the control) it would train on with nobody to stop it."""
+    monkeypatch.undo()
+    child = "\n".join((
+        "import os, signal, time", "from tiltune.launch import worker", "worker.stop_with_parent()" if told else "",
+        "open('up.new', 'w').write(str(os.getpid()))", "os.rename('up.new', 'up')", "time.sleep(30)",
+    ))  # fmt: skip
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    started = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment)
+    until = time.monotonic() + 20
+    while not (tmp_path / "up").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    process = psutil.Process(int((tmp_path / "up").read_text()))
+    started.kill()
+    started.wait()
+    until = time.monotonic() + (10 if told else 0.5)
+    while running(process) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert running(process) != told
+    if not told:
+        process.kill()
+
+
+def running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_launch_is_two_processes_of_tiltune_and_ends_as_they_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

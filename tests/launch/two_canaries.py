@@ -26,15 +26,15 @@ class Scaled(nn.Module):
         return self.weight * x + self.seen
 
 
-def prepared(accelerator: Accelerator, buffers: bool) -> Any:
-    accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=buffers)
-    return accelerator.prepare(Scaled())
+def wrapping(buffers: bool) -> Accelerator:
+    return Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=buffers)])
 
 
-def gradient(accelerator: Accelerator, rank: int) -> dict[str, float]:
+def gradient(rank: int) -> dict[str, float]:
     """Powers of two, so that sums and means are exact."""
-    model = prepared(accelerator, False)
-    weight = accelerator.unwrap_model(model).weight
+    accelerator = wrapping(False)
+    model = accelerator.prepare(Scaled())
+    weight: Any = accelerator.unwrap_model(model).weight
     model(2.0 ** (3 * rank)).backward()
     found = {"one pass": weight.grad.item()}
     weight.grad = None
@@ -46,13 +46,15 @@ def gradient(accelerator: Accelerator, rank: int) -> dict[str, float]:
     return found | {"sent along": weight.grad.item()}
 
 
-def buffer_after_a_call(accelerator: Accelerator, rank: int, buffers: bool) -> float:
+def buffer_after_a_call(rank: int, buffers: bool) -> float:
     """A number that only this process has, once the model was called without gradients."""
-    model = prepared(accelerator, buffers)
-    accelerator.unwrap_model(model).seen.fill_(rank + 1)
+    accelerator = wrapping(buffers)
+    model = accelerator.prepare(Scaled())
+    inner: Any = accelerator.unwrap_model(model)
+    inner.seen.fill_(rank + 1)
     with torch.no_grad():
         model(1.0)
-    return accelerator.unwrap_model(model).seen.item()
+    return inner.seen.item()
 
 
 def main() -> None:
@@ -64,9 +66,9 @@ def main() -> None:
         "environment": {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
         "accelerate": [rank, accelerator.num_processes, accelerator.device.type, torch.distributed.get_backend()],
         "gathered": accelerator.gather(rows).tolist(),  # pyright: ignore[reportAttributeAccessIssue]
-        "gradient": gradient(accelerator, rank),
-        "buffer": buffer_after_a_call(accelerator, rank, False),
-        "buffer that is sent": buffer_after_a_call(accelerator, rank, True),
+        "gradient": gradient(rank),
+        "buffer": buffer_after_a_call(rank, False),
+        "buffer that is sent": buffer_after_a_call(rank, True),
     }
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
