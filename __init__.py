@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .finetune.energy_images import to_pil, to_uint8, to_unit
     from .finetune.energy_likelihoods import from_classifier, linear_measurement
     from .finetune.energy_loading import load_energy
+    from .finetune.energy_pool import EnergyPool
+    from .finetune.energy_remote import from_remote
     from .finetune.energy_sum import WeightedSum
     from .finetune.evaluation import certify
     from .finetune.export import export_policy
@@ -59,6 +61,8 @@ _HOMES = {
     "finetune.energy_images": ("to_pil", "to_uint8", "to_unit"),
     "finetune.energy_likelihoods": ("from_classifier", "linear_measurement"),
     "finetune.energy_loading": ("load_energy",),
+    "finetune.energy_pool": ("EnergyPool",),
+    "finetune.energy_remote": ("from_remote",),
     "finetune.energy_sum": ("WeightedSum",),
     "finetune.evaluation": ("certify",),
     "finetune.export": ("export_policy",),
@@ -112,8 +116,10 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "from_density",
     "from_classifier",
     "linear_measurement",
+    "from_remote",
     "WeightedSum",
     "CachedEnergy",
+    "EnergyPool",
     "to_unit",
     "to_uint8",
     "to_pil",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -123,12 +123,13 @@ def needs_bank(config: TrainConfig) -> bool:
     return bool(phases or set(config.shares) & NEEDS_BANK)
 
 
-def draw(shares: dict[str, float], context: Context, count: int, generator: torch.Generator) -> dict[str, Trajectories]:
-    """``count`` trajectories split over behaviors by their shares (which sum to 1), by behavior name."""
-    parts, left = {}, count
+def draw(
+    shares: dict[str, float], context: Context, count: int, generator: torch.Generator
+) -> Iterator[tuple[str, Trajectories]]:
+    """``count`` trajectories split over behaviors by their shares (which sum to 1), each drawn when it is asked for."""
+    left = count
     for position, (name, share) in enumerate(shares.items()):
         size = left if position == len(shares) - 1 else min(left, round(share * count))
         left -= size
         if size:
-            parts[name] = BEHAVIORS[name](context, size, generator)
-    return parts
+            yield name, BEHAVIORS[name](context, size, generator)

@@ -145,6 +145,21 @@ def call_energy(energy: Energy, x: Tensor, context: Mapping[str, Any], name: str
     return value
 
 
+def start_energy(energy: Energy, x: Tensor, context: Mapping[str, Any], name: str) -> Callable[[], Tensor]:
+    """`call_energy` in two halves. An energy that ``overlaps`` works between them: its ``start`` returns at once what will
+    return E(x). Any other is called in the second half, as it always is.
+    """
+    if not overlaps(energy):
+        return lambda: call_energy(energy, x, context, name)
+    taken = context_for(energy, context, len(x))
+    return energy.start(x.clone(), **taken)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def overlaps(energy: Energy) -> bool:
+    """Whether it works elsewhere, so that the next samples can be drawn meanwhile."""
+    return getattr(energy, "overlaps", False)
+
+
 def refuse_graph(value: Tensor, name: str) -> None:
     """Errors: EnergyError for energies [B] that require grad."""
     if value.requires_grad:
@@ -172,16 +187,24 @@ class EnergyMeter:
     forbidden: int = 0
     cache_hits: int = field(default=0, init=False)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, **context: Any) -> Tensor:
         """x [B, ...] and one value of context a sample → energies [B] float32 on the device of ``x``; NaN marks an invalid one.
 
         Errors: EnergyError for a raise, a wrong type, shape or dtype, a graph, or too many invalid values.
         """
+        return self.start(x, **context)()
+
+    def start(self, x: Tensor, **context: Any) -> Callable[[], Tensor]:
+        """The same in two halves, one batch at a time: an energy that `overlaps` works between them."""
+        finish = start_energy(self.energy, x, context, energy_name(self.energy))
+        return lambda: self._counted(x, finish)
+
+    @torch.no_grad()
+    def _counted(self, x: Tensor, finish: Callable[[], Tensor]) -> Tensor:
         name = energy_name(self.energy)
         known = getattr(self.energy, "cache_hits", 0)
         with torch.enable_grad():  # as the user calls it: a forgotten no_grad must show
-            value = call_energy(self.energy, x, context, name)
+            value = finish()
         refuse_graph(value, name)
         value = value.to(device=x.device, dtype=torch.float32)
         hits = getattr(self.energy, "cache_hits", 0) - known

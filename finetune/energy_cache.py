@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .energy import Energy, call_energy, context_for, energy_name, refuse_graph
+from .energy import Energy, context_for, energy_name, overlaps, refuse_graph, start_energy
 
 
 class CachedEnergy:
@@ -31,6 +32,7 @@ class CachedEnergy:
         if capacity < 1:
             raise ValueError(f"the cache's capacity is {capacity}; it must be positive.")
         self.energy, self.capacity = energy, capacity
+        self.overlaps = overlaps(energy)
         self.cache_hits = 0
         self.term_values: dict[str, Tensor] = {}
         self.__name__ = energy_name(energy)
@@ -63,6 +65,10 @@ class CachedEnergy:
 
         Errors: ValueError where ``x`` wants a gradient, which a memory does not have; EnergyError as from the energy itself.
         """
+        return self.start(x, **context)()
+
+    def start(self, x: Tensor, **context: Any) -> Callable[[], Tensor]:
+        """The same in two halves, one batch at a time, for an energy that `overlaps`."""
         if x.requires_grad:
             raise ValueError("a cached energy has no gradient; call the energy that it wraps.")
         context = context_for(self.energy, context, len(x))
@@ -70,33 +76,47 @@ class CachedEnergy:
         rows = {key: self._rows[key] for key in keys if key in self._rows}
         first = {key: position for position, key in reversed(list(enumerate(keys))) if key not in rows}
         new = sorted(first.values())
-        if new:
-            rows |= zip((keys[position] for position in new), self._ask(x, context, new), strict=True)
-            self._unsettled.update(first)
-        self.cache_hits += len(x) - len(new)
+        ask = self._ask(x, context, new) if new else None
+
+        def finish() -> Tensor:
+            if ask is not None:
+                rows.update(zip((keys[position] for position in new), ask(), strict=True))
+                self._unsettled.update(first)
+            self.cache_hits += len(x) - len(new)
+            return self._remembered(keys, rows, x.device)
+
+        return finish
+
+    def _remembered(self, keys: list[bytes], rows: dict[bytes, tuple[float, ...]], device: torch.device) -> Tensor:
+        """[B] energies of the samples in ``rows``, which are the last used from now on."""
         for key in keys:
             self._rows[key] = rows[key]
             self._rows.move_to_end(key)
         while len(self._rows) > self.capacity:
             self._rows.popitem(last=False)
-        columns = torch.tensor([rows[key] for key in keys], dtype=torch.float64).reshape(len(x), 1 + len(self._terms))
-        value, *terms = columns.to(self._dtype).to(x.device).unbind(1)
+        columns = torch.tensor([rows[key] for key in keys], dtype=torch.float64).reshape(len(keys), 1 + len(self._terms))
+        value, *terms = columns.to(self._dtype).to(device).unbind(1)
         self.term_values = dict(zip(self._terms, terms, strict=True))
         return value
 
-    def _ask(self, x: Tensor, context: dict[str, Any], positions: list[int]) -> list[tuple[float, ...]]:
+    def _ask(self, x: Tensor, context: dict[str, Any], positions: list[int]) -> Callable[[], list[tuple[float, ...]]]:
         """The energy, and its terms, of the samples at ``positions``: one row each."""
         index = torch.tensor(positions, device=x.device)
         part = {
             key: value[index.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in positions]
             for key, value in context.items()
         }
-        value = call_energy(self.energy, x[index], part, self.__name__)
-        refuse_graph(value, self.__name__)
-        terms: dict[str, Tensor] = getattr(self.energy, "term_values", {})
-        self._terms, self._dtype = list(terms), value.dtype
-        columns = [column.double().cpu() for column in (value, *terms.values())]
-        return [tuple(row) for row in torch.stack(columns, 1).tolist()]
+        finish = start_energy(self.energy, x[index], part, self.__name__)
+
+        def asked() -> list[tuple[float, ...]]:
+            value = finish()
+            refuse_graph(value, self.__name__)
+            terms: dict[str, Tensor] = getattr(self.energy, "term_values", {})
+            self._terms, self._dtype = list(terms), value.dtype
+            columns = [column.double().cpu() for column in (value, *terms.values())]
+            return [tuple(row) for row in torch.stack(columns, 1).tolist()]
+
+        return asked
 
 
 def _keys(x: Tensor, context: dict[str, Any]) -> list[bytes]:

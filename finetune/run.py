@@ -159,8 +159,8 @@ def train(
                 write(checkpoint.being_written(saved, trainer.taken))
 
     # Several processes must leave together, so that what they hear waits for a place where all of them ask.
-    with threads(config.threads), deferred() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else preemptible():
-        measured = load_energies(config, task, energy)
+    listening = deferred() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else preemptible()
+    with threads(config.threads), listening, measuring(config, task, energy) as measured:
         prior = load_prior(config, task)
         # The data's widest direction is unknown here; in images it holds about a tenth of all their variance.
         conditions = prior.chain.conditions(max(1.0, 0.1 * math.prod(prior.shape)))
@@ -262,6 +262,8 @@ def _checkpoint_of(folder: Path, config: RunConfig, resume: str | Path) -> Path 
     if start is None:
         return None
     theirs = from_mapping(read_yaml(start / "config.yaml"), RunConfig(), str(start / "config.yaml"))
+    if theirs.energy.workers and config.energy.workers:  # how many there are, and how patient one is, changes no energy
+        theirs = replace(theirs, energy=replace(theirs.energy, workers=config.energy.workers, timeout=config.energy.timeout))
     differing = _difference(asdict(theirs), asdict(replace(config, tracker=theirs.tracker)))
     if differing:
         raise ValueError(
@@ -342,12 +344,41 @@ def absolute_term(term: str) -> str:
 
 def load_energies(config: RunConfig, task: Task | None, energy: Energy | None = None) -> Energy:
     """``energy``, or the weighted sum of the config's terms (names without a module are the task's); behind a memory if the
-    config asks for one."""
+    config asks for one, and on workers if it asks for them."""
     from .energy_cache import CachedEnergy
 
-    if energy is None:
-        energy = combine(config.energy.terms, None if task is None else task.module)
-    return CachedEnergy(energy) if config.energy.cache else energy
+    chosen, search = config.energy, None if task is None else task.module
+    if chosen.workers:
+        from .energy_pool import EnergyPool
+
+        measured: Energy | Sequence[str] = chosen.terms if energy is None else energy
+        if energy is None and all(_is_remote(term) for term in chosen.terms):  # they wait, for which a thread is enough
+            measured = combine(chosen.terms, search)
+        energy = EnergyPool(measured, chosen.workers, search=search, timeout=chosen.timeout)
+    elif energy is None:
+        energy = combine(chosen.terms, search)
+    return CachedEnergy(energy) if chosen.cache else energy
+
+
+@contextmanager
+def measuring(config: RunConfig, task: Task | None, energy: Energy | None) -> Iterator[Energy]:
+    """`load_energies` for the length of a block: its workers are there, and gone behind it."""
+    measured = load_energies(config, task, energy)
+    if not config.energy.workers:
+        yield measured
+        return
+    from .energy_cache import CachedEnergy
+    from .energy_pool import EnergyPool
+
+    pool = measured.energy if isinstance(measured, CachedEnergy) else measured
+    assert isinstance(pool, EnergyPool)
+    with pool:
+        yield measured
+
+
+def _is_remote(term: str) -> bool:
+    spec = parse_energy(term)
+    return spec.name == "from_remote" and spec.place in ("tiltune", "tiltune.finetune.energy_remote")
 
 
 def _ships(term: str, task: Task | None) -> bool:

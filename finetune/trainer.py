@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..samplers.rollout import rollout
 from ..samplers.trajectory import Trajectories, concatenate, rows_at_once
 from .behavior import Context, PriorBank, draw, needs_bank
 from .config import TrainConfig
-from .energy import Energy, EnergyError, EnergyMeter
+from .energy import Energy, EnergyError, EnergyMeter, overlaps
 from .energy_cache import CachedEnergy
 from .estimators import ess, log_mean_exp
 from .forward_kl import ForwardKL
@@ -122,14 +122,40 @@ class Trainer:
 
     def evaluate_energy(self, trajectories: Trajectories) -> Trajectories:
         """Trajectories with their energies, evaluated once on the decoded samples."""
+        [(_, evaluated)] = self.evaluated([("", trajectories)])
+        return evaluated
+
+    def evaluated(self, drawn: Iterable[tuple[str, Trajectories]]) -> Iterator[tuple[str, Trajectories]]:
+        """`evaluate_energy` of each; where the energy `overlaps`, the next is drawn while it works."""
+        waiting: tuple[str, Callable[[], Trajectories]] | None = None
+        for name, trajectories in drawn:
+            if waiting is not None:
+                yield waiting[0], waiting[1]()
+            waiting = name, self._begin_energy(trajectories)
+            if not overlaps(self.meter.energy):
+                yield name, waiting[1]()
+                waiting = None
+        if waiting is not None:
+            yield waiting[0], waiting[1]()
+
+    def _begin_energy(self, trajectories: Trajectories) -> Callable[[], Trajectories]:
+        """What will return them with their energies: one batch at a time. All processes call both halves."""
         if trajectories.energy is not None:
-            return trajectories
-        energy = torch.empty(0)
+            return lambda: trajectories
+        started: Callable[[], Tensor] | None = None
         with self.processes.together():
             samples = self.prior.to_data(trajectories.terminal)
-            energy = self.meter(samples, **self.prior.context(len(samples)))
-        self.processes.poll()
-        return trajectories.with_(energy=energy)
+            started = self.meter.start(samples, **self.prior.context(len(samples)))
+
+        def finish() -> Trajectories:
+            assert started is not None
+            energy = torch.empty(0)
+            with self.processes.together():
+                energy = started()
+            self.processes.poll()
+            return trajectories.with_(energy=energy)
+
+        return finish
 
     def capped(self, energy: Tensor) -> tuple[Tensor, Tensor]:
         """(finite energies, valid mask): +inf and what lies above the ceiling is set to it, NaN is masked."""
@@ -219,16 +245,19 @@ class Trainer:
         shape = (self.prior.chain.num_steps + 1, size, *self.prior.shape)
         self._refuse_oversized(4 * math.prod(shape))
         states = torch.empty(shape, device=self.prior.device)
-        energies = []
+        energy = torch.empty(size, device=self.prior.device)
+        chunk = rows_at_once(self.prior.shape)
+        counts = [min(chunk, size - first) for first in range(0, size, chunk)]
+        drawn = (("", rollout(self.prior, None, count, self.generator, on_step=self.processes.poll)) for count in counts)
         with self._bar(size, "prior samples") as bar:
-            chunk = rows_at_once(self.prior.shape)
-            for first in range(0, size, chunk):
-                count = min(chunk, size - first)
-                part = self.evaluate_energy(rollout(self.prior, None, count, self.generator, on_step=self.processes.poll))
-                states[:, first : first + count] = part.states
-                energies.append(part.energy)
-                bar.update(count)
-            bank = PriorBank(Trajectories(states, energy=torch.cat(energies)))
+            first = 0
+            for _, part in self.evaluated(drawn):
+                assert part.energy is not None
+                rows = slice(first, first + len(part))
+                states[:, rows], energy[rows] = part.states, part.energy
+                first = rows.stop
+                bar.update(len(part))
+            bank = PriorBank(Trajectories(states, energy=energy))
             bar.set_postfix(effective=f"{bank.ess(self.config.alpha):,.0f}")  # what says whether alpha is within reach
         with self.processes.together():
             if not torch.isfinite(bank.log_weight(self.config.alpha)).any():
@@ -326,10 +355,10 @@ class Trainer:
                 context = Context(
                     self.prior, self.policy, self.bank, config.alpha, progress, config.noise_scale, self.processes.poll
                 )
-                parts = draw(config.shares, context, self._sizes["batch_size"], self.generator)
+                parts: dict[str, Trajectories] = {}
                 terms: dict[str, float] = {}
-                for name, part in parts.items():
-                    parts[name] = self.evaluate_energy(part)
+                for name, part in self.evaluated(draw(config.shares, context, self._sizes["batch_size"], self.generator)):
+                    parts[name] = part
                     if name == "on_policy":
                         terms = self.meter.term_means
                 trajectories = concatenate(list(parts.values()))

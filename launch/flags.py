@@ -18,6 +18,8 @@ RunFolder = Annotated[Path, POSITIONAL, tyro.conf.arg(metavar="RUN")]
 RENAMED = {
     "prior.source": "prior",
     "energy.terms": "energy",
+    "energy.workers": "energy-workers",
+    "energy.timeout": "energy-timeout",
     "policy.kind": "policy",
     "certificate.size": "certificate-size",
     "certificate.seed": "certificate-seed",

@@ -195,5 +195,5 @@ def test_bank_behaviors_reproduce_the_weighted_mean(name: str) -> None:
     ],
 )
 def test_draw_splits_the_batch(shares: dict[str, float], count: int, sizes: dict[str, int]) -> None:
-    parts = draw(shares, make_context(brownian_chain(3)), count, torch.Generator().manual_seed(0))
+    parts = dict(draw(shares, make_context(brownian_chain(3)), count, torch.Generator().manual_seed(0)))
     assert {name: len(part) for name, part in parts.items()} == sizes

@@ -153,7 +153,7 @@ def test_the_yaml_keys_are_frozen() -> None:
     max_grad_norm ema_decay spike_factor max_skipped memory_mb max_invalid monitor_every checkpoint_every seed"""
     sections: dict[str, str] = {
         "prior": "source steps eta variance noise noise_level label precision channels_last",
-        "energy": "terms cache",
+        "energy": "terms cache workers timeout",
         "policy": "kind rank targets gradient_checkpointing",
         "train": train,
         "certificate": "size seed",

@@ -28,6 +28,8 @@ VALUES: dict[str, list[str]] = {
     "--channels-last": [],
     "--energy": ["a.py:b", "0.5*c.py:d(3)"],
     "--cache": [],
+    "--energy-workers": ["2"],
+    "--energy-timeout": ["5"],
     "--policy": ["residual"],
     "--rank": ["3"],
     "--targets": ["to_q", "to_k"],
@@ -111,11 +113,12 @@ def test_no_two_fields_share_a_flag() -> None:
 @pytest.mark.parametrize("flag", VALUES)
 def test_a_flag_reaches_its_field_and_no_other(flag: str) -> None:
     before, after = flat(pretrained_recipe()), None
-    extra = ["--policy", "lora"] if flag == "--targets" else []
-    after = flat(config(flag, *VALUES[flag], *extra))
-    if extra:
-        assert after.pop("policy.kind") == "lora"
-        before.pop("policy.kind")
+    needed = {"--targets": ("--policy", "policy.kind", "lora"), "--energy-timeout": ("--energy-workers", "energy.workers", 2)}
+    other, leaf, value = needed.get(flag, (None, "", None))
+    after = flat(config(flag, *VALUES[flag], *([other, str(value)] if other else [])))
+    if other:
+        assert after.pop(leaf) == value
+        before.pop(leaf)
     [changed] = [leaf for leaf in after if after[leaf] != before[leaf]]
     assert f"--{flags.RENAMED.get(changed, changed.rpartition('.')[2].replace('_', '-'))}" == flag
 
