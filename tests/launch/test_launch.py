@@ -25,6 +25,7 @@ import yaml
 from tiltune.launch import launch, torchrun
 
 ROOT = Path(launch.__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]  # what is installed has no pyproject.toml
 GOLDEN = Path(__file__).parent / "golden"
 HOSTILE = [
     "train", "two words", "it's", '"quoted"', "$(touch x)", "`touch x`", "${HOME}", "$HOME", "$(PET_NNODES)", "$$", "a\nb\n  c",
@@ -132,27 +133,21 @@ def test_the_skypilot_task_recovers_from_a_requeue_status_and_keeps_runs() -> No
     assert re.fullmatch(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]", found["file_mounts"][launch.KEPT]["name"])
 
 
-@pytest.mark.parametrize("name", ["accelerate_ddp.yaml"])
-def test_accelerate_reads_its_configs(name: str) -> None:
+def test_accelerate_reads_its_config() -> None:
     from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
 
-    config = load_config_from_file(str(launch.FOLDER / name))  # refuses keys that it does not know
-    known = vars(launch_command_parser().parse_args(["script.py"]))
-    assert set(config.fsdp_config) <= set(known)
-    assert str(config.distributed_type.value) == ("FSDP" if "fsdp" in name else "MULTI_GPU")
-    if "fsdp" in name:
-        assert config.fsdp_config["fsdp_version"] == 2
+    config = load_config_from_file(str(launch.FOLDER / "accelerate_ddp.yaml"))  # refuses keys that it does not know
+    assert str(config.distributed_type.value) == "MULTI_GPU"
 
 
 def test_the_dockerfile_copies_what_the_package_is_made_of() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     folders = {name.split(".")[1] for name in project["tool"]["setuptools"]["packages"] if "." in name}
     text = (launch.FOLDER / "Dockerfile").read_text()
     copied = {word for line in text.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]}
     assert folders <= copied
-    assert {file.name for file in ROOT.glob("*.py")} | {"pyproject.toml", project["project"]["readme"], "LICENSE"} <= copied
-    assert all((ROOT / name).exists() for name in copied)
+    assert {file.name for file in CHECKOUT.glob("*.py")} | {"pyproject.toml", project["project"]["readme"], "LICENSE"} <= copied
+    assert all((CHECKOUT / name).exists() for name in copied)
 
 
 def test_hostile_words_arrive_locally_as_they_are(tiltune: Callable[..., Any], programs: Any, tmp_path: Path) -> None:
@@ -454,5 +449,6 @@ def test_a_launch_is_two_processes_of_tiltune_and_ends_as_they_do(tmp_path: Path
     words = [sys.executable, "-m", "tiltune", "launch", "--cpu", "--nproc", "2", "--", "train", "no such task"]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.count("unknown task 'no such task'") == 2
+    # The first to end takes the other with it, which may not have come to say the same.
+    assert done.stderr.count("unknown task 'no such task'") in (1, 2)
     assert "2 processes on CPU, OMP_NUM_THREADS=" in done.stderr
