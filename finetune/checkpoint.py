@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .manifest import MANIFEST, is_checkpoint, name_of, seal, step_of, sync, verify, write_file
+from .manifest import MANIFEST, is_checkpoint, name_of, replace_file, seal, step_of, sync, verify
 
 FOLDER = "checkpoints"
 LAST = "last"
@@ -113,10 +113,7 @@ def _write(target: Path, step: int, write: Callable[[Path], None]) -> None:
 
 def _point(target: Path) -> None:
     """Make `last` name ``target``, at once or not at all."""
-    temporary = target.with_name(f".{LAST}")
-    write_file(temporary, target.name + "\n")
-    os.replace(temporary, target.with_name(LAST))
-    sync(target.parent)
+    replace_file(target.with_name(LAST), target.name + "\n")
 
 
 def _hide(path: Path) -> None:

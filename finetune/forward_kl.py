@@ -64,13 +64,10 @@ class ForwardKL:
         """Whether `measure_slope` has something to correct."""
         return self.soft_value is not None and self.prior.chain.forgets_given_next
 
-    def backward(self, count: int, scale: Callable[[Tensor], Tensor], factor: float = 1.0, held: Around = nullcontext) -> Tensor:
-        """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss. ``scale``: that of a gradient scaler.
-
-        held: what goes around the forward and backward of all chunks but the last.
-        """
+    def backward(self, count: int, scale: Callable[[Tensor], Tensor], factor: float = 1.0) -> Tensor:
+        """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss. ``scale``: that of a gradient scaler."""
         if self.soft_value is not None:
-            return self._controlled(self.soft_value, count, scale, factor, held)
+            return self._controlled(self.soft_value, count, scale, factor)
         step = self._stratified(self._step_probability, count)
         state, following = self.rows(step)
         g = scale(-factor / (count * self._step_probability[step]))
@@ -118,9 +115,7 @@ class ForwardKL:
         above, below = (functional.conv1d(total[None, None], around, padding=1)[0, 0] for total in (drawn, own))
         self.slope = torch.where(below > 0, above / below, 1.0).clamp(0.0, 1.0)
 
-    def _controlled(
-        self, soft_value: SoftValue, count: int, scale: Callable[[Tensor], Tensor], factor: float, held: Around
-    ) -> Tensor:
+    def _controlled(self, soft_value: SoftValue, count: int, scale: Callable[[Tensor], Tensor], factor: float) -> Tensor:
         """The gradient with the soft value as control variate, on paths of prior and tilted law alike.
 
         On the prior's paths E_prior[w <z, delta>] is what the likelihood needs, and w - h_k(s_k) may stand for w: in late steps,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 # What clusters send before they take a machine away. Ctrl-C is Python's own.
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
@@ -39,13 +40,22 @@ def deferred() -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         _asked.append(KeyboardInterrupt if number == signal.SIGINT else Preempted)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, *PREEMPTING)}
     try:
-        yield
+        with _handled((signal.SIGINT, *PREEMPTING), note):
+            yield
     finally:
         _asked.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextmanager
+def _handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, Any]]:
+    """These signals go to ``handler`` within the block; gives {number: the handler before}, which they have again behind it."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield before
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
 
 
 def _preempt(number: int, frame: FrameType | None) -> None:
@@ -58,12 +68,8 @@ def preemptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _preempt) for number in PREEMPTING}
-    try:
+    with _handled(PREEMPTING, _preempt):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 @contextmanager
@@ -74,13 +80,7 @@ def uninterrupted() -> Iterator[None]:
         return
     pressed: list[int] = []
     heard = [number for number in (signal.SIGINT, *PREEMPTING) if callable(signal.getsignal(number))]
-    before = {number: signal.signal(number, lambda number, _: pressed.append(number)) for number in heard}
-    try:
+    with _handled(heard, lambda number, _: pressed.append(number)) as before:
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if pressed:
-        handler = before[signal.Signals(pressed[0])]
-        assert callable(handler)
-        handler(pressed[0], None)
+        before[pressed[0]](pressed[0], None)

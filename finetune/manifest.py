@@ -84,6 +84,14 @@ def write_file(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: Path, text: str) -> None:
+    """A text file in place of the one that may be there, at once or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    write_file(temporary, text)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """A file's content or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -32,7 +32,7 @@ from .config import PriorConfig, RunConfig
 from .config_file import from_mapping, read_yaml, to_mapping, to_yaml
 from .energy_loading import combine, parse_energy
 from .interrupts import Preempted, deferred, preemptible, uninterrupted
-from .manifest import write_file
+from .manifest import replace_file
 from .run_folder import new_run, refuse_occupied
 from .run_lock import RunLock
 from .strict_json import strict_json
@@ -191,7 +191,8 @@ def train(
                 if not processes.main:
                     pass
                 elif start is None:
-                    _write_whole(folder / "config.yaml", to_yaml(config))
+                    # Half of it, left by a kill, would keep "auto" from going on; so would half of run.json.
+                    replace_file(folder / "config.yaml", to_yaml(config))
                 else:
                     if start.parent.resolve() == (folder / checkpoint.FOLDER).resolve():
                         checkpoint.rewind(folder / checkpoint.FOLDER, trainer.taken)
@@ -231,17 +232,10 @@ def train(
                 # What asks to stop meanwhile asks it of a run that has ended, and the record says how.
                 with suppress(KeyboardInterrupt), uninterrupted():
                     policy.save(folder / "policy")
-                    _write_whole(folder / "run.json", strict_json(record, indent=2) + "\n")
+                    replace_file(folder / "run.json", strict_json(record, indent=2) + "\n")
     if stopped is not None:
         raise stopped
     return Run(folder, config, prior, policy, record, task)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """At once or not at all: half of a file, left by a kill, would keep "auto" from going on."""
-    temporary = path.with_name(f".{path.name}")
-    write_file(temporary, text)
-    os.replace(temporary, path)
 
 
 def _own(rank: int) -> str:

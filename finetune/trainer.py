@@ -228,7 +228,10 @@ class Trainer:
             self._tilted = self._monitored(self.bank)
             if config.soft_value_updates:
                 self.soft_value = self._fit_soft_value(self.bank)
-            self.forward_kl = ForwardKL(self.prior, self.policy, self.bank, self.soft_value, config, self.generator, self._hold)
+            self.forward_kl = self._forward_kl_on(self.bank)
+
+    def _forward_kl_on(self, bank: PriorBank) -> ForwardKL:
+        return ForwardKL(self.prior, self.policy, bank, self.soft_value, self.config, self.generator, self._hold)
 
     def _check_energy(self) -> None:
         probe = rollout(self.prior, None, 4, self.generator, keep=False, on_step=self.processes.poll)
@@ -514,9 +517,7 @@ class Trainer:
             if own["soft_value"] is not None:
                 shape, steps = self.prior.shape, self.prior.chain.num_kernels
                 self.soft_value = SoftValue.from_state(own["soft_value"], shape, steps, device)
-            self.forward_kl = ForwardKL(
-                self.prior, self.policy, self.bank, self.soft_value, self.config, self.generator, self._hold
-            )
+            self.forward_kl = self._forward_kl_on(self.bank)
             self.forward_kl.restore(own["forward_kl"])
         self._restored = state
 

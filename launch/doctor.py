@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .._version import __version__
 from . import flags
+from .launch import cores
 from .round_trip import TIMEOUT, round_trip
 
 DESCRIPTION = """Report versions, devices, the size of the world, a number sent around processes and back, free disk, threads and
@@ -231,10 +232,9 @@ def threads() -> Finding:
     """Cores that this process may use, and what torch and OpenMP make of them."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     openmp = os.environ.get("OMP_NUM_THREADS", "not set")
     return Finding(
-        "threads", f"{cores} of {os.cpu_count()} cores usable, torch {torch.get_num_threads()}, OMP_NUM_THREADS {openmp}"
+        "threads", f"{cores()} of {os.cpu_count()} cores usable, torch {torch.get_num_threads()}, OMP_NUM_THREADS {openmp}"
     )
 
 

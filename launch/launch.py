@@ -158,8 +158,12 @@ def settings(cpu: bool) -> dict[str, str]:
 
 def threads(nproc: int) -> str:
     """OMP_NUM_THREADS of this environment if it is set, or a fair share of the cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // nproc))
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // nproc))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def job(options: Options, command: list[str]) -> str:

@@ -317,17 +317,10 @@ def test_the_next_samples_are_drawn_while_the_energy_works(task: LinearGaussian,
 
 
 def test_a_hung_energy_stops_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusers import DDPMPipeline, UNet2DModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        blocks: Any = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-        unet = UNet2DModel(4, 1, 1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4, **blocks)
-        DDPMPipeline(unet, DDPMScheduler(clip_sample=False, variance_type="fixed_large")).save_pretrained(tmp_path / "prior")
     config = RunConfig(
-        prior=PriorConfig(str(tmp_path / "prior"), steps=3),
+        prior=PriorConfig(str(prior), steps=3),
         energy=EnergyConfig((f"{file}:stopping({str(tmp_path)!r})",), workers=1, timeout=0.5),
         train=replace(SIZES, bank_size=16, behavior={"on_policy": 0.5, "prior": 0.5}),
         device="cpu",

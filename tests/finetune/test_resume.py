@@ -168,19 +168,9 @@ def test_the_state_of_another_policy_is_refused(task):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """A run on a tiny pipeline, made and saved by plain diffusers."""
-    from diffusers import DDPMPipeline, UNet2DModel
-
-    folder = tmp_path_factory.mktemp("prior") / "pipeline"
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        blocks: Any = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-        unet = UNet2DModel(4, 1, 1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4, **blocks)
-        DDPMPipeline(unet, DDPMScheduler(clip_sample=False, variance_type="fixed_large")).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
-    return RunConfig(
-        prior=PriorConfig(str(folder), steps=3), train=replace(SIZES, bank_size=16, checkpoint_every=3), device="cpu"
-    )
+def config(prior):
+    """A run on the tiny pipeline."""
+    return RunConfig(prior=PriorConfig(str(prior), steps=3), train=replace(SIZES, bank_size=16, checkpoint_every=3), device="cpu")
 
 
 def ink(x):

@@ -32,20 +32,6 @@ def nothing(x):
 """
 
 
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline, made and saved by plain diffusers."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
-    folder = tmp_path_factory.mktemp("prior") / "pipeline"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-        unet = UNet2DModel(4, 1, 1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4, **blocks)
-        DDPMPipeline(unet, DDPMScheduler(clip_sample=False, variance_type="fixed_large")).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def config(prior: Path, tmp_path: Path) -> RunConfig:
     (tmp_path / "my_energy.py").write_text(ENERGY)

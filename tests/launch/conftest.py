@@ -1,8 +1,11 @@
-"""What a stranger has: a pipeline saved by plain diffusers, and a file with functions that score samples."""
+"""What a stranger has: a file with functions that score samples, beside the `prior` of all tests; and processes of one's own."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,17 +41,24 @@ class Shown(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny DDPMPipeline with random weights."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+def environment() -> dict[str, str]:
+    """For a process of its own: the folder that holds the package, which xdist's workers have from their path alone."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
 
-    folder = tmp_path_factory.mktemp("prior") / "pipeline"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-        unet = UNet2DModel(4, 1, 1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4, **blocks)
-        DDPMPipeline(unet, DDPMScheduler(clip_sample=False, variance_type="fixed_large")).save_pretrained(folder)
-    return folder
+
+@pytest.fixture(scope="session")
+def in_two_processes(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[Any]]:
+    """Run a script of this folder by torchrun: its name, seconds → what each of two processes wrote to FOLDER/RANK.json."""
+
+    def run(script: str, timeout: int) -> list[Any]:
+        folder = tmp_path_factory.mktemp("two")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += [str(Path(__file__).with_name(script)), str(folder)]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+    return run
 
 
 @pytest.fixture

@@ -5,10 +5,6 @@ Flags of torchrun, and what becomes of its workers' exit statuses, are in test_l
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +100,9 @@ def test_a_grad_scaler_is_plain_state(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: Any) -> list[dict[str, Any]]:
+def found(in_two_processes: Any) -> list[dict[str, Any]]:
     """What `two_canaries.py` found in each of two processes."""
-    folder = tmp_path_factory.mktemp("canaries")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = str(Path(__file__).with_name("two_canaries.py"))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([*command, script, str(folder)], capture_output=True, text=True, timeout=120, env=environment)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return in_two_processes("two_canaries.py", 120)
 
 
 def test_torchrun_says_in_the_environment_who_a_process_is(found: Any) -> None:

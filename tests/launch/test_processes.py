@@ -1,7 +1,6 @@
 """Two processes over gloo are one run: one batch, one checkpoint, one end."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 ENERGY = """
 import os, pathlib, signal
@@ -25,7 +23,7 @@ def ink(x):
     return x.flatten(1).mean(1)
 """
 CONFIG = """
-prior: {{source: {folder}/prior, steps: 4}}
+prior: {{source: {prior}, steps: 4}}
 energy: {{terms: ["{folder}/ink.py:ink"]}}
 train: {{objective: log_variance, behavior: {{on_policy: 1.0}}, bank_size: 32, warm_start_updates: 4, warm_start_rows: 16,
          updates: 6, batch_size: 8, ema_decay: 0.9, checkpoint_every: 3}}
@@ -34,19 +32,9 @@ device: cpu
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: Any) -> list[dict[str, Any]]:
+def found(in_two_processes: Any) -> list[dict[str, Any]]:
     """What `two_processes.py` found in each of two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = str(Path(__file__).with_name("two_processes.py"))
-    ran = subprocess.run([*command, script, str(folder)], capture_output=True, text=True, timeout=240, env=environment())
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-def environment() -> dict[str, str]:
-    """The folder that holds the package, which xdist's workers have from their path alone."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    return in_two_processes("two_processes.py", 240)
 
 
 def test_two_times_four_trajectories_give_the_gradient_of_eight(found: Any) -> None:
@@ -109,39 +97,35 @@ def test_resumed_on_another_number_it_says_what_is_no_longer_exact(found: Any) -
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: Any) -> Path:
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
+def folder(prior: Path, tmp_path_factory: Any) -> Path:
     folder: Path = tmp_path_factory.mktemp("command")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-        unet = UNet2DModel(4, 1, 1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4, **blocks)
-    scheduler: Any = DDPMScheduler(clip_sample=False, variance_type="fixed_large")
-    DDPMPipeline(unet, scheduler).save_pretrained(folder / "prior")
     (folder / "ink.py").write_text(ENERGY)
-    (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
+    (folder / "run.yaml").write_text(CONFIG.format(folder=folder, prior=prior))
     return folder
 
 
-def launch(folder: Path, out: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tiltune", "launch", "--cpu", "--nproc", "2", "--", "train"]
-    command += ["--config", str(folder / "run.yaml"), "--out", str(folder / out), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
+@pytest.fixture(scope="module")
+def launch(folder: Path, environment: dict[str, str]) -> Any:
+    def run(out: str, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tiltune", "launch", "--cpu", "--nproc", "2", "--", "train"]
+        command += ["--config", str(folder / "run.yaml"), "--out", str(folder / out), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+    return run
 
 
-def test_sigterm_on_rank_1_saves_one_step_ends_with_75_and_goes_on_bit_for_bit(folder: Path) -> None:
-    whole = launch(folder, "whole")
+def test_sigterm_on_rank_1_saves_one_step_ends_with_75_and_goes_on_bit_for_bit(folder: Path, launch: Any) -> None:
+    whole = launch("whole")
     assert whole.returncode == 0, whole.stderr[-2000:]
     assert whole.stdout.count("written to") == 1
     (folder / "stop").write_text(str(int(signal.SIGTERM)))
-    stopped = launch(folder, "run")
+    stopped = launch("run")
     assert stopped.returncode == 75, stopped.stderr[-2000:]
     assert stopped.stderr.count("--resume auto goes on") == 1
     record = json.loads((folder / "run" / "run.json").read_text())
     assert record["preempted"] and 0 < record["updates"] < 6
     (folder / "stop").unlink()
-    resumed = launch(folder, "run", "--resume", "auto")
+    resumed = launch("run", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     for name in ("metrics.jsonl", "policy/diffusion_pytorch_model.safetensors"):
         assert (folder / "run" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
