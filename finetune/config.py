@@ -68,6 +68,8 @@ class TrainConfig:
     """Updates between two EUBO points, on a fixed draw of the bank; no energy calls."""
     checkpoint_every: int = 25
     """Steps of warm start and updates between two checkpoints of a run folder; 0 for none."""
+    process_timeout: float = 600.0
+    """Seconds that one process of several waits for another, which may be in its energy, before the run ends."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +84,7 @@ class TrainConfig:
             f"alpha is {self.alpha}; the target p_prior · exp(-E/alpha) needs a temperature alpha > 0.",
         )
         positive = "batch_size learning_rate log_z_learning_rate warm_start_rows warm_start_learning_rate bank_size max_energy"
-        for name in f"{positive} max_grad_norm memory_mb monitor_every".split():
+        for name in f"{positive} max_grad_norm memory_mb monitor_every process_timeout".split():
             refuse(not getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
         refuse(
             self.forward_rows > 0 and not self.soft_value_updates,

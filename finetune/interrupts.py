@@ -21,6 +21,10 @@ class ProcessError(RuntimeError):
     """Another process of the run failed, or the processes no longer agree."""
 
 
+class NoAnswer(ProcessError):
+    """Another process hangs, or is slower than this one was told to wait: the only `ProcessError` that not all raise."""
+
+
 # The first signal that `deferred` heard.
 _asked: list[type[KeyboardInterrupt]] = []
 

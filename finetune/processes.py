@@ -5,32 +5,45 @@ What talks to the others (`gather`, `mean`, `agree`, `together`, `poll`) is call
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .interrupts import Preempted, ProcessError, asked_to_stop
+from ..samplers.policy import Policy
+from .interrupts import NoAnswer, Preempted, ProcessError, asked_to_stop
 
 # In the order of their say: a preempted run is started again, one that a person stopped is not.
 ASKED = (None, Preempted, KeyboardInterrupt)
 
 
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
 class Processes:
     """What torchrun started, or this process alone; on the device type of ``device``.
 
-    Errors: ValueError where accelerate runs on another kind of device.
+    timeout: seconds that one waits for another before it gives up; of the first `Processes` here, where there are more.
+    sharded: whether the policy is (`sharding`), as accelerate's variables in the environment ask for; `tiltune launch --fsdp`
+    sets them.
+
+    Errors: ValueError where accelerate runs on another kind of device, and for what is not supported of FSDP.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+    def __init__(self, device: torch.device, timeout: float = 600.0) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         # Sampling calls the wrapped network without gradients: buffers are the same everywhere, and sending them costs each call.
         wrapping = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self._accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[wrapping])
+        waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+        self._accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[wrapping, waiting])
+        self._timeout = timeout
         if self._accelerator.device.type != device.type:
             raise ValueError(
                 f"the prior is on {device} but accelerate runs on {self._accelerator.device}; move the prior's network there"
@@ -38,6 +51,14 @@ class Processes:
             )
         self.device: torch.device = self._accelerator.device
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
+        self.sharded = _is_true("ACCELERATE_USE_FSDP") and self.count > 1
+        if self.sharded and os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError("this asks for FSDP 1, which is not supported; set fsdp_version: 2 (FSDP_VERSION=2).")
+        for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
+            if self.sharded and _is_true(name):
+                raise ValueError(
+                    f"{name} is true, which is not supported here; set it to false (--gradient-checkpointing is ours)."
+                )
         self._known: Exception | None = None
 
     @property
@@ -45,19 +66,57 @@ class Processes:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def wrap(self, policy: nn.Module) -> Any:
-        """The policy as it is called from now on: its gradients are averaged over the processes."""
+    def wrap(self, policy: Policy) -> Any:
+        """The policy as it is called from now on: its gradients are averaged over the processes. `collect` brings it up to date.
+
+        Errors: ValueError for a policy that cannot be sharded where it is to be.
+        """
+        if self.sharded:
+            from .sharding import shard
+
+            return shard(policy, self.device, self.count)
         with warnings.catch_warnings():
             # Torch 2.13 has a new name for it, which older ones do not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return self._accelerator.prepare(policy)
 
-    def unwrap(self, policy: nn.Module) -> Any:
-        return self._accelerator.unwrap_model(policy)
+    def collect(self, wrapped: nn.Module, policy: Policy) -> None:
+        """Give ``policy`` the weights of what `wrap` made of it; nothing to do unless they are sharded."""
+        if self.sharded:
+            from .sharding import collect
 
-    def hold(self, policy: nn.Module) -> AbstractContextManager[Any]:
+            collect(wrapped, policy)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A weight, a moment or a norm of a wrapped policy: all of it."""
+        if not self.sharded:
+            return tensor
+        from .sharding import whole
+
+        return whole(tensor)
+
+    def part(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """What this process holds of ``tensor``, as it does of the weight ``like``."""
+        if not self.sharded:
+            return tensor.to(like)
+        from .sharding import part
+
+        return part(tensor, like)
+
+    @contextmanager
+    def hold(self, policy: nn.Module) -> Iterator[None]:
         """A forward and backward whose gradients stay here, for a later one to send along."""
-        return self._accelerator.no_sync(policy)
+        if not self.sharded:
+            with self._accelerator.no_sync(policy):
+                yield
+            return
+        from .sharding import set_sync
+
+        set_sync(policy, False)
+        try:
+            yield
+        finally:
+            set_sync(policy, True)
 
     def share(self, name: str, total: int) -> int:
         """This process's part of a size that the config states for the whole run.
@@ -71,8 +130,20 @@ class Processes:
         return total // self.count
 
     def gather(self, value: Tensor) -> Tensor:
-        """[n, ...] of every process, in the order of ranks: [W n, ...]. n must be the same everywhere."""
-        gathered = self._accelerator.gather(value)
+        """[n, ...] of every process, in the order of ranks: [W n, ...]. n must be the same everywhere.
+
+        Errors: NoAnswer where another process does not come, as gloo finds; nccl ends this process itself.
+        """
+        try:
+            gathered = self._accelerator.gather(value)
+        except RuntimeError as error:
+            if "timed out" not in str(error).lower():
+                raise
+            self._known = NoAnswer(
+                f"another process did not answer for {self._timeout:g} s: it hangs, in its energy perhaps, or is slower than"
+                " that. This one ends, and torchrun ends all of them. Raise process_timeout for an energy that takes longer."
+            )
+            raise self._known from error
         assert isinstance(gathered, Tensor)
         return gathered
 
@@ -131,7 +202,7 @@ class Processes:
 
     def refuse_other_weights(self, weights: list[Tensor]) -> None:
         """Errors: ProcessError where the processes' weights are no longer the same."""
-        if self.count == 1:
+        if self.count == 1 or self.sharded:  # a shard has no copy that it could differ from
             return
         sums = torch.stack([weight.detach().double().square().sum() for weight in weights])
         everyone = self.gather(sums[None])

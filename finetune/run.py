@@ -116,8 +116,9 @@ def train(
     config.yaml then names no energy, and whoever opens it brings the function again. overwrite: replace a run in ``out``; the
     old one comes back if nothing gets trained. progress: print what the loader decided, and show bars.
 
-    resume: "auto" goes on from the last good checkpoint in ``out``, or starts where there is none; the path of a checkpoint goes
-    on from that one and from no other. The config must be the run's, which is then, bit for bit, the one that nobody interrupted.
+    resume: "auto" goes on from the last good checkpoint in ``out``, starts where there is none, and returns the run if it is
+    finished; the path of a checkpoint goes on from that one and from no other. The config must be the run's, which is then, bit
+    for bit, the one that nobody interrupted.
 
     Ctrl-C ends the training, not the run: the policy is saved as it is, ``record["interrupted"]`` is True. SIGTERM and SIGUSR1
     do the same, and ``record["preempted"]`` is True: the process was to be started again. An error in the
@@ -132,6 +133,11 @@ def train(
     config = _with_absolute_places(config)
     _refuse_incomplete(config, task, energy)
     refuse_missing(config.tracker)
+    if resume is not None and _is_finished(folder):
+        if resume != "auto":
+            raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
+        _refuse_other_config(folder / "config.yaml", config)
+        return open_run(folder, task)
     start = None if resume is None else _checkpoint_of(folder, config, resume)
     if start is None:
         refuse_occupied(folder, overwrite or _only_begun(folder, config, resume))
@@ -142,12 +148,16 @@ def train(
         processes = trainer.processes
 
         def write(place: Path) -> None:
+            with trainer.averaged():
+                averaged = trainer.collected()
+                with processes.together():
+                    if processes.main:
+                        averaged.save(place / "policy")
+            state = trainer.state()
             with processes.together():
                 if processes.main:
-                    with trainer.averaged():
-                        trainer.unwrapped.save(place / "policy")
                     (place / "config.yaml").write_text(to_yaml(config))
-                    write_state(place, "run", trainer.state())
+                    write_state(place, "run", state)
             with processes.together():
                 write_state(place, _own(processes.rank), trainer.own_state())
 
@@ -207,6 +217,10 @@ def train(
                 if not trainer.history:
                     raise
                 stopped = error
+                if processes.sharded:  # all processes hold parts of the policy; one alone can save no more than the checkpoints
+                    if not trainer.all_here(error):
+                        raise
+                    trainer.collected()
             interrupted = isinstance(stopped, KeyboardInterrupt) or (result is not None and result.interrupted)
             record = {
                 "interrupted": interrupted,
@@ -246,25 +260,33 @@ def _own(rank: int) -> str:
 def _checkpoint_of(folder: Path, config: RunConfig, resume: str | Path) -> Path | None:
     """The checkpoint to go on from, None where "auto" finds none.
 
-    Errors: ValueError for a damaged one, one of another config, and a run that is finished.
+    Errors: ValueError for a damaged one, and for one of another config.
     """
-    record = folder / "run.json"
-    ended = json.loads(record.read_text()) if record.exists() else {"interrupted": True}
-    if not (ended["interrupted"] or ended["stopped"]):
-        raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
     start = checkpoint.find(folder / checkpoint.FOLDER, resume)
-    if start is None:
-        return None
-    theirs = from_mapping(read_yaml(start / "config.yaml"), RunConfig(), str(start / "config.yaml"))
+    if start is not None:
+        _refuse_other_config(start / "config.yaml", config)
+    return start
+
+
+def _is_finished(folder: Path) -> bool:
+    record = folder / "run.json"
+    if not record.exists():
+        return False
+    ended = json.loads(record.read_text())
+    return not (ended["interrupted"] or ended["stopped"])
+
+
+def _refuse_other_config(file: Path, config: RunConfig) -> None:
+    """ValueError where ``file`` holds another run's config than ``config``; what only says how to wait or report may differ."""
+    theirs = from_mapping(read_yaml(file), RunConfig(), str(file))
     if theirs.energy.workers and config.energy.workers:  # how many there are, and how patient one is, changes no energy
         theirs = replace(theirs, energy=replace(theirs.energy, workers=config.energy.workers, timeout=config.energy.timeout))
-    differing = _difference(asdict(theirs), asdict(replace(config, tracker=theirs.tracker)))
+    waiting = replace(config.train, process_timeout=theirs.train.process_timeout)
+    differing = _difference(asdict(theirs), asdict(replace(config, tracker=theirs.tracker, train=waiting)))
     if differing:
         raise ValueError(
-            f"{start} is of a run with another config: {differing}. Resume with the flags of that run, or --config"
-            f" {start / 'config.yaml'}."
+            f"{file.parent} is of a run with another config: {differing}. Resume with the flags of that run, or --config {file}."
         )
-    return start
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any], place: str = "") -> str:

@@ -26,7 +26,7 @@ from .energy_cache import CachedEnergy
 from .estimators import ess, log_mean_exp
 from .forward_kl import ForwardKL
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
-from .interrupts import Preempted, ProcessError, uninterrupted
+from .interrupts import NoAnswer, Preempted, ProcessError, uninterrupted
 from .objectives import OBJECTIVES, Batch
 from .processes import Processes
 from .soft_value import SoftValue, fit_soft_value
@@ -44,6 +44,7 @@ MONITOR_SIZE = 512  # at most, and a fortieth of the bank: the curve must not co
 class TrainResult:
     """What training leaves behind.
 
+    policy: on the CPU where it was trained in shards (`Processes`), else where it was.
     log_z: the learned parameter; without one, the last on-policy batch's estimate, or the bank's."""
 
     policy: Policy
@@ -86,10 +87,11 @@ class Trainer:
         assert not wrong, f"config admitted {wrong} for {self.config.objective}"
         if "noised_back" in self.config.shares:
             _ = prior.chain.bridge  # refuses a chain that cannot be noised back, before any work
-        self.processes = Processes(prior.device)
+        self.processes = Processes(prior.device, self.config.process_timeout)
         if policy is None:
             policy = trainable_copy(prior)
-        self.policy = self.processes.wrap(policy if isinstance(policy, Policy) else Policy(prior, policy, "full"))
+        self._policy = policy if isinstance(policy, Policy) else Policy(prior, policy, "full")
+        self.policy = self.processes.wrap(self._policy)
         device = self.processes.device
         self._sizes = {name: self.processes.share(name, getattr(self.config, name)) for name in SHARED}
         # Each process draws its own noise; a shared seed would give every rank the same trajectories.
@@ -199,7 +201,7 @@ class Trainer:
                 raise
             interrupted = error
         self.policy.eval()
-        policy = self.unwrapped
+        policy = self.collected()
         if self.objective.learns_log_z:
             log_z = self.log_z.item()
         else:
@@ -210,10 +212,13 @@ class Trainer:
             policy, log_z, self.meter.calls, seconds, interrupted is not None, isinstance(interrupted, Preempted), self.history
         )
 
-    @property
-    def unwrapped(self) -> Policy:
-        """The policy itself, without what distributed training wraps around it."""
-        return self.processes.unwrap(self.policy)
+    def collected(self) -> Policy:
+        """The policy itself, without what distributed training wraps around it; called by all processes.
+
+        Shards are gathered for it, on the CPU.
+        """
+        self.processes.collect(self.policy, self._policy)
+        return self._policy
 
     def _prepare(self) -> None:
         """What the updates start from: a bank if anything needs it, and the soft value that is learned on it."""
@@ -312,15 +317,17 @@ class Trainer:
         try:
             yield range(self.taken - first, count)
         except BaseException as error:
-            # Saving takes all processes: what one of them alone has run into (out of memory, say) is left to torchrun.
-            all_here = self.processes.count == 1 or isinstance(error, EVERYWHERE)
-            if self._on_checkpoint is not None and self.taken and all_here:
+            if self._on_checkpoint is not None and self.taken and self.all_here(error):
                 self._on_checkpoint(self)
             raise
         finally:
             if self.average is not None:
-                torch._foreach_copy_(self._trained(), self.average)
+                self._take(self.average)
                 self.average = None
+
+    def all_here(self, error: BaseException) -> bool:
+        """Whether all processes raised this: what one alone has run into (out of memory, say) is left to torchrun."""
+        return self.processes.count == 1 or (isinstance(error, EVERYWHERE) and not isinstance(error, NoAnswer))
 
     def _warm_start(self) -> None:
         """Trajectory likelihood on the bank (`ForwardKL`), in two halves where the shift of the first can teach the second."""
@@ -421,21 +428,29 @@ class Trainer:
             yield
             return
         weights = [weight.clone() for weight in self._trained()]
-        torch._foreach_copy_(self._trained(), self.average)
+        self._take(self.average)
         try:
             yield
         finally:
-            torch._foreach_copy_(self._trained(), weights)
+            self._take(weights)
+
+    def _take(self, weights: list[Tensor]) -> None:
+        for own, weight in zip(self._trained(), weights, strict=True):
+            own.copy_(weight)
 
     def state(self) -> dict[str, Any]:
-        """What the rest of the run depends on and every process knows, as of the last whole step, for `write_state`."""
+        """What the rest of the run depends on and every process knows, as of the last whole step, for `write_state`.
+
+        Called by all processes. Shards are gathered for the one that writes; the others have nothing of them.
+        """
         return {
             "processes": self.processes.count,
+            "sharded": self.processes.sharded,
             "taken": self.taken,
             "history": self.history,
-            "weights": {name: weight for name, weight in self.unwrapped.named_parameters() if weight.requires_grad},
-            "average": self.average,
-            "optimizer": self._optimizer.state_dict(),
+            "weights": {name: self._kept(weight) for name, weight in self._named().items()},
+            "average": None if self.average is None else [self._kept(average) for average in self.average],
+            "optimizer": self._kept_moments(),
             "schedule": self._schedule.state_dict(),
             "log_z_optimizer": self._log_z_optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -479,13 +494,13 @@ class Trainer:
 
         Errors: ValueError for the state of a policy that trains other weights.
         """
-        weights = dict(self.unwrapped.named_parameters())
-        if {name for name, weight in weights.items() if weight.requires_grad} != state["weights"].keys():
+        weights = self._named()
+        if weights.keys() != state["weights"].keys():
             raise ValueError("the checkpoint is of another policy: it trains other weights. Resume with the config of the run.")
         device = self.processes.device
         with torch.no_grad():
             for name, weight in state["weights"].items():
-                weights[name].copy_(weight)
+                weights[name].copy_(self.processes.part(weight, weights[name]))
             self.log_z.copy_(state["log_z"])
         self.taken, self.history = state["taken"], state["history"]
         self._log_z_optimizer.load_state_dict(state["log_z_optimizer"])
@@ -496,6 +511,12 @@ class Trainer:
         before, now = state["processes"], self.processes.count
         if before == now:
             self.generator.set_state(own["generator"])
+            if state["sharded"] != self.processes.sharded and self.processes.main:
+                warnings.warn(
+                    "the policy was in shards before and is not now, or the other way round: sums over the processes are rounded"
+                    " otherwise from here on. Everything else is what it was.",
+                    stacklevel=2,
+                )
         else:
             self.generator.manual_seed(self._seed + self.taken * 1009)
             if self.processes.main:
@@ -522,10 +543,32 @@ class Trainer:
         self._restored = state
 
     def _restore_phase(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
+        part, trained = self.processes.part, self._trained()
+        moments = {
+            index: {name: value if name == "step" else part(value, trained[index]) for name, value in own.items()}
+            for index, own in state["optimizer"]["state"].items()
+        }
+        self._optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self._schedule.load_state_dict(state["schedule"])
         if self.average is not None:
-            self.average = [average.to(weight) for average, weight in zip(state["average"], self.average, strict=True)]
+            self.average = [part(average, weight) for average, weight in zip(state["average"], self.average, strict=True)]
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """What a checkpoint holds of it."""
+        if not self.processes.sharded:
+            return tensor
+        whole = self.processes.whole(tensor.detach())
+        return whole.cpu() if self.processes.main else torch.empty(0)
+
+    def _kept_moments(self) -> dict[str, Any]:
+        state = self._optimizer.state_dict()
+        moments = {index: {name: self._kept(value) for name, value in own.items()} for index, own in state["state"].items()}
+        return {**state, "state": moments}
+
+    def _named(self) -> dict[str, Tensor]:
+        """{name: weight} of what is trained, as it is held here."""
+        pairs = zip(self._policy.named_parameters(), self.policy.parameters(), strict=True)
+        return {name: weight for (name, _), weight in pairs if weight.requires_grad}
 
     # --- small parts ---------------------------------------------------------------------------------------------
 
@@ -626,7 +669,7 @@ class Trainer:
         """Move the policy by the gradient that is there; False where that is left out, and only the gradient is changed."""
         optimizer, schedule = self._optimizer, self._schedule
         self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
+        norm = self.processes.whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)).item()
         # An enabled scaler leaves out a step that overflowed by itself, and lowers its scale.
         if not self.scaler.is_enabled() and not self._usable(norm):
             optimizer.zero_grad()

@@ -55,6 +55,8 @@ class Options:
     """Where to: this machine, or a cluster that sbatch, kubectl or sky reaches from here."""
     nodes: int = 1
     """Machines, of a cluster."""
+    fsdp: bool = False
+    """Shard the policy among the processes (FSDP2), with its gradients and moments; the prior stays whole in each."""
     dry_run: bool = False
     """Print exactly what would run, and stop."""
 
@@ -138,7 +140,7 @@ def processes(options: Options) -> int:
 def local(options: Options, command: list[str]) -> int:
     """Become torchrun; returns 0 only after a dry run."""
     nproc = processes(options)
-    environment = settings(options.cpu) | {"OMP_NUM_THREADS": threads(nproc)}
+    environment = settings(options) | {"OMP_NUM_THREADS": threads(nproc)}
     words = [sys.executable, "-m", f"{__package__}.torchrun", "--standalone", "--nproc-per-node", str(nproc)]
     words += ["--signals-to-handle", SIGNALS, "--shutdown-timeout", str(GRACE)]
     words += ["-m", f"{__package__}.worker", *command]
@@ -150,10 +152,12 @@ def local(options: Options, command: list[str]) -> int:
     os.execve(sys.executable, words, os.environ | environment)
 
 
-def settings(cpu: bool) -> dict[str, str]:
-    """The environment of all processes: modules found as by the console script, not first in this folder; no GPU if ``cpu``."""
+def settings(options: Options) -> dict[str, str]:
+    """The environment of all processes: modules found as by the console script, not first in this folder; no GPU for the CPU;
+    shards, in accelerate's words."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    return {"PYTHONSAFEPATH": "1"} | (hidden if cpu else {})
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    return {"PYTHONSAFEPATH": "1"} | (hidden if options.cpu else {}) | (sharded if options.fsdp else {})
 
 
 def threads(nproc: int) -> str:
@@ -172,7 +176,7 @@ def job(options: Options, command: list[str]) -> str:
     Errors: ValueError where the image is not named, or as in `processes`.
     """
     nproc = processes(options)
-    environment = settings(options.cpu)
+    environment = settings(options)
     values: dict[str, str | int] = {
         "nodes": options.nodes,
         "nproc": nproc,

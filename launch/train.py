@@ -116,4 +116,4 @@ def _config_file(argv: list[str]) -> Path | None:
 
 def default_folder(config: RunConfig) -> Path:
     """runs/ and the name of the task or of the prior."""
-    return Path("runs") / (config.task or Path(config.prior.source or "").absolute().name)
+    return Path("runs") / (config.task or Path(os.path.abspath(config.prior.source or "")).name)

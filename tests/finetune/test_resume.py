@@ -236,8 +236,10 @@ def test_a_stopped_run_folder_goes_on_as_if_nobody_had_stopped_it(name, config, 
     assert left(run) != left(whole)
     runs.train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole)
+    done = runs.train(config, run, energy=breaking(1, raised(RuntimeError())), resume="auto", progress=False)
+    assert not done.record["interrupted"] and left(run) == left(whole)
     with pytest.raises(ValueError, match="is finished"):
-        runs.train(config, run, energy=ink, resume="auto", progress=False)
+        runs.train(config, run, energy=ink, resume=run, progress=False)
 
 
 def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_else(config, whole, tmp_path):

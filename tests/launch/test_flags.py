@@ -58,6 +58,7 @@ VALUES: dict[str, list[str]] = {
     "--max-invalid": ["0.5"],
     "--monitor-every": ["5"],
     "--checkpoint-every": ["4"],
+    "--process-timeout": ["30.0"],
     "--spike-factor": ["8.0"],
     "--max-skipped": ["4"],
     "--seed": ["5"],

@@ -35,6 +35,8 @@ HOSTILE = [
 CASES = {
     "local.txt": ["--cpu", "--nproc", "2", "--", "train", "digits", "--out", "my run"],
     "slurm.sbatch": ["--backend", "slurm", "--nodes", "2", "--nproc", "8", "--", "train", "--config", "run.yaml"],
+    "local_fsdp.txt": ["--cpu", "--nproc", "2", "--fsdp", "--", "train", "digits"],
+    "slurm_fsdp.sbatch": ["--backend", "slurm", "--nproc", "8", "--fsdp", "--", "train", "--config", "run.yaml"],
     "slurm_cpu.sbatch": ["--backend", "slurm", "--cpu", "--nproc", "4", "--", "train", "digits"],
     "trainjob.yaml": ["--backend", "kubernetes", "--nodes", "2", "--nproc", "8", "--", "train", "digits", "--out", "/runs/d"],
     "trainjob_cpu.yaml": ["--backend", "kubernetes", "--cpu", "--", "train", "digits", "--out=/runs/d"],
@@ -88,7 +90,7 @@ def test_a_dry_run_prints_what_the_golden_file_says_and_nothing_else(tiltune: Ca
     assert dry(tiltune, CASES[name]) == (GOLDEN / name).read_text()
 
 
-@pytest.mark.parametrize("name", ["slurm.sbatch", "slurm_cpu.sbatch", "skypilot.yaml", "skypilot_cpu.yaml"])
+@pytest.mark.parametrize("name", ["slurm.sbatch", "slurm_fsdp.sbatch", "slurm_cpu.sbatch", "skypilot.yaml", "skypilot_cpu.yaml"])
 def test_shell_scripts_pass_shellcheck(name: str, tmp_path: Path) -> None:
     """`bash -n` alone where shellcheck is not installed."""
     script = tmp_path / "script.sh"
@@ -133,11 +135,23 @@ def test_the_skypilot_task_recovers_from_a_requeue_status_and_keeps_runs() -> No
     assert re.fullmatch(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]", found["file_mounts"][launch.KEPT]["name"])
 
 
-def test_accelerate_reads_its_config() -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
+@pytest.mark.parametrize("name", ["accelerate_ddp", "accelerate_fsdp2"])
+def test_accelerate_reads_its_config_and_asks_for_what_we_do(name: str) -> None:
+    """A canary too: `launch.settings` and `Processes` name FSDP2 as accelerate does."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
 
-    config = load_config_from_file(str(launch.FOLDER / "accelerate_ddp.yaml"))  # refuses keys that it does not know
-    assert str(config.distributed_type.value) == "MULTI_GPU"
+    file = launch.FOLDER / f"{name}.yaml"  # keys that accelerate does not know are refused
+    words = ["--config_file", str(file), "--num_processes", "8", "-m", "tiltune", "train"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    environment = prepare_multi_gpu_env(arguments)
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    assert {key: value for key, value in environment.items() if key in sharded} == (sharded if name.endswith("fsdp2") else {})
+    assert sharded.items() <= launch.settings(launch.Options(fsdp=True)).items()
+    assert not {key: value for key, value in environment.items() if value == "true"}.keys() & {
+        "FSDP_OFFLOAD_PARAMS",
+        "FSDP_ACTIVATION_CHECKPOINTING",
+    }
 
 
 def test_the_dockerfile_copies_what_the_package_is_made_of() -> None:

@@ -1,6 +1,7 @@
 """Two processes over gloo are one run: one batch, one checkpoint, one end."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 ENERGY = """
-import os, pathlib, signal
+import os, pathlib, signal, time
 import torch
 
 asked = []
@@ -19,7 +20,8 @@ def ink(x):
     asked.append(len(x))
     stop = pathlib.Path(__file__).with_name("stop")
     if stop.exists() and os.environ.get("RANK") == "1" and len(asked) == 6:
-        os.kill(os.getpid(), int(stop.read_text()))
+        what = stop.read_text()
+        time.sleep(1000) if what == "hang" else os.kill(os.getpid(), int(what))
     return x.flatten(1).mean(1)
 """
 CONFIG = """
@@ -37,9 +39,11 @@ def found(in_two_processes: Any) -> list[dict[str, Any]]:
     return in_two_processes("two_processes.py", 240)
 
 
-def test_two_times_four_trajectories_give_the_gradient_of_eight(found: Any) -> None:
-    """Every objective, in chunks of another size, log Z and loss among it: to 1e-6; a gradient that is not shared does not."""
+def test_1x8_2x4_and_4x2_give_the_same_gradients_and_loss(found: Any) -> None:
+    """Eight trajectories in one process, four in each of two, and these in two accumulated passes: every objective, log Z's
+    gradient among it, to 1e-6; a gradient that is not shared does not."""
     for process in found:
+        assert len(process["gradients"]) == 3 * 5
         for name, difference in process["gradients"].items():
             assert difference > 0.1 if name.endswith("not shared") else difference < 1e-6, name
 
@@ -59,6 +63,34 @@ def test_weights_that_drifted_apart_are_detected(found: Any) -> None:
 
 def test_a_size_that_cannot_be_shared_evenly_is_refused(found: Any) -> None:
     assert all("give a multiple of 2" in process["uneven"] for process in found)
+
+
+def test_in_shards_the_gradient_is_the_same(found: Any) -> None:
+    """FSDP2, of many units and of one, with gradient checkpointing; with half of the weights a process."""
+    for process in found:
+        shards = process["shards"]
+        assert shards["units"] > 10
+        assert all(0.45 < shards[f"{name} held"] < 0.55 for name in ("many", "one", "checkpointed"))
+        assert all(shards[name] < 1e-6 for name in ("many", "one", "checkpointed")) and shards["whole"] < 1e-5
+        assert shards["control"] > 0.1
+
+
+def test_shards_are_collected_into_a_whole_policy(found: Any) -> None:
+    for process in found:
+        assert process["collected"]["after"] == 0 < 0.01 < process["collected"]["before"]
+
+
+def test_what_cannot_be_sharded_is_refused(found: Any) -> None:
+    for process in found:
+        lora, residual, version, offload = process["refused"]
+        assert "this one is lora" in lora and "this one is residual" in residual
+        assert "set fsdp_version: 2" in version and "FSDP_OFFLOAD_PARAMS is true" in offload
+
+
+@pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
+def test_the_export_of_a_distributed_training_is_the_live_policy(found: Any, wrapped: str) -> None:
+    for process in found:
+        assert process["exported"][wrapped]["exported"] < 1e-6 < 1e-3 < process["exported"][wrapped]["moved"]
 
 
 @pytest.mark.parametrize(("kind", "says"), [("exception", "the scorer is gone"), ("shape", "returned shape")])
@@ -106,19 +138,39 @@ def folder(prior: Path, tmp_path_factory: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def launch(folder: Path, environment: dict[str, str]) -> Any:
-    def run(out: str, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tiltune", "launch", "--cpu", "--nproc", "2", "--", "train"]
+    def run(out: str, *words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tiltune", "launch", "--cpu", "--nproc", "2", *options, "--", "train"]
         command += ["--config", str(folder / "run.yaml"), "--out", str(folder / out), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
     return run
 
 
-def test_sigterm_on_rank_1_saves_one_step_ends_with_75_and_goes_on_bit_for_bit(folder: Path, launch: Any) -> None:
-    whole = launch("whole")
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    assert whole.stdout.count("written to") == 1
-    (folder / "stop").write_text(str(int(signal.SIGTERM)))
+@pytest.fixture(scope="module")
+def whole(folder: Path, launch: Any) -> Path:
+    """The run that nobody stops."""
+    ran = launch("whole")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.count("written to") == 1
+    return folder / "whole"
+
+
+@pytest.fixture
+def stop(folder: Path) -> Any:
+    """What the energy of process 1 is to do in its sixth call, until the test ends."""
+    yield (folder / "stop").write_text
+    (folder / "stop").unlink(missing_ok=True)
+
+
+def assert_the_same(run: Path, other: Path) -> None:
+    for name in ("metrics.jsonl", "policy/diffusion_pytorch_model.safetensors"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_sigterm_on_rank_1_saves_one_step_ends_with_75_and_goes_on_bit_for_bit(
+    folder: Path, launch: Any, whole: Path, stop: Any
+) -> None:
+    stop(str(int(signal.SIGTERM)))
     stopped = launch("run")
     assert stopped.returncode == 75, stopped.stderr[-2000:]
     assert stopped.stderr.count("--resume auto goes on") == 1
@@ -127,5 +179,38 @@ def test_sigterm_on_rank_1_saves_one_step_ends_with_75_and_goes_on_bit_for_bit(f
     (folder / "stop").unlink()
     resumed = launch("run", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
-    for name in ("metrics.jsonl", "policy/diffusion_pytorch_model.safetensors"):
-        assert (folder / "run" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+    assert_the_same(folder / "run", whole)
+
+
+def test_a_hang_of_one_process_ends_the_run_in_time_and_it_goes_on_bit_for_bit(
+    folder: Path, launch: Any, whole: Path, stop: Any
+) -> None:
+    """Process 1 sleeps in its energy. Process 0 waits for the stated time and ends; torchrun kills the other 30 s later."""
+    stop("hang")
+    hung = launch("hung", "--process-timeout", "4")
+    assert hung.returncode == 1 and "another process did not answer for 4 s" in hung.stderr, hung.stderr[-2000:]
+    assert json.loads((folder / "hung" / "run.json").read_text())["stopped"].startswith("NoAnswer")
+    (folder / "stop").unlink()
+    resumed = launch("hung", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert_the_same(folder / "hung", whole)
+
+
+def test_in_shards_a_run_is_the_same_but_for_rounding_and_goes_on_bit_for_bit(folder: Path, launch: Any, whole: Path) -> None:
+    sharded = launch("sharded", options=("--fsdp",))
+    assert sharded.returncode == 0, sharded.stderr[-2000:]
+    theirs, ours = (
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (whole, folder / "sharded")
+    )
+    assert [line["energy_calls"] for line in ours] == [line["energy_calls"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-3)
+    # As if it had been killed after its sixth step.
+    shutil.copytree(folder / "sharded", folder / "killed")
+    kept = folder / "killed" / "checkpoints"
+    (folder / "killed" / "run.json").unlink()
+    shutil.rmtree(kept / "step-00000009")
+    (kept / "last").write_text("step-00000006\n")
+    resumed = launch("killed", "--resume", "auto", options=("--fsdp",))
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert "after 6 steps" in resumed.stdout
+    assert_the_same(folder / "killed", folder / "sharded")

@@ -348,8 +348,14 @@ def test_a_preempted_training_ends_with_75_and_goes_on(tiltune: Callable[..., An
     assert nothing.status == 75 and "nothing of this was saved" in nothing.err
     assert not (here / "run").exists()
     assert tiltune(*command, "--energy", "my_energy.py:ink", "--resume", "auto").status == 0
-    again = tiltune(*command, "--energy", "my_energy.py:ink", "--resume", "auto")
-    assert again.status == 2 and "is finished; there is nothing to resume" in again.err
+    before = {file: file.read_bytes() for file in (here / "run").rglob("*") if file.is_file()}
+    again = tiltune(*command, "--energy", "my_energy.py:ink", "--resume", "auto", "--process-timeout", 5)
+    assert again.status == 0 and "2 updates" in again.out  # a job that starts again once more
+    named = tiltune(*command, "--energy", "my_energy.py:ink", "--resume", here / "run")
+    assert named.status == 2 and "is finished; there is nothing to resume" in named.err
+    more = tiltune(*command, "--seed", 9, "--energy", "my_energy.py:ink", "--resume", "auto")
+    assert more.status == 2 and "train.seed is 0 there and 9 here" in more.err
+    assert {file: file.read_bytes() for file in (here / "run").rglob("*") if file.is_file()} == before
     other = tiltune(*command, "--energy", "my_energy.py:ink", "--resume", here / "nothing")
     assert other.status == 2
 

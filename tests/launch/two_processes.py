@@ -4,27 +4,32 @@ Started by test_processes.py as `python -m torch.distributed.run … two_process
 """
 
 import json
+import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from tiltune.finetune import interrupts
 from tiltune.finetune.config import TrainConfig
 from tiltune.finetune.energy import EnergyError
+from tiltune.finetune.export import export_policy
 from tiltune.finetune.gradients import backward_trajectories, objective_gradient
 from tiltune.finetune.interrupts import Preempted
 from tiltune.finetune.objectives import OBJECTIVES, Batch
 from tiltune.finetune.processes import ProcessError, Processes
+from tiltune.finetune.sharding import collect, shard
 from tiltune.finetune.trainer import Trainer
 from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Policy, ResidualDenoiser
+from tiltune.samplers.policy import Policy, Prior, ResidualDenoiser, make_policy
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers import chain_from_scheduler
 from tiltune.tasks.linear_gaussian import LinearGaussian
@@ -73,7 +78,8 @@ def weights(module: torch.nn.Module) -> list[Tensor]:
 
 
 def gradients(rank: int) -> dict[str, float]:
-    """Eight trajectories in one process, and four in each of two with chunks of their own: the largest difference."""
+    """One process with eight trajectories (1 x 8), two with four (2 x 4), two with twice two (4 x 2): the largest difference
+    of gradient and loss, relative to the largest entry."""
     found = {}
     prior = TASK.prior()
     processes = Processes(CPU)
@@ -81,41 +87,137 @@ def gradients(rank: int) -> dict[str, float]:
         single = Policy(prior, policy(), "residual")
         drawn = rollout(prior, single, 8, torch.Generator().manual_seed(3))
         drawn = drawn.with_(energy=TASK.energy(drawn.terminal))
-        assert drawn.energy is not None
-
-        def batch(part: Any, of: Any) -> Batch:
-            ratio = step_log_ratio(prior.chain, prior.denoiser, of, part).detach()
-            return Batch(ratio, part.energy, torch.ones(len(part), dtype=torch.bool), ratio.sum(0))
-
-        log_z = torch.tensor(0.2, requires_grad=True)
-        loss, g = objective_gradient(objective, batch(drawn, single), 0.7, log_z)
-        backward_trajectories(single, prior.chain, drawn, g, 100)
-        wrapped = processes.wrap(Policy(prior, policy(), "residual"))
+        loss, gradient = gradient_of(objective, prior, single, drawn, len(drawn))
         part = drawn.select(torch.arange(4) + 4 * rank)
-        own = torch.tensor(0.2, requires_grad=True)
-        with torch.no_grad():
-            mine = batch(part, wrapped)
-        theirs, g = objective_gradient(objective, mine, 0.7, own, gather=processes.gather, rank=rank, world_size=processes.count)
-        backward_trajectories(wrapped, prior.chain, part, g, 7, held=lambda wrapped=wrapped: processes.hold(wrapped))
-        pairs = [(a.grad, b.grad) for a, b in zip(single.parameters(), wrapped.parameters(), strict=True) if a.requires_grad]
-        worst = max((a - b).abs().max().item() for a, b in pairs)  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
-        largest = max(a.abs().max().item() for a, _ in pairs)  # pyright: ignore[reportOptionalMemberAccess]
-        if log_z.grad is not None and own.grad is not None:
-            worst = max(worst, (log_z.grad - own.grad).abs().item())
-        found[name] = max(worst / largest, abs(loss.item() - theirs.item()) / max(1.0, abs(loss.item())))
+        wrapped = processes.wrap(Policy(prior, policy(), "residual"))
+        for split, at_once in (("2 x 4", 4), ("4 x 2", 2)):
+            theirs, shared = gradient_of(objective, prior, wrapped, part, at_once, processes)
+            found[f"{name} {split}"] = max(difference(shared, gradient), abs(loss - theirs) / max(1.0, abs(loss)))
         # The control: without the last, shared pass the gradient is this process's own.
-        wrapped.zero_grad()
         with processes.hold(wrapped):
-            backward_trajectories(wrapped, prior.chain, part, g, 100)
-        alone = [b.grad for b in wrapped.parameters() if b.requires_grad]
-        found[f"{name}, not shared"] = (
-            max(
-                (a - b).abs().max().item()
-                for (a, _), b in zip(pairs, alone, strict=True)  # pyright: ignore[reportOptionalOperand]
-            )
-            / largest
-        )
+            _, own = gradient_of(objective, prior, wrapped, part, 4, processes)
+        found[f"{name}, not shared"] = difference(own, gradient)
     return found
+
+
+def gradient_of(
+    objective: Any, prior: Prior, policy: Any, part: Any, at_once: int, processes: Processes | None = None
+) -> tuple[float, list[Tensor]]:
+    """(loss, gradients of the weights and of log Z), ``at_once`` trajectories a backward pass."""
+    with torch.no_grad():
+        ratio = step_log_ratio(prior.chain, prior.denoiser, policy, part)
+    batch = Batch(ratio, part.energy, torch.ones(len(part), dtype=torch.bool), ratio.sum(0))
+    log_z = torch.tensor(0.2, requires_grad=True)
+    shared: dict[str, Any] = {}
+    if processes is not None:
+        shared = {"gather": processes.gather, "rank": processes.rank, "world_size": processes.count}
+    loss, g = objective_gradient(objective, batch, 0.7, log_z, **shared)
+    held = {} if processes is None else {"held": lambda: processes.hold(policy)}
+    backward_trajectories(policy, prior.chain, part, g, at_once * prior.chain.num_kernels, **held)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    found = [weight.grad.full_tensor() if hasattr(weight, "full_tensor") else weight.grad.clone() for weight in trained]
+    policy.zero_grad()
+    return loss.item(), [*found, torch.zeros(()) if log_z.grad is None else log_z.grad]
+
+
+def difference(some: list[Tensor], others: list[Tensor]) -> float:
+    worst = max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))
+    return worst / max(b.abs().max().item() for b in others)
+
+
+# --- in shards --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fsdp() -> Iterator[None]:
+    """What `tiltune launch --fsdp` sets."""
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    yield
+    del os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"]
+
+
+def images(folder: Path) -> Path:
+    """A DDPMPipeline of 4 x 4 images, with a network that has lists of blocks in lists of blocks."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    network = UNet2DModel(
+        sample_size=4, in_channels=1, out_channels=1, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, **blocks
+    )
+    DDPMPipeline(network, DDPMScheduler(variance_type="fixed_large", clip_sample=False)).save_pretrained(folder)
+    return folder
+
+
+def sharded_gradients(rank: int, prior: Prior) -> dict[str, Any]:
+    """The gradient in shards, of many units and of one, and with gradient checkpointing, against that of whole copies."""
+    objective = OBJECTIVES["rtb"]
+    drawn = rollout(prior, None, 8, torch.Generator().manual_seed(3))
+    drawn = drawn.with_(energy=drawn.terminal.flatten(1).mean(1))
+    part = drawn.select(torch.arange(4) + 4 * rank)
+    made = [*(make_policy(prior) for _ in range(3)), make_policy(prior, gradient_checkpointing=True)]
+    for policy in made:
+        with torch.no_grad():  # away from the prior, where the gradient of many objectives is 0
+            for weight in policy.parameters():
+                weight.mul_(1.1)
+    _, single = gradient_of(objective, prior, made[0], drawn, 8)
+    processes = Processes(CPU)
+    _, expected = gradient_of(objective, prior, processes.wrap(made[0]), part, 2, processes)
+    found: dict[str, Any] = {"whole": difference(expected, single)}
+    with fsdp():
+        processes = Processes(CPU)
+    for name, policy, unit in (("many", made[1], 100), ("one", made[2], 10**9), ("checkpointed", made[3], 100)):
+        sharded = shard(policy, CPU, 2, unit)
+        _, theirs = gradient_of(objective, prior, sharded, part, 2, processes)
+        found[name] = difference(theirs, expected)
+        held = sum(weight.to_local().numel() for weight in sharded.parameters())  # type: ignore[operator]
+        found[f"{name} held"] = held / sum(weight.numel() for weight in sharded.parameters())
+        if name == "many":
+            found["units"] = sum("FSDP" in type(module).__name__ for module in sharded.modules())
+            _, theirs = gradient_of(objective, prior, sharded, drawn.select(torch.arange(4)), 2, processes)
+            found["control"] = difference(theirs, expected)  # both have the first half
+    return found
+
+
+def exported(rank: int, folder: Path, sharded: bool) -> dict[str, float]:
+    """What a short training leaves, as diffusers loads it: its output beside that of the policy that the training calls."""
+    prior = Prior.from_pretrained(images(folder / f"prior-{rank}-{sharded}"), steps=4)
+    config = replace(CONFIG, soft_value_updates=0, forward_rows=0, learning_rate=0.01, ema_decay=0.0)
+    with fsdp() if sharded else warnings.catch_warnings():
+        made = Trainer(prior, lambda x: 5 * x.flatten(1).mean(1), config, progress=False)
+    result = made.train()
+    out = folder / f"export-{rank}-{sharded}"
+    export_policy(result.policy, "pipeline", out)
+    state, time = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([10, 20, 500, 990])
+    with torch.no_grad():
+        live = made.policy(state, time)
+        loaded = DDPMPipeline.from_pretrained(out).unet(state, time).sample
+        before = prior.denoiser(state, time, None)
+    return {"exported": (live - loaded).abs().max().item(), "moved": (live - before).abs().max().item()}
+
+
+def collected(prior: Prior) -> dict[str, float]:
+    """`collect` brings a whole policy up to date, and nothing else does."""
+    policy = make_policy(prior)
+    sharded = shard(policy, CPU, 2, 100)
+    with torch.no_grad():
+        for weight in sharded.parameters():
+            weight.mul_(1.1)
+        state, time = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([10, 500])
+        live, stale = sharded(state, time), policy(state, time)
+        collect(sharded, policy)
+        return {"before": (live - stale).abs().max().item(), "after": (live - policy(state, time)).abs().max().item()}
+
+
+def refused(prior: Prior) -> list[str]:
+    made = [make_policy(prior, "lora", rank=1), make_policy(prior, "residual")]
+    said = [caught(ValueError, lambda policy=policy: shard(policy, CPU, 2)) for policy in made]
+    with fsdp():
+        os.environ["FSDP_VERSION"] = "1"
+        said.append(caught(ValueError, lambda: Processes(CPU)))
+    with fsdp():
+        os.environ["FSDP_OFFLOAD_PARAMS"] = "true"
+        said.append(caught(ValueError, lambda: Processes(CPU)))
+        del os.environ["FSDP_OFFLOAD_PARAMS"]
+    return said
 
 
 def caught(kind: type[BaseException], call: Any) -> str:
@@ -197,7 +299,7 @@ def resuming(rank: int) -> dict[str, Any]:
         resumed = trainer()
         resumed.restore(*state)
         resumed.train()
-        pairs = zip(weights(resumed.unwrapped), weights(whole.unwrapped), strict=True)
+        pairs = zip(weights(resumed.collected()), weights(whole.collected()), strict=True)
         equal.append(resumed.history == whole.history and all(torch.equal(a, b) for a, b in pairs))
     other = trainer()
     common, own = states[6]
@@ -220,7 +322,8 @@ def uneven() -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    rank = Processes(CPU).rank
+    rank, folder = Processes(CPU).rank, Path(sys.argv[1])
+    prior = Prior.from_pretrained(images(folder / f"prior-{rank}"), steps=4)
     found = {
         "gradients": gradients(rank),
         "same noise": same_noise(rank),
@@ -229,8 +332,12 @@ def main() -> None:
         **{kind: failing(kind, rank) for kind in ("exception", "shape", "nan", "inf")},
         "stop": stopping(rank),
         "resume": resuming(rank),
+        "shards": sharded_gradients(rank, prior),
+        "collected": collected(prior),
+        "refused": refused(prior),
+        "exported": {name: exported(rank, folder, name == "fsdp") for name in ("ddp", "fsdp")},
     }
-    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 

@@ -111,7 +111,7 @@ def test_reinforce_without_kl_is_caught():
     recipe = task.recipe()
     prior = task.load_prior(recipe.prior)
     energy = combine(recipe.energy.terms, task.module)
-    config = replace(recipe.train, forward_rows=0, updates=120)
+    config = replace(recipe.train, forward_rows=0, updates=240)
     trainer = Trainer(prior, energy, config, progress=False)
     trainer.objective = Objective(reinforce)
     result = trainer.train()
@@ -122,7 +122,7 @@ def test_reinforce_without_kl_is_caught():
     found, reasons = conclude(task.criteria(figures), [])
     shown = ("share", "share_reference", "diversity", "gap", "gap_se", "energy_tv", "log_z", "log_z_forward", "ess")
     print({name: round(figures[name], 3) for name in shown}, found, reasons)
-    assert found == "fail" and figures["share"] > 0.98 and figures["gap"] > 5
+    assert found == "fail" and figures["share"] > 0.98 and figures["gap"] > 20
 
 
 def kernel_limit(digit, paths, rollouts):
