@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.config import CertificateConfig, EnergyConfig, PriorConfig, RunConfig, TrainConfig
+from ..finetune.config import PriorConfig, RunConfig
+from .image_recipe import image_recipe, shipped_prior
 from .task import Task, energy_terms
 
 if TYPE_CHECKING:
@@ -82,42 +83,12 @@ def inpainting(image: int = 5, region: str = "upper", std: float = 1.6, every: i
 
 def recipe() -> RunConfig:
     """Inpainting at alpha = 1 and K = 20, in some ten minutes on two cores."""
-    train = TrainConfig(
-        objective="reinforce_kl",
-        soft_value_updates=300,
-        bank_size=8000,
-        warm_start_updates=200,
-        warm_start_rows=256,
-        warm_start_learning_rate=5e-4,
-        updates=80,
-        batch_size=128,
-        forward_rows=256,
-        learning_rate=4e-4,
-        tempering_ess=None,
-        ema_decay=0.99,
-        max_grad_norm=30.0,
-        memory_mb=256.0,
-        monitor_every=1000,
-    )
-    return RunConfig(
-        task="fashion",
-        prior=PriorConfig(steps=20),
-        energy=EnergyConfig(("inpainting()",)),
-        train=train,
-        certificate=CertificateConfig(size=4000),
-        threads=2,
-    )
+    return image_recipe("fashion", "inpainting()", alpha=1.0, certificate_size=4000)
 
 
 def load_prior(config: PriorConfig) -> Prior:
     """The shipped DDPM prior with the config's chain."""
-    from dataclasses import asdict
-
-    from ..samplers.pretrained import load_prior as load
-
-    settings: dict[str, Any] = asdict(config)
-    del settings["source"]  # a task brings its own
-    return load(FOLDER, **settings)
+    return shipped_prior(FOLDER, config)
 
 
 def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:

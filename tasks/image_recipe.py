@@ -1,0 +1,51 @@
+"""What the tasks on real images share: how they train, and the chain on a shipped prior."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..finetune.config import CertificateConfig, EnergyConfig, PriorConfig, RunConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from ..samplers.policy import Prior
+
+
+def image_recipe(task: str, energy: str, alpha: float, certificate_size: int) -> RunConfig:
+    """REINFORCE-KL with the forward KL beside it, after a warm start, at K = 20."""
+    train = TrainConfig(
+        alpha=alpha,
+        objective="reinforce_kl",
+        soft_value_updates=300,
+        bank_size=8000,
+        warm_start_updates=200,
+        warm_start_rows=256,
+        warm_start_learning_rate=5e-4,
+        updates=80,
+        batch_size=128,
+        forward_rows=256,
+        learning_rate=4e-4,
+        tempering_ess=None,
+        ema_decay=0.99,
+        max_grad_norm=30.0,
+        memory_mb=256.0,
+        monitor_every=1000,
+    )
+    return RunConfig(
+        task=task,
+        prior=PriorConfig(steps=20),
+        energy=EnergyConfig((energy,)),
+        train=train,
+        certificate=CertificateConfig(size=certificate_size),
+        threads=2,
+    )
+
+
+def shipped_prior(folder: Path, config: PriorConfig) -> Prior:
+    """The pipeline in ``folder`` with the config's chain."""
+    from ..samplers.pretrained import load_prior
+
+    settings: dict[str, Any] = asdict(config)
+    del settings["source"]  # a task brings its own
+    return load_prior(folder, **settings)
