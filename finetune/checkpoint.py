@@ -75,6 +75,11 @@ def save(folder: Path, step: int, write: Callable[[Path], None], *, keep: int) -
     return target
 
 
+def is_good(folder: Path, step: int) -> bool:
+    """Whether there is a good checkpoint of ``step``, which `save` would leave as it is."""
+    return not verify(folder / name_of(step))
+
+
 def rewind(folder: Path, step: int) -> None:
     """Let the run in ``folder`` go on from ``step``: `last` names it, and checkpoints of later steps are deleted.
 

@@ -133,11 +133,12 @@ def chunk_rows(
     """
     rows = chain.num_kernels * len(trajectories)
     total = rows if total is None else total
-    kept: dict[int, int] = {}
+    kept: dict[int, Any] = {}
 
     def measure(tensor: Tensor) -> Tensor:
+        # Held on to, and not known by its address: the weights of a policy in shards come and go, and addresses with them.
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage._cdata] = storage
         return tensor
 
     def bytes_for(count: int) -> int:
@@ -152,7 +153,7 @@ def chunk_rows(
         finally:
             for module in checkpointed:
                 setattr(module, "gradient_checkpointing", True)  # noqa: B010
-        return sum(kept.values())
+        return sum(storage.nbytes() for storage in kept.values())
 
     few, more = min(2, rows), min(6, rows)
     if more == few:

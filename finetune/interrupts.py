@@ -22,7 +22,7 @@ class ProcessError(RuntimeError):
 
 
 class NoAnswer(ProcessError):
-    """Another process hangs, or is slower than this one was told to wait: the only `ProcessError` that not all raise."""
+    """Another process hangs, or is slower than this one was told to wait. Nothing can be done together any more."""
 
 
 # The first signal that `deferred` heard.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -54,12 +54,12 @@ class Processes:
         self.sharded = _is_true("ACCELERATE_USE_FSDP") and self.count > 1
         if self.sharded and os.environ.get("FSDP_VERSION") != "2":
             raise ValueError("this asks for FSDP 1, which is not supported; set fsdp_version: 2 (FSDP_VERSION=2).")
-        for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
+        for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
             if self.sharded and _is_true(name):
                 raise ValueError(
                     f"{name} is true, which is not supported here; set it to false (--gradient-checkpointing is ours)."
                 )
-        self._known: Exception | None = None
+        self.shared: BaseException | None = None  # what all processes have left for, each with its own words for it
 
     @property
     def main(self) -> bool:
@@ -71,6 +71,8 @@ class Processes:
 
         Errors: ValueError for a policy that cannot be sharded where it is to be.
         """
+        if self.count == 1:
+            return policy.to(self.device)
         if self.sharded:
             from .sharding import shard
 
@@ -107,7 +109,7 @@ class Processes:
     def hold(self, policy: nn.Module) -> Iterator[None]:
         """A forward and backward whose gradients stay here, for a later one to send along."""
         if not self.sharded:
-            with self._accelerator.no_sync(policy):
+            with nullcontext() if self.count == 1 else self._accelerator.no_sync(policy):
                 yield
             return
         from .sharding import set_sync
@@ -139,11 +141,11 @@ class Processes:
         except RuntimeError as error:
             if "timed out" not in str(error).lower():
                 raise
-            self._known = NoAnswer(
+            self.shared = NoAnswer(
                 f"another process did not answer for {self._timeout:g} s: it hangs, in its energy perhaps, or is slower than"
                 " that. This one ends, and torchrun ends all of them. Raise process_timeout for an energy that takes longer."
             )
-            raise self._known from error
+            raise self.shared from error
         assert isinstance(gathered, Tensor)
         return gathered
 
@@ -153,7 +155,7 @@ class Processes:
             return value
         return self.gather(torch.tensor([value], device=self.device, dtype=torch.float64)).mean().item()
 
-    def agree(self, error: Exception | None = None) -> None:
+    def agree(self, error: BaseException | None = None) -> None:
         """Go on only if all processes can.
 
         Errors: ``error``; ProcessError where another process has one.
@@ -163,7 +165,7 @@ class Processes:
             if error is None and len(failed):
                 error = ProcessError(f"process {failed[0].item()} failed, and all stop with it; its own output says why.")
         if error is not None:
-            self._known = error
+            self.shared = error
             raise error
 
     @contextmanager
@@ -172,8 +174,8 @@ class Processes:
         error = None
         try:
             yield
-        except Exception as caught:
-            if caught is self._known:  # of an inner block: the others have left as well
+        except (Exception, KeyboardInterrupt) as caught:
+            if caught is self.shared:  # of an inner block: the others have left as well
                 raise
             error = caught
         self.agree(error)
@@ -188,7 +190,14 @@ class Processes:
         stop = asked_to_stop()
         asked = self.gather(torch.tensor([ASKED.index(stop)], device=self.device, dtype=torch.int32)).max().item()
         if kind := ASKED[int(asked)]:
-            raise kind("asked to stop")
+            self.shared = kind("asked to stop")
+            raise self.shared
+
+    def refuse_other(self, number: int, what: str) -> None:
+        """Errors: ProcessError where the processes do not have the same number."""
+        numbers = self.gather(torch.tensor([number], device=self.device))
+        if len(numbers.unique()) > 1:
+            raise ProcessError(f"the processes found different {what}: {numbers.tolist()}. Do all see the same folder?")
 
     def refuse_same_noise(self, generator: torch.Generator) -> None:
         """Errors: ProcessError where two processes would draw the same trajectories, which is one batch paid for twice."""

@@ -117,13 +117,14 @@ def train(
     old one comes back if nothing gets trained. progress: print what the loader decided, and show bars.
 
     resume: "auto" goes on from the last good checkpoint in ``out``, starts where there is none, and returns the run if it is
-    finished; the path of a checkpoint goes on from that one and from no other. The config must be the run's, which is then, bit
-    for bit, the one that nobody interrupted.
+    finished; the path of one of its checkpoints goes on from that one and from no other. The config must be the run's, which is
+    then, bit for bit, the one that nobody interrupted.
 
     Ctrl-C ends the training, not the run: the policy is saved as it is, ``record["interrupted"]`` is True. SIGTERM and SIGUSR1
     do the same, and ``record["preempted"]`` is True: the process was to be started again. An error in the
     middle of the training saves it likewise, and is raised again. A second Ctrl-C waits until all is saved. If saving itself
-    fails, what is written stays, and so does an older run, in `ASIDE`, until the next ``overwrite`` moves it back.
+    fails, what is written stays, and so does an older run, in `ASIDE`, until the next ``overwrite`` moves it back. Trained in
+    shards, the returned policy is on the CPU.
 
     Errors: ValueError, before anything is written, for whatever cannot be trained.
     """
@@ -147,26 +148,33 @@ def train(
     def save_checkpoint(trainer: Trainer) -> None:
         processes = trainer.processes
 
+        saved, step = folder / checkpoint.FOLDER, trainer.taken
+        if processes.count > 1:  # what `save` leaves as it is, the others must not wait for
+            there = False
+            with processes.together():
+                there = processes.main and checkpoint.is_good(saved, step)
+            if processes.mean(there) > 0:
+                return
+        # All that takes every process, before one of them looks at the disk.
+        state = trainer.state()
+        with trainer.averaged():
+            policy = trainer.collected()
+
         def write(place: Path) -> None:
-            with trainer.averaged():
-                averaged = trainer.collected()
-                with processes.together():
-                    if processes.main:
-                        averaged.save(place / "policy")
-            state = trainer.state()
             with processes.together():
                 if processes.main:
+                    with trainer.averaged():  # the policy's own weights, where they are not collected ones
+                        policy.save(place / "policy")
                     (place / "config.yaml").write_text(to_yaml(config))
                     write_state(place, "run", state)
-            with processes.together():
+            with processes.together():  # only now the folder is there for all
                 write_state(place, _own(processes.rank), trainer.own_state())
 
-        saved = folder / checkpoint.FOLDER
         with uninterrupted(), processes.together():
             if processes.main:
-                checkpoint.save(saved, trainer.taken, write, keep=CHECKPOINTS)
+                checkpoint.save(saved, step, write, keep=CHECKPOINTS)
             else:
-                write(checkpoint.being_written(saved, trainer.taken))
+                write(checkpoint.being_written(saved, step))
 
     # Several processes must leave together, so that what they hear waits for a place where all of them ask.
     listening = deferred() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else preemptible()
@@ -191,21 +199,25 @@ def train(
         processes = trainer.processes
         result = None
         stopped: Exception | KeyboardInterrupt | None = None
+        processes.refuse_other(-1 if start is None else checkpoint.step_of(start), "checkpoints to go on from")
         if start is not None:
-            state = read_state(start, "run")
-            trainer.restore(state, read_state(start, _own(processes.rank % state["processes"])))
-        processes.agree()  # all have looked at the folder and found it right, before one writes in it
-        begun = new_run(folder, lambda: bool(trainer.history)) if start is None else RunLock(folder)
-        with begun if processes.main else nullcontext(), ExitStack() as ending:
+            state = own = {}
             with processes.together():
+                state = read_state(start, "run")
+                own = read_state(start, _own(processes.rank % state["processes"]))
+            trainer.restore(state, own)
+        with ExitStack() as ending:
+            with processes.together():
+                if processes.main:
+                    begun = new_run(folder, lambda: bool(trainer.history)) if start is None else RunLock(folder)
+                    ending.enter_context(begun)
                 if not processes.main:
                     pass
                 elif start is None:
                     # Half of it, left by a kill, would keep "auto" from going on; so would half of run.json.
                     replace_file(folder / "config.yaml", to_yaml(config))
                 else:
-                    if start.parent.resolve() == (folder / checkpoint.FOLDER).resolve():
-                        checkpoint.rewind(folder / checkpoint.FOLDER, trainer.taken)
+                    checkpoint.rewind(folder / checkpoint.FOLDER, trainer.taken)
                     (folder / "metrics.jsonl").write_text("".join(strict_json(line) + "\n" for line in trainer.history))
                     if progress:
                         print(f"going on from {start}, after {trainer.taken} steps")
@@ -228,7 +240,7 @@ def train(
                 "stopped": f"{type(stopped).__name__}: {stopped}" if isinstance(stopped, Exception) else None,
                 "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
                 "energy_calls": trainer.meter.calls if processes.count == 1 else trainer.history[-1]["energy_calls"],
-                "bank_ess": None if trainer.bank is None else trainer.bank.ess(config.train.alpha),
+                "bank_ess": trainer.bank_ess,
                 "log_z": None if result is None else result.log_z,
                 "seconds": None if result is None else round(result.seconds, 1),
                 "energy": list(config.energy.terms) if energy is None else None,
@@ -242,9 +254,11 @@ def train(
                     **{name: version(name) for name in ("torch", "diffusers", "accelerate")},
                 },
             }
-            if processes.main:
-                # What asks to stop meanwhile asks it of a run that has ended, and the record says how.
-                with suppress(KeyboardInterrupt), uninterrupted():
+            # The others wait: one that ended with an error would have torchrun end this one.
+            waiting = processes.together() if stopped is None or trainer.all_here(stopped) else nullcontext()
+            # What asks to stop meanwhile asks it of a run that has ended, and the record says how.
+            with suppress(KeyboardInterrupt), uninterrupted(), waiting:
+                if processes.main:
                     policy.save(folder / "policy")
                     replace_file(folder / "run.json", strict_json(record, indent=2) + "\n")
     if stopped is not None:
@@ -263,6 +277,8 @@ def _checkpoint_of(folder: Path, config: RunConfig, resume: str | Path) -> Path 
     Errors: ValueError for a damaged one, and for one of another config.
     """
     start = checkpoint.find(folder / checkpoint.FOLDER, resume)
+    if start is not None and start.parent.resolve() != (folder / checkpoint.FOLDER).resolve():
+        raise ValueError(f"{start} is of another run than {folder}; copy that run's folder, and resume the copy.")
     if start is not None:
         _refuse_other_config(start / "config.yaml", config)
     return start

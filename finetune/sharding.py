@@ -1,7 +1,8 @@
 """A policy in shards, one a process: weights, gradients and moments (FSDP2, `torch.distributed.fsdp.fully_shard`).
 
-A forward or backward pass gathers the weights of one unit at a time, so that all processes must make the same passes. The prior
-stays whole everywhere.
+A forward or backward pass gathers the weights of one unit at a time, so that all processes must make the same passes. Under
+autocast, autograd keeps the casts of all of them for the backward pass, unless gradients are checkpointed. The prior stays whole
+everywhere.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from ..samplers.policy import Policy
 UNIT = 2**20  # weights, at least: every unit is gathered once a pass, and a small one takes as long to ask for as to send
 
 
-def shard(policy: Policy, device: torch.device, count: int, unit: int = UNIT) -> Policy:
+def shard(policy: Policy, device: torch.device, count: int) -> Policy:
     """A copy of ``policy`` in ``count`` shards; the policy itself goes to the CPU, where `collect` fills it.
 
-    Errors: ValueError for a policy that does not train all its weights, and for float16.
+    Errors: ValueError for a policy that does not train all its weights, for float16 and for channels-last weights.
     """
     if policy.kind != "full":
         raise ValueError(
@@ -31,22 +32,24 @@ def shard(policy: Policy, device: torch.device, count: int, unit: int = UNIT) ->
         )
     if getattr(policy.denoiser, "autocast", None) == torch.float16:
         raise ValueError("FSDP and float16 have not been shown to work together; use bf16 or float32.")
+    if not all(weight.is_contiguous() for weight in policy.parameters()):
+        raise ValueError("FSDP takes no channels-last weights; leave out channels_last.")
     policy.to("cpu")  # one unit after the other goes to the device, and only this process's part of it stays
     sharded = copy.deepcopy(policy, {id(policy.prior): policy.prior})
     mesh = init_device_mesh(device.type, (count,))
     # Weights that stay gathered behind a pass without gradients would miss the optimizer's next step: always reshard.
-    for module in [*units(sharded, unit), sharded]:
+    for module in [*units(sharded), sharded]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return sharded
 
 
-def units(network: nn.Module, unit: int) -> Iterator[nn.Module]:
+def units(network: nn.Module) -> Iterator[nn.Module]:
     """The elements of the network's lists (blocks, layers), inner ones first, that have enough weights outside earlier ones."""
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     for module in [element for one in reversed(lists) for element in one]:
         if isinstance(module, nn.ModuleList | nn.ModuleDict | FSDPModule):  # a list has no forward pass of its own
             continue
-        if sum(weight.numel() for weight in module.parameters() if not isinstance(weight, DTensor)) >= unit:
+        if sum(weight.numel() for weight in module.parameters() if not isinstance(weight, DTensor)) >= UNIT:
             yield module
 
 

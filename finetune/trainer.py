@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 import warnings
@@ -34,8 +35,13 @@ from .strict_json import strict_json
 
 MAX_OVERFLOWS = 20  # a scaler starts far too high and needs about that many to come down
 SHARED = ("batch_size", "bank_size", "warm_start_rows", "forward_rows")  # the processes split these
-COUNTERS = ("calls", "invalid", "forbidden", "cache_hits")  # of the energy meter
-EVERYWHERE = (KeyboardInterrupt, FloatingPointError, EnergyError, ProcessError)  # what all processes raise together
+COUNTED = {  # by the energy meter, as metrics call it
+    "calls": "energy_calls",
+    "cache_hits": "energy_cache_hits",
+    "invalid": "invalid_energies",
+    "forbidden": "forbidden_energies",
+}
+EVERYWHERE = (FloatingPointError, EnergyError, ProcessError)  # raised for what all processes see alike
 NORMS = 20  # gradients that a spike is compared with
 MONITOR_SIZE = 512  # at most, and a fortieth of the bank: the curve must not cost what it watches
 
@@ -117,6 +123,8 @@ class Trainer:
         self._alpha_start = self.config.alpha
         self._on_checkpoint, self._on_record = on_checkpoint, on_record
         self._boundary: dict[str, Any] = {}
+        self._torn = False  # between an optimizer's step and the end of what belongs to it
+        self.bank_ess: float | None = None
         self._restored: dict[str, Any] | None = None
         self._started = 0.0
 
@@ -205,7 +213,7 @@ class Trainer:
         if self.objective.learns_log_z:
             log_z = self.log_z.item()
         else:
-            fallback = math.nan if self.bank is None else self.bank.log_z(self.config.alpha)
+            fallback = math.nan if self.bank is None else self._agreed(self.bank.log_z(self.config.alpha))
             log_z = self.history[-1].get("log_z", fallback) if self.history else fallback
         seconds = time.perf_counter() - self._started
         return TrainResult(
@@ -231,6 +239,7 @@ class Trainer:
             with torch.no_grad():
                 self.log_z.fill_(self._agreed(self.bank.log_z(config.alpha)))
             self._tilted = self._monitored(self.bank)
+            self.bank_ess = ess(self._gather(self.bank.log_weight(config.alpha))) * config.bank_size
             if config.soft_value_updates:
                 self.soft_value = self._fit_soft_value(self.bank)
             self.forward_kl = self._forward_kl_on(self.bank)
@@ -251,7 +260,8 @@ class Trainer:
         Errors: ValueError where their states would fill more than half of the memory that is free.
         """
         shape = (self.prior.chain.num_steps + 1, size, *self.prior.shape)
-        self._refuse_oversized(4 * math.prod(shape))
+        with self.processes.together():
+            self._refuse_oversized(4 * math.prod(shape))
         states = torch.empty(shape, device=self.prior.device)
         energy = torch.empty(size, device=self.prior.device)
         chunk = rows_at_once(self.prior.shape)
@@ -278,7 +288,8 @@ class Trainer:
         import psutil
 
         device = self.prior.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that want as much of the same memory
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available / here
         if wanted > free / 2:
             raise ValueError(
                 f"the bank of {self.config.bank_size:,} prior trajectories of {self.prior.chain.num_steps + 1} states takes"
@@ -317,17 +328,24 @@ class Trainer:
         try:
             yield range(self.taken - first, count)
         except BaseException as error:
-            if self._on_checkpoint is not None and self.taken and self.all_here(error):
+            here = self.all_here(error)
+            if self._on_checkpoint is not None and self.taken and here and not self._torn:
                 self._on_checkpoint(self)
+            if here or not self.processes.sharded:  # a pass that was broken off leaves some shards gathered
+                self._end_phase()
             raise
-        finally:
-            if self.average is not None:
-                self._take(self.average)
-                self.average = None
+        self._end_phase()
+
+    def _end_phase(self) -> None:
+        if self.average is not None:
+            self._take(self.average)
+            self.average = None
 
     def all_here(self, error: BaseException) -> bool:
-        """Whether all processes raised this: what one alone has run into (out of memory, say) is left to torchrun."""
-        return self.processes.count == 1 or (isinstance(error, EVERYWHERE) and not isinstance(error, NoAnswer))
+        """Whether all processes left for this: what one alone has run into, outside of `together`, is left to torchrun."""
+        if isinstance(error, NoAnswer):
+            return False
+        return self.processes.count == 1 or error is self.processes.shared or isinstance(error, EVERYWHERE)
 
     def _warm_start(self) -> None:
         """Trajectory likelihood on the bank (`ForwardKL`), in two halves where the shift of the first can teach the second."""
@@ -347,7 +365,7 @@ class Trainer:
                         with uninterrupted():
                             taken = self._step()
                             if update % (5 * config.monitor_every) == 0 or update == total - 1:
-                                record = {"loss": loss.item() / loss_scale, **self._monitor()}
+                                record = {"loss": self._agreed(loss.item() / loss_scale), **self._monitor()}
                                 record |= {} if taken else {"skipped": True}
                                 self._record(bar, "warm_start", update, record)
                             self._step_taken(bar)
@@ -413,7 +431,7 @@ class Trainer:
                     if not taken:
                         record["skipped"] = True
                     if len(terms) > 1:
-                        record["terms"] = terms
+                        record["terms"] = {name: self._agreed(mean) for name, mean in terms.items()}
                     if update % config.monitor_every == 0 or update == config.updates - 1:
                         record |= self._monitor()
                     self._record(bar, config.objective, update, record)
@@ -457,6 +475,8 @@ class Trainer:
             "overflows": self._overflows,
             "skipped": self._skipped,
             "norms": self._norms,
+            "bank_ess": self.bank_ess,
+            "counters": self._total(self._boundary["meter"]),
             **{name: self._boundary[name] for name in ("log_z", "alpha", "alpha_start", "ceiling")},
         }
 
@@ -483,7 +503,7 @@ class Trainer:
             "alpha": self.alpha,
             "alpha_start": self._alpha_start,
             "ceiling": self._ceiling,
-            "meter": {name: getattr(meter, name) for name in COUNTERS},
+            "meter": {name: getattr(meter, name) for name in COUNTED},
         }
 
     def restore(self, state: dict[str, Any], own: dict[str, Any]) -> None:
@@ -526,9 +546,11 @@ class Trainer:
                     " Everything else is what it was.",
                     stacklevel=2,
                 )
-        if before == now or self.processes.rank < before:  # a second one of the same part has spent nothing yet
-            for name in COUNTERS:
-                setattr(self.meter, name, own["meter"][name])
+        # On another number the first process carries what all had spent.
+        spent = own["meter"] if before == now else state["counters"] if self.processes.main else dict.fromkeys(COUNTED, 0)
+        for name in COUNTED:
+            setattr(self.meter, name, spent[name])
+        self.bank_ess = state["bank_ess"]
         if own["energy_cache"] is not None and isinstance(self.meter.energy, CachedEnergy):
             self.meter.energy.restore(own["energy_cache"])
         if own["bank"] is not None:
@@ -589,7 +611,7 @@ class Trainer:
         if self.alpha <= self.config.alpha:
             return
         before = self.alpha
-        wanted = self._adequate_alpha(batch, on_policy)
+        wanted = self._agreed(self._adequate_alpha(batch, on_policy))
         if math.isinf(before):
             self._alpha_start = wanted
         else:
@@ -597,7 +619,7 @@ class Trainer:
             if progress < 0.5:
                 bound += (1 - 2 * progress) * (math.log(self._alpha_start) - bound)
             wanted = min(wanted, before, math.exp(bound))
-        self.alpha = max(self.config.alpha, self._agreed(wanted))
+        self.alpha = max(self.config.alpha, wanted)
         if self.bank is not None and self.alpha != before:
             # log Z belongs to a temperature: move the learned one along with the prior's own estimate.
             old = self.config.alpha if math.isinf(before) else before
@@ -640,6 +662,11 @@ class Trainer:
             metrics["log_z_learned"] = self.log_z.item()
         return metrics
 
+    def _total(self, counts: dict[str, int]) -> dict[str, int]:
+        """Over the processes."""
+        mine = torch.tensor([list(counts.values())], device=self.processes.device)
+        return dict(zip(counts, self._gather(mine).sum(0).tolist(), strict=True))
+
     def _of_all(self, value: Tensor, valid: Tensor) -> Tensor:
         """[n] of every process, without what is invalid."""
         gathered = self._gather(value.masked_fill(~valid, math.nan))
@@ -648,12 +675,12 @@ class Trainer:
     @torch.no_grad()
     def _monitor(self) -> dict[str, float]:
         """EUBO on a fixed draw of the tilted law; no energy calls."""
+        self.processes.refuse_other_weights(self._trained())
         if self.bank is None or self._tilted is None:
             return {}
         tilted = self.bank.trajectories.select(self._tilted)
         assert tilted.energy is not None
         ratio = step_log_ratio(self.prior.chain, self.prior.denoiser, self.policy, tilted).sum(0)
-        self.processes.refuse_other_weights(self._trained())
         return {"eubo": self._agreed((-tilted.energy / self.config.alpha - ratio).mean().item())}
 
     def _optimizer_for(self, learning_rate: float, updates: int) -> tuple[Any, Any]:
@@ -684,6 +711,7 @@ class Trainer:
         self._skipped = 0
         self._norms = [*self._norms, norm][-NORMS:]
         scale = self.scaler.get_scale()
+        self._torn = True
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad()
@@ -719,6 +747,7 @@ class Trainer:
         self.taken += 1
         bar.update(1)
         self._boundary = self._between_steps()
+        self._torn = False
         every = self.config.checkpoint_every
         if self._on_checkpoint is not None and every and self.taken % every == 0:
             self._on_checkpoint(self)
@@ -731,9 +760,8 @@ class Trainer:
 
     def _record(self, bar: Any, phase: str, update: int, values: dict[str, Any]) -> None:
         meter = self.meter
-        mine = torch.tensor([[meter.calls, meter.cache_hits, meter.invalid, meter.forbidden]], device=self.processes.device)
-        names = ("energy_calls", "energy_cache_hits", "invalid_energies", "forbidden_energies")
-        counts = dict(zip(names, self._gather(mine).sum(0).tolist(), strict=True))
+        counts = self._total({name: getattr(meter, name) for name in COUNTED})
+        counts = {COUNTED[name]: count for name, count in counts.items()}
         record = {"phase": phase, "update": update, **values, **counts}
         self.history.append(record)  # no clock in it: the same config gives the same lines, to the last bit
         shown = {key: f"{record[key]:.3g}" for key in ("elbo", "eubo", "ess", "log_z", "alpha") if key in record}

@@ -314,6 +314,32 @@ def test_a_damaged_checkpoint_is_fallen_back_from_loudly_and_never_from_a_path(c
     assert left(run) == left(whole)
 
 
+def test_what_breaks_behind_the_optimizers_step_leaves_no_checkpoint_of_half_a_step(config, whole, tmp_path, monkeypatch):
+    """Full disks and other processes break off there. Weights of one step with the counters of another would not go on."""
+    run, record = tmp_path / "run", Trainer._record
+
+    def full(trainer, bar, phase, update, values):
+        if trainer.taken == 7:
+            raise OSError("no space left")
+        record(trainer, bar, phase, update, values)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(Trainer, "_record", full)
+        runs.train(config, run, energy=ink, progress=False)
+    assert checkpoint.last(run / "checkpoints").name == "step-00000006"
+    runs.train(config, run, energy=ink, resume="auto", progress=False)
+    assert left(run) == left(whole)
+
+
+def test_a_checkpoint_of_another_run_is_refused(config, whole, tmp_path):
+    theirs = checkpoint.last(whole / "checkpoints")
+    for there in (False, True):
+        with pytest.raises(ValueError, match="is of another run than"):
+            runs.train(config, tmp_path / "run", energy=ink, resume=theirs, progress=False)
+        assert sorted(tmp_path.rglob("*")) == ([tmp_path / "run"] if there else [])
+        (tmp_path / "run").mkdir(exist_ok=True)
+
+
 def test_another_config_is_refused_with_the_field_that_differs(config, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):

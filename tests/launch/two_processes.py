@@ -17,9 +17,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from tiltune.finetune import interrupts
+from tiltune.finetune import interrupts, sharding
 from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.energy import EnergyError
 from tiltune.finetune.export import export_policy
 from tiltune.finetune.gradients import backward_trajectories, objective_gradient
 from tiltune.finetune.interrupts import Preempted
@@ -45,6 +44,7 @@ CONFIG = TrainConfig(
     updates=4,
     batch_size=8,
     monitor_every=2,
+    tempering_ess=0.8,
     ema_decay=0.9,
     checkpoint_every=1,
 )
@@ -136,6 +136,14 @@ def fsdp() -> Iterator[None]:
     del os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"]
 
 
+@contextmanager
+def units_of(weights: int) -> Iterator[None]:
+    """What is a unit, in the size of the networks here."""
+    before, sharding.UNIT = sharding.UNIT, weights
+    yield
+    sharding.UNIT = before
+
+
 def images(folder: Path) -> Path:
     """A DDPMPipeline of 4 x 4 images, with a network that has lists of blocks in lists of blocks."""
     torch.manual_seed(0)
@@ -165,7 +173,8 @@ def sharded_gradients(rank: int, prior: Prior) -> dict[str, Any]:
     with fsdp():
         processes = Processes(CPU)
     for name, policy, unit in (("many", made[1], 100), ("one", made[2], 10**9), ("checkpointed", made[3], 100)):
-        sharded = shard(policy, CPU, 2, unit)
+        with units_of(unit):
+            sharded = shard(policy, CPU, 2)
         _, theirs = gradient_of(objective, prior, sharded, part, 2, processes)
         found[name] = difference(theirs, expected)
         held = sum(weight.to_local().numel() for weight in sharded.parameters())  # type: ignore[operator]
@@ -177,11 +186,12 @@ def sharded_gradients(rank: int, prior: Prior) -> dict[str, Any]:
     return found
 
 
-def exported(rank: int, folder: Path, sharded: bool) -> dict[str, float]:
+def exported(rank: int, folder: Path, sharded: bool) -> dict[str, Any]:
     """What a short training leaves, as diffusers loads it: its output beside that of the policy that the training calls."""
     prior = Prior.from_pretrained(images(folder / f"prior-{rank}-{sharded}"), steps=4)
-    config = replace(CONFIG, soft_value_updates=0, forward_rows=0, learning_rate=0.01, ema_decay=0.0)
-    with fsdp() if sharded else warnings.catch_warnings():
+    # A budget that takes several passes: how many follows from a measurement, which must be the same everywhere.
+    config = replace(CONFIG, learning_rate=1e-3, warm_start_learning_rate=1e-4, ema_decay=0.0, memory_mb=0.2)
+    with fsdp() if sharded else warnings.catch_warnings(), units_of(100):
         made = Trainer(prior, lambda x: 5 * x.flatten(1).mean(1), config, progress=False)
     result = made.train()
     out = folder / f"export-{rank}-{sharded}"
@@ -191,13 +201,19 @@ def exported(rank: int, folder: Path, sharded: bool) -> dict[str, float]:
         live = made.policy(state, time)
         loaded = DDPMPipeline.from_pretrained(out).unet(state, time).sample
         before = prior.denoiser(state, time, None)
-    return {"exported": (live - loaded).abs().max().item(), "moved": (live - before).abs().max().item()}
+    return {
+        "exported": (live - loaded).abs().max().item(),
+        "moved": (live - before).abs().max().item(),
+        "live": live.flatten().tolist(),
+        "chunk": made.forward_kl._chunk,  # pyright: ignore[reportOptionalMemberAccess]
+    }
 
 
 def collected(prior: Prior) -> dict[str, float]:
     """`collect` brings a whole policy up to date, and nothing else does."""
     policy = make_policy(prior)
-    sharded = shard(policy, CPU, 2, 100)
+    with units_of(100):
+        sharded = shard(policy, CPU, 2)
     with torch.no_grad():
         for weight in sharded.parameters():
             weight.mul_(1.1)
@@ -208,7 +224,8 @@ def collected(prior: Prior) -> dict[str, float]:
 
 
 def refused(prior: Prior) -> list[str]:
-    made = [make_policy(prior, "lora", rank=1), make_policy(prior, "residual")]
+    made = [make_policy(prior, "lora", rank=1), make_policy(prior, "residual"), make_policy(prior)]
+    made[-1].to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     said = [caught(ValueError, lambda policy=policy: shard(policy, CPU, 2)) for policy in made]
     with fsdp():
         os.environ["FSDP_VERSION"] = "1"
@@ -244,7 +261,7 @@ def diverged(rank: int) -> list[str]:
 
 
 def failing(kind: str, rank: int) -> dict[str, Any]:
-    """The energy of process 1 breaks in its sixth call: what each process raises, and whether a checkpoint was asked for."""
+    """Process 1 breaks in its sixth energy call: what each process raises, and whether all of them then save a checkpoint."""
     calls, kept = [], []
 
     def energy(x: Tensor) -> Tensor:
@@ -257,9 +274,23 @@ def failing(kind: str, rank: int) -> dict[str, Any]:
             return torch.full((len(x),), {"nan": float("nan"), "inf": float("inf")}[kind])
         return TASK.energy(x)
 
-    made = trainer(energy=energy, on_checkpoint=lambda trainer: kept.append(trainer.taken))
-    raised = caught((EnergyError, ProcessError, ValueError), made.train)  # type: ignore[arg-type]
+    made = trainer(energy=energy, on_checkpoint=lambda trainer: kept.append(together(trainer)))
+    if kind == "decoder":
+        decode = made.prior.to_data
+
+        def broken(state: Tensor) -> Tensor:
+            if rank == 1 and len(calls) >= 5:
+                raise MemoryError("out of memory")
+            return decode(state)
+
+        made.prior.to_data = broken
+    raised = caught(Exception, made.train)
     return {"raised": raised, "steps": made.taken, "kept": kept[-1] if kept else None}
+
+
+def together(trainer: Trainer) -> int:
+    """A checkpoint takes all processes: one that is asked for it alone waits here for ever."""
+    return int(trainer.processes.mean(trainer.taken))
 
 
 def stopping(rank: int) -> dict[str, Any]:
@@ -272,7 +303,7 @@ def stopping(rank: int) -> dict[str, Any]:
             interrupts._asked.append(Preempted)
         return TASK.energy(x)
 
-    made = trainer(energy=energy, on_checkpoint=lambda trainer: kept.append(trainer.taken))
+    made = trainer(energy=energy, on_checkpoint=lambda trainer: kept.append(together(trainer)))
     result = made.train()
     interrupts._asked.clear()
     return {"preempted": result.preempted, "steps": made.taken, "kept": kept[-1]}
@@ -290,7 +321,10 @@ def resuming(rank: int) -> dict[str, Any]:
                 return {key: copied(value) for key, value in tree.items()}
             return type(tree)(map(copied, tree)) if isinstance(tree, list | tuple) else tree
 
-        states[trainer.taken] = (copied(trainer.state()), copied(trainer.own_state()))
+        # As from the file: what is common is what process 0 wrote.
+        common = [copied(trainer.state())]
+        torch.distributed.broadcast_object_list(common)
+        states[trainer.taken] = (common[0], copied(trainer.own_state()))
 
     whole = trainer(on_checkpoint=keep)
     whole.train()
@@ -329,7 +363,7 @@ def main() -> None:
         "same noise": same_noise(rank),
         "diverged": diverged(rank),
         "uneven": uneven(),
-        **{kind: failing(kind, rank) for kind in ("exception", "shape", "nan", "inf")},
+        **{kind: failing(kind, rank) for kind in ("exception", "decoder", "shape", "nan", "inf")},
         "stop": stopping(rank),
         "resume": resuming(rank),
         "shards": sharded_gradients(rank, prior),
