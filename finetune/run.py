@@ -142,43 +142,50 @@ def train(
     start = None if resume is None else _checkpoint_of(folder, config, resume)
     if start is None:
         refuse_occupied(folder, overwrite or _only_begun(folder, config, resume))
-    from .state_file import read_state, write_state
-    from .trainer import Trainer
 
     def save_checkpoint(trainer: Trainer) -> None:
         processes = trainer.processes
-
         saved, step = folder / checkpoint.FOLDER, trainer.taken
-        if processes.count > 1:  # what `save` leaves as it is, the others must not wait for
-            there = False
-            with processes.together():
-                there = processes.main and checkpoint.is_good(saved, step)
-            if processes.mean(there) > 0:
-                return
-        # All that takes every process, before one of them looks at the disk.
-        state = trainer.state()
-        with trainer.averaged():
-            policy = trainer.collected()
 
         def write(place: Path) -> None:
             with processes.together():
                 if processes.main:
-                    with trainer.averaged():  # the policy's own weights, where they are not collected ones
+                    with trainer.averaged():
                         policy.save(place / "policy")
                     (place / "config.yaml").write_text(to_yaml(config))
                     write_state(place, "run", state)
             with processes.together():  # only now the folder is there for all
                 write_state(place, _own(processes.rank), trainer.own_state())
 
-        with uninterrupted(), processes.together():
-            if processes.main:
-                checkpoint.save(saved, step, write, keep=CHECKPOINTS)
-            else:
-                write(checkpoint.being_written(saved, step))
+        with uninterrupted():
+            if processes.count > 1:  # what `save` leaves as it is, the others must not wait for
+                there = False
+                with processes.together():
+                    there = processes.main and checkpoint.is_good(saved, step)
+                if processes.mean(there) > 0:
+                    return
+            # What takes every process, before one of them alone can fail at the disk.
+            state = trainer.state()
+            with trainer.averaged():
+                trainer.collected()
+            with processes.together():
+                if processes.main:
+                    checkpoint.save(saved, step, write, keep=CHECKPOINTS)
+                else:
+                    write(checkpoint.being_written(saved, step))
 
     # Several processes must leave together, so that what they hear waits for a place where all of them ask.
     listening = deferred() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else preemptible()
-    with threads(config.threads), listening, measuring(config, task, energy) as measured:
+    with ExitStack() as around:
+        around.enter_context(listening)
+        with uninterrupted():  # libraries make errors of their own out of a Ctrl-C in their imports
+            import accelerate  # noqa: F401
+            from diffusers import UNet2DModel  # noqa: F401
+
+            from .state_file import read_state, write_state
+            from .trainer import Trainer
+        around.enter_context(threads(config.threads))
+        measured = around.enter_context(measuring(config, task, energy))
         prior = load_prior(config, task)
         # The data's widest direction is unknown here; in images it holds about a tenth of all their variance.
         conditions = prior.chain.conditions(max(1.0, 0.1 * math.prod(prior.shape)))

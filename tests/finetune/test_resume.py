@@ -323,9 +323,10 @@ def test_what_breaks_behind_the_optimizers_step_leaves_no_checkpoint_of_half_a_s
             raise OSError("no space left")
         record(trainer, bar, phase, update, values)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr(Trainer, "_record", full)
+    monkeypatch.setattr(Trainer, "_record", full)
+    with pytest.raises(OSError, match="no space left"):
         runs.train(config, run, energy=ink, progress=False)
+    monkeypatch.undo()
     assert checkpoint.last(run / "checkpoints").name == "step-00000006"
     runs.train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole)

@@ -445,3 +445,34 @@ def test_export_and_its_refusals(tiltune: Callable[..., Any], here: Path, traine
     assert contents(here / "exported") == before
     assert tiltune("export", "my-run", "--format", "lora", "--out", "adapters").status == 2
     assert not (here / "adapters").exists()
+
+
+INTERRUPTED_IMPORT = """
+import importlib.abc, signal, sys
+from tiltune.launch import cli
+
+class Stop(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "diffusers.loaders.peft":
+            signal.raise_signal(NUMBER)
+
+sys.meta_path.insert(0, Stop())
+raise SystemExit(cli.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_stop_within_an_import_is_a_stop(here: Path, small: list[Any], environment: Any, number: int, status: int) -> None:
+    """diffusers turns what is raised there into a RuntimeError of its own, which is no reason to run a job again."""
+    words = [
+        sys.executable,
+        "-c",
+        INTERRUPTED_IMPORT.replace("NUMBER", str(int(number))),
+        "train",
+        *small,
+        "--energy",
+        "my_energy.py:ink",
+    ]
+    done = subprocess.run([*map(str, words), "--out", "run"], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == status, done.stderr[-2000:]
+    assert not (here / "run").exists()
