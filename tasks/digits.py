@@ -56,7 +56,7 @@ def classes(*wanted: int) -> ClassEnergy:
 
 def recipe() -> RunConfig:
     """One class at alpha = .25 and K = 20, in five minutes on two cores."""
-    return image_recipe("digits", "classes(3)", alpha=0.25, certificate_size=4500)
+    return image_recipe("digits", "classes(3)", alpha=0.25, updates=80, certificate_size=4500)
 
 
 def load_prior(config: PriorConfig) -> Prior:

@@ -82,8 +82,8 @@ def inpainting(image: int = 5, region: str = "upper", std: float = 1.6, every: i
 
 
 def recipe() -> RunConfig:
-    """Inpainting at alpha = 1 and K = 20, in some ten minutes on two cores."""
-    return image_recipe("fashion", "inpainting()", alpha=1.0, certificate_size=4000)
+    """Inpainting at alpha = 1 and K = 20, in some twenty minutes on two cores."""
+    return image_recipe("fashion", "inpainting()", alpha=1.0, updates=200, certificate_size=4000)
 
 
 def load_prior(config: PriorConfig) -> Prior:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..samplers.policy import Prior
 
 
-def image_recipe(task: str, energy: str, alpha: float, certificate_size: int) -> RunConfig:
+def image_recipe(task: str, energy: str, alpha: float, updates: int, certificate_size: int) -> RunConfig:
     """REINFORCE-KL with the forward KL beside it, after a warm start, at K = 20."""
     train = TrainConfig(
         alpha=alpha,
@@ -22,7 +22,7 @@ def image_recipe(task: str, energy: str, alpha: float, certificate_size: int) ->
         warm_start_updates=200,
         warm_start_rows=256,
         warm_start_learning_rate=5e-4,
-        updates=80,
+        updates=updates,
         batch_size=128,
         forward_rows=256,
         learning_rate=4e-4,
