@@ -25,7 +25,7 @@ class TrainConfig:
     updates: int = 40
     """Gradient steps on the objective, after the warm start."""
     batch_size: int = 384
-    """Trajectories an update and process."""
+    """Trajectories an update, over all processes."""
     learning_rate: float = 2e-4
     """Peak of a one-cycle schedule."""
     log_z_learning_rate: float = 0.02
@@ -33,9 +33,11 @@ class TrainConfig:
     warm_start: Literal["tlm", "none"] = "tlm"
     """Forward-KL fit to prior trajectories weighted by exp(-E/alpha), before the objective; nearly free."""
     warm_start_updates: int = 1400
+    """Gradient steps of the warm start."""
     warm_start_rows: int = 4096
     """Transitions an update of the warm start."""
     warm_start_learning_rate: float = 3e-3
+    """Peak of the warm start's own one-cycle schedule."""
     soft_value_updates: int = 0
     """Updates of a learned soft value, log E_prior[exp(-E/alpha) | state]: it takes variance out of the warm start and is the
     baseline of reinforce_kl. Worth its time on images, where the bank has few effective paths. 0: none."""
@@ -53,6 +55,7 @@ class TrainConfig:
     noise_scale: float = 1.5
     """Initial noise inflation of the behavior 'inflated', annealed to 1."""
     max_grad_norm: float = 10.0
+    """Norm to which gradients are clipped."""
     ema_decay: float = 0.0
     """Each phase ends at the running average of its weights, with at most this decay; the metrics are of the weights that move.
     0: at its last weights."""
@@ -71,6 +74,7 @@ class TrainConfig:
     process_timeout: float = 600.0
     """Seconds that one process of several waits for another, which may be in its energy, before the run ends."""
     seed: int = 0
+    """Of all noise in the training; the processes draw different noise from it."""
 
     def __post_init__(self) -> None:
         def refuse(wrong: bool, message: str) -> None:
@@ -107,6 +111,10 @@ class TrainConfig:
             spike is not None and not spike > 1, f"spike_factor is {spike}; a spike is over once the median: give more than 1."
         )
         refuse(self.huber is not None and not self.huber > 0, f"huber is {self.huber}; give positive nats, or None.")
+        refuse(
+            self.soft_value_updates > 0 and self.bank_size < 2,
+            f"bank_size is {self.bank_size}; the soft value is learned on two halves of the bank, so give at least 2.",
+        )
         for name, share in self.shares.items():
             refuse(name not in BEHAVIOR_NAMES, f"unknown behavior {name!r}; choose from {', '.join(BEHAVIOR_NAMES)}.")
             refuse(not share > 0, f"the share of behavior {name} is {share}; leave it out instead.")
@@ -269,9 +277,9 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks run; auto takes an accelerator where there is one."""
     threads: int = 1
-    """CPU threads of torch: one for points in the plane, as many as there are cores for images, unless other work shares them."""
+    """CPU threads of torch. More pay for images, where no other work shares the cores: the shipped image tasks set 2."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
-    """Where the numbers of metrics.jsonl are sent besides; without it where it fails. Needs its package: tiltune[wandb]."""
+    """Where the numbers of metrics.jsonl are sent besides; without it where it fails. Needs its package."""
 
     def __post_init__(self) -> None:
         _check_choices(self)

@@ -133,11 +133,16 @@ def train(
         config = replace(config, energy=replace(config.energy, terms=()))
     config = _with_absolute_places(config)
     _refuse_incomplete(config, task, energy)
+    _refuse_priors_folder(folder, config)
     refuse_missing(config.tracker)
+    if resume is not None and overwrite:
+        raise ValueError("resume goes on with the run that is there, and overwrite replaces it; ask for one of them.")
     if resume is not None and _is_finished(folder):
         if resume != "auto":
             raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
         _refuse_other_config(folder / "config.yaml", config)
+        if progress and os.environ.get("RANK", "0") == "0":
+            print(f"the run in {folder} is finished; nothing was trained")
         return open_run(folder, task)
     start = None if resume is None else _checkpoint_of(folder, config, resume)
     if start is None:
@@ -341,6 +346,13 @@ def _refuse_incomplete(config: RunConfig, task: Task | None, energy: Energy | No
         spec = parse_energy(term)
         if not spec.place and task is None:
             raise ValueError(f"the energy {term!r} names no file, and without a task there is no other place: FILE.py:{term}.")
+
+
+def _refuse_priors_folder(folder: Path, config: RunConfig) -> None:
+    """ValueError where the run would be written into the prior that it starts from, or over it."""
+    prior, run = Path(config.prior.source or "").expanduser().resolve(), folder.resolve()
+    if config.prior.source is not None and prior.is_dir() and (run.is_relative_to(prior) or prior.is_relative_to(run)):
+        raise ValueError(f"{folder} and the prior {config.prior.source} lie one in the other; name another folder with --out.")
 
 
 def _refuse_other_task(config: RunConfig, task: Task | None) -> None:

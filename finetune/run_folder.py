@@ -6,6 +6,7 @@ process that is killed: whoever overwrites the folder next moves it back first.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,9 +36,13 @@ MOVING = ".replacing"
 
 
 def refuse_occupied(folder: Path, overwrite: bool) -> None:
-    """Errors: ValueError where ``folder`` is no folder, holds a run that is not to be overwritten, or files that are no run's."""
+    """Errors: ValueError where ``folder`` is no folder, cannot be written, holds a run that is not to be overwritten, or files
+    that are no run's."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the run.")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise ValueError(f"{folder} cannot be written: {nearest} is not a folder that you may write in. Name another with --out.")
     found = [name for name in (*FILES, ASIDE, MOVING) if (folder / name).exists()]
     if overwrite:
         if found and not {ASIDE, MOVING} & set(found):  # these are a run's own

@@ -17,7 +17,7 @@ PATIENCE = 10.0  # seconds for what is still to be sent when a run ends
 def refuse_missing(name: str | None) -> None:
     """Errors: ValueError where the package of the tracker ``name`` is not installed; it is not imported."""
     if name is not None and find_spec(name) is None:
-        raise ValueError(f"the tracker {name} is not installed; install it with: pip install 'tiltune[{name}]'")
+        raise ValueError(f"the tracker {name} is not installed; install it with: pip install {name}")
 
 
 class Tracker:

@@ -107,7 +107,7 @@ def versions() -> Iterator[Finding]:
         elif not satisfies(version, need):
             wrong = f"{name} {version} is not what tiltune is made for ({name}{need}); pip install '{name}{need}'."
         yield Finding(name, version or "not installed", wrong)
-    yield Finding("peft", installed("peft") or "not installed; LoRA policies need it: pip install 'tiltune[lora]'")
+    yield Finding("peft", installed("peft") or "not installed; LoRA policies need it: pip install peft")
 
 
 def requirements() -> dict[str, str]:

@@ -37,6 +37,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": math.nan}, "learning_rate is nan"),
     ({"log_z_learning_rate": -0.1}, "log_z_learning_rate"),
     ({"bank_size": 0}, "bank_size is 0"),
+    ({"bank_size": 1, "soft_value_updates": 3}, "two halves of the bank"),
     ({"max_energy": -1.0}, "max_energy is -1.0"),
     ({"memory_mb": 0.0}, "memory_mb is 0.0"),
     ({"updates": -1}, "updates is -1"),

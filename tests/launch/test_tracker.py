@@ -135,7 +135,7 @@ def test_a_missing_package_is_said_before_any_work(
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     shown = tiltune("train", *small, "--energy", "my_energy.py:ink", "--tracker", "trackio", "--out", "run")
     assert (shown.status, len(shown.err.splitlines())) == (2, 1)
-    assert "pip install 'tiltune[trackio]'" in shown.err
+    assert "pip install trackio" in shown.err
     assert not (here / "run").exists()
     assert tiltune("train", *small, "--energy", "my_energy.py:ink", "--tracker", "paper", "--out", "run").status == 2
 

@@ -350,7 +350,9 @@ def test_a_preempted_training_ends_with_75_and_goes_on(tiltune: Callable[..., An
     assert tiltune(*command, "--energy", "my_energy.py:ink", "--resume", "auto").status == 0
     before = {file: file.read_bytes() for file in (here / "run").rglob("*") if file.is_file()}
     again = tiltune(*command, "--energy", "my_energy.py:ink", "--resume", "auto", "--process-timeout", 5)
-    assert again.status == 0 and "2 updates" in again.out  # a job that starts again once more
+    assert again.status == 0 and "is finished; nothing was trained" in again.out  # a job that starts again once more
+    both = tiltune(*command, "--energy", "my_energy.py:ink", "--resume", "auto", "--overwrite")
+    assert both.status == 2 and "ask for one of them" in both.err
     named = tiltune(*command, "--energy", "my_energy.py:ink", "--resume", here / "run")
     assert named.status == 2 and "is finished; there is nothing to resume" in named.err
     more = tiltune(*command, "--seed", 9, "--energy", "my_energy.py:ink", "--resume", "auto")
@@ -445,6 +447,29 @@ def test_export_and_its_refusals(tiltune: Callable[..., Any], here: Path, traine
     assert contents(here / "exported") == before
     assert tiltune("export", "my-run", "--format", "lora", "--out", "adapters").status == 2
     assert not (here / "adapters").exists()
+
+
+@pytest.mark.parametrize("out", ["pipeline", "pipeline/run", "."])
+def test_a_run_is_not_written_over_its_prior(
+    tiltune: Callable[..., Any], here: Path, small: list[Any], prior: Path, out: str
+) -> None:
+    shutil.copytree(prior, here / "pipeline")
+    before = contents(here)
+    flags = ["--prior", "pipeline", *small[2:], "--energy", "my_energy.py:ink", "--out", out, "--overwrite"]
+    shown = tiltune("train", *flags)
+    assert shown.status == 2 and "lie one in the other; name another folder with --out" in shown.err
+    assert contents(here) == before
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(
+    tiltune: Callable[..., Any], here: Path, small: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "file").write_text("")
+    under = tiltune("train", *small, "--energy", "my_energy.py:ink", "--out", "file/run")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    closed = tiltune("train", *small, "--energy", "my_energy.py:ink", "--out", "new/run")
+    for shown in (under, closed):
+        assert shown.status == 2 and "is not a folder that you may write in" in shown.err and "prior:" not in shown.out
 
 
 INTERRUPTED_IMPORT = """
