@@ -329,11 +329,14 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any], place: str = "") -
 
 
 def _only_begun(folder: Path, config: RunConfig, resume: str | Path | None) -> bool:
-    """Whether "auto" finds the same run, killed before its first checkpoint: to be started over without a word."""
+    """Whether "auto" finds the same run, ended before its first checkpoint: to be started over without a word.
+
+    Where none are kept, an interrupted run may hold hours, and is for its owner to replace.
+    """
     path = folder / "config.yaml"
-    if resume != "auto" or (folder / "run.json").exists() or not path.exists():
+    if resume != "auto" or not path.exists() or path.read_text() != to_yaml(config):
         return False
-    return path.read_text() == to_yaml(config)
+    return config.train.checkpoint_every > 0 or not (folder / "run.json").exists()
 
 
 def _refuse_incomplete(config: RunConfig, task: Task | None, energy: Energy | None) -> None:

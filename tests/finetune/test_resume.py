@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is the run that nobody stopped, bit for bit."""
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from typing import Any
@@ -330,6 +331,24 @@ def test_what_breaks_behind_the_optimizers_step_leaves_no_checkpoint_of_half_a_s
     assert checkpoint.last(run / "checkpoints").name == "step-00000006"
     runs.train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole)
+
+
+@pytest.mark.parametrize("every", [3, 0])
+def test_auto_starts_over_what_ended_before_its_first_checkpoint(every, config, whole, tmp_path):
+    """Another process was killed in the first save, say. A run that keeps none may hold hours, and is not replaced."""
+    run = tmp_path / "run"
+    config = replace(config, train=replace(config.train, checkpoint_every=every))
+    with pytest.raises(ValueError, match="is gone"):
+        runs.train(config, run, energy=breaking(6, STOPS["an error"]), progress=False)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    before = left(run)
+    if every:
+        runs.train(config, run, energy=ink, resume="auto", progress=False)
+        assert left(run) == left(whole) != before
+    else:
+        with pytest.raises(ValueError, match="already holds a run"):
+            runs.train(config, run, energy=ink, resume="auto", progress=False)
+        assert left(run) == before
 
 
 def test_a_checkpoint_of_another_run_is_refused(config, whole, tmp_path):
