@@ -59,7 +59,7 @@ class Processes:
                 raise ValueError(
                     f"{name} is true, which is not supported here; set it to false (--gradient-checkpointing is ours)."
                 )
-        self.shared: BaseException | None = None  # what all processes have left for, each with its own words for it
+        self.left_for: BaseException | None = None  # what all processes have left for, each with its own words for it
 
     @property
     def main(self) -> bool:
@@ -141,11 +141,11 @@ class Processes:
         except RuntimeError as error:
             if "timed out" not in str(error).lower():
                 raise
-            self.shared = NoAnswer(
+            self.left_for = NoAnswer(
                 f"another process did not answer for {self._timeout:g} s: it hangs, in its energy perhaps, or is slower than"
                 " that. This one ends, and torchrun ends all of them. Raise process_timeout for an energy that takes longer."
             )
-            raise self.shared from error
+            raise self.left_for from error
         assert isinstance(gathered, Tensor)
         return gathered
 
@@ -165,7 +165,7 @@ class Processes:
             if error is None and len(failed):
                 error = ProcessError(f"process {failed[0].item()} failed, and all stop with it; its own output says why.")
         if error is not None:
-            self.shared = error
+            self.left_for = error
             raise error
 
     @contextmanager
@@ -175,7 +175,7 @@ class Processes:
         try:
             yield
         except (Exception, KeyboardInterrupt) as caught:
-            if caught is self.shared:  # of an inner block: the others have left as well
+            if caught is self.left_for:  # of an inner block: the others have left as well
                 raise
             error = caught
         self.agree(error)
@@ -190,8 +190,8 @@ class Processes:
         stop = asked_to_stop()
         asked = self.gather(torch.tensor([ASKED.index(stop)], device=self.device, dtype=torch.int32)).max().item()
         if kind := ASKED[int(asked)]:
-            self.shared = kind("asked to stop")
-            raise self.shared
+            self.left_for = kind("asked to stop")
+            raise self.left_for
 
     def refuse_other(self, number: int, what: str) -> None:
         """Errors: ProcessError where the processes do not have the same number."""

@@ -135,13 +135,14 @@ def train(
     _refuse_incomplete(config, task, energy)
     _refuse_priors_folder(folder, config)
     refuse_missing(config.tracker)
+    speaks = progress and os.environ.get("RANK", "0") == "0"
     if resume is not None and overwrite:
         raise ValueError("resume goes on with the run that is there, and overwrite replaces it; ask for one of them.")
     if resume is not None and _is_finished(folder):
         if resume != "auto":
             raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
         _refuse_other_config(folder / "config.yaml", config)
-        if progress and os.environ.get("RANK", "0") == "0":
+        if speaks:
             print(f"the run in {folder} is finished; nothing was trained")
         return open_run(folder, task)
     start = None if resume is None else _checkpoint_of(folder, config, resume)
@@ -194,7 +195,7 @@ def train(
         prior = load_prior(config, task)
         # The data's widest direction is unknown here; in images it holds about a tenth of all their variance.
         conditions = prior.chain.conditions(max(1.0, 0.1 * math.prod(prior.shape)))
-        if progress and os.environ.get("RANK", "0") == "0":
+        if speaks:
             print(*prior.decisions, *(f"  {name:<10} {text}" for name, text in conditions.items()), sep="\n")
         policy = _initial_policy(config, prior)
         tracker = None if config.tracker is None else Tracker(config.tracker, folder, to_mapping(config))
@@ -220,15 +221,12 @@ def train(
             trainer.restore(state, own)
         with ExitStack() as ending:
             with processes.together():
-                if processes.main:
-                    begun = new_run(folder, lambda: bool(trainer.history)) if start is None else RunLock(folder)
-                    ending.enter_context(begun)
-                if not processes.main:
-                    pass
-                elif start is None:
+                if processes.main and start is None:
+                    ending.enter_context(new_run(folder, lambda: bool(trainer.history)))
                     # Half of it, left by a kill, would keep "auto" from going on; so would half of run.json.
                     replace_file(folder / "config.yaml", to_yaml(config))
-                else:
+                elif processes.main and start is not None:
+                    ending.enter_context(RunLock(folder))
                     checkpoint.rewind(folder / checkpoint.FOLDER, trainer.taken)
                     (folder / "metrics.jsonl").write_text("".join(strict_json(line) + "\n" for line in trainer.history))
                     if progress:

@@ -345,7 +345,7 @@ class Trainer:
         """Whether all processes left for this: what one alone has run into, outside of `together`, is left to torchrun."""
         if isinstance(error, NoAnswer):
             return False
-        return self.processes.count == 1 or error is self.processes.shared or isinstance(error, EVERYWHERE)
+        return self.processes.count == 1 or error is self.processes.left_for or isinstance(error, EVERYWHERE)
 
     def _warm_start(self) -> None:
         """Trajectory likelihood on the bank (`ForwardKL`), in two halves where the shift of the first can teach the second."""
