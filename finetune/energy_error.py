@@ -93,7 +93,9 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 def _file_of(energy: Any) -> str | None:
     """The name of the file that defines it; None for Tiltune's own adapters, and for what was typed into an interpreter."""
     file = getattr(sys.modules.get(getattr(energy, "__module__", None) or ""), "__file__", None)
-    return None if file is None or _is_ours(file) else Path(file).name
+    if file is None:  # a module that nobody registered
+        file = getattr(getattr(energy, "__code__", None), "co_filename", "")
+    return Path(file).name if Path(file).is_file() and not _is_ours(file) else None
 
 
 def _is_ours(file: str) -> bool:

@@ -170,6 +170,9 @@ def test_names() -> None:
     assert energy_name(Scorer()) == f"Scorer {here}"
     assert energy_name(from_reward(own)) == f"from_reward(own {here})"
     assert energy_name(CachedEnergy(own)) == f"own {here}"
+    unregistered: dict[str, Any] = {"__name__": "nowhere"}
+    exec(compile("def own(x): ...", __file__, "exec"), unregistered)
+    assert energy_name(unregistered["own"]) == f"own {here}"
     assert energy_name(eval("lambda x: x", {"__name__": "typed"})) == "lambda on line 1"
 
 
