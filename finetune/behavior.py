@@ -119,7 +119,7 @@ NEEDS_BANK = frozenset({"tilted_prior", "noised_back"})
 
 def needs_bank(config: TrainConfig) -> bool:
     """Whether anything of a run draws on a bank of prior trajectories."""
-    phases = config.warm_start == "tlm" or config.soft_value_updates or config.forward_rows
+    phases = config.warm_start != "none" or config.soft_value_updates or config.forward_rows
     return bool(phases or set(config.shares) & NEEDS_BANK)
 
 

@@ -30,14 +30,20 @@ class TrainConfig:
     """Peak of a one-cycle schedule."""
     log_z_learning_rate: float = 0.02
     """For objectives that learn log Z."""
-    warm_start: Literal["tlm", "none"] = "tlm"
-    """Forward-KL fit to prior trajectories weighted by exp(-E/alpha), before the objective; nearly free."""
+    step_nats: float = 1.0
+    """An update is shortened where it would move the policy by more than this, nats of KL(before || after); the schedule of
+    the learning rate lowers the bound with its square."""
+    warm_start: Literal["tlm", "value_drift", "none"] = "tlm"
+    """Before the objective, on prior trajectories and nearly free. tlm: forward-KL fit to those weighted by exp(-E/alpha).
+    value_drift: regression on the soft value's gradient, which has no sampling noise; for priors about which nothing is known."""
     warm_start_updates: int = 1400
     """Gradient steps of the warm start."""
     warm_start_rows: int = 4096
     """Transitions an update of the warm start."""
     warm_start_learning_rate: float = 3e-3
     """Peak of the warm start's own one-cycle schedule."""
+    warm_start_step_nats: float = 1.0
+    """step_nats of the warm start."""
     soft_value_updates: int = 0
     """Updates of a learned soft value, log E_prior[exp(-E/alpha) | state]: it takes variance out of the warm start and is the
     baseline of reinforce_kl. Worth its time on images, where the bank has few effective paths. 0: none."""
@@ -88,7 +94,7 @@ class TrainConfig:
             f"alpha is {self.alpha}; the target p_prior · exp(-E/alpha) needs a temperature alpha > 0.",
         )
         positive = "batch_size learning_rate log_z_learning_rate warm_start_rows warm_start_learning_rate bank_size max_energy"
-        for name in f"{positive} max_grad_norm memory_mb monitor_every process_timeout".split():
+        for name in f"{positive} max_grad_norm memory_mb monitor_every process_timeout step_nats warm_start_step_nats".split():
             refuse(not getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
         refuse(
             self.forward_rows > 0 and not self.soft_value_updates,
@@ -100,7 +106,12 @@ class TrainConfig:
         for name in ("updates", "warm_start_updates", "soft_value_updates", "forward_rows", "checkpoint_every", "max_skipped"):
             refuse(getattr(self, name) < 0, f"{name} is {getattr(self, name)}; it must not be negative.")
         refuse(self.batch_size < 2, "batch_size must be at least 2: baselines and variances compare trajectories.")
-        refuse(self.warm_start not in ("tlm", "none"), f"warm_start is {self.warm_start!r}; choose 'tlm' or 'none'.")
+        starts = ("tlm", "value_drift", "none")
+        refuse(self.warm_start not in starts, f"warm_start is {self.warm_start!r}; choose one of {', '.join(starts)}.")
+        refuse(
+            self.warm_start == "value_drift" and not self.soft_value_updates,
+            "warm_start value_drift needs a soft value to take the gradient of; give soft_value_updates, 400 say.",
+        )
         refuse(self.noise_scale < 1, f"noise_scale is {self.noise_scale}; inflated noise is at least 1.")
         refuse(
             self.tempering_ess is not None and not 0 < self.tempering_ess < 1,
@@ -298,16 +309,19 @@ def pretrained_recipe(source: str | None = None, *terms: str) -> RunConfig:
     """
     train = TrainConfig(
         objective="reinforce_kl",
-        soft_value_updates=300,
-        bank_size=2000,
-        warm_start_updates=300,
-        warm_start_rows=256,
+        soft_value_updates=400,
+        bank_size=4000,
+        warm_start="value_drift",
+        warm_start_updates=400,
+        warm_start_rows=192,
         warm_start_learning_rate=1e-3,
-        updates=50,
+        warm_start_step_nats=0.05,
+        updates=10,
         batch_size=64,
         learning_rate=3e-4,
+        step_nats=0.01,
         tempering_ess=None,
-        ema_decay=0.99,
+        ema_decay=0.98,
         memory_mb=256.0,
     )
-    return RunConfig(prior=PriorConfig(source), energy=EnergyConfig(terms), train=train)
+    return RunConfig(prior=PriorConfig(source, channels_last=True), energy=EnergyConfig(terms), train=train)

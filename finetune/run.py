@@ -252,6 +252,7 @@ def train(
                 "energy_calls": trainer.meter.calls if processes.count == 1 else trainer.history[-1]["energy_calls"],
                 "bank_ess": trainer.bank_ess,
                 "log_z": None if result is None else result.log_z,
+                "improvement": None if result is None or result.improvement is None else result.improvement.to_dict(),
                 "seconds": None if result is None else round(result.seconds, 1),
                 "energy": list(config.energy.terms) if energy is None else None,
                 "decisions": list(prior.decisions),

@@ -4,6 +4,10 @@ h_k is the density ratio of tilted to prior states at step k, so a classifier of
 of mean 1, the minimum of E[w softplus(-f) + softplus(f)] is f = log h_k. Two networks, each trained on half of the bank, so that
 no path is ever judged by a network that has seen its energy.
 
+The same networks give a second estimate: the first two cumulants of -E/alpha given the state, m and v, by least squares, so that
+log h ≈ m + v/2 + const. It learns from the energies of all paths, where the classifier learns from the few that have weight, and is
+exact where E given s is Gaussian. `ValueDrift` measures which of the two to follow.
+
 It is the baseline of `reinforce_kl`, where an error in it costs variance only, and the control variate of the forward KL, where
 an error also counts as far as that phase's shortcuts (bridged means, states noised anew) miss the chain's own law:
 docs/theory.md says how far.
@@ -24,19 +28,25 @@ from .behavior import PriorBank
 
 WIDTH, CHANNELS, DROPOUT = 96, 24, 0.3
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 512, 2e-3, 0.3
+VARIANCE_SHARE = 0.3  # of the squared error of the variance beside that of the mean
 FRESH = 0.7  # share of states noised anew from a path's end
 LARGEST = math.log(60.0)  # h is bounded above: where it is larger the bank holds too few states to know it
 
 
 class ValueNetwork(nn.Module):
-    """States [N, ...] of a chain and their steps [N] → [N]; zero at the start.
+    """States [N, ...] of a chain and their steps [N] → [N] log h; zero at the start. `estimates` → [N, 2], by cumulants too.
 
-    Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and shifted by an
+    scale [steps + 1]: the states' standard deviation at each step. spread: that of -E/alpha over the prior's paths. Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and shifted by an
     embedding of the step.
     """
 
-    def __init__(self, shape: tuple[int, ...], steps: int) -> None:
+    scale: Tensor
+    spread: Tensor
+
+    def __init__(self, shape: tuple[int, ...], steps: int, scale: Tensor | None = None, spread: float = 1.0) -> None:
         super().__init__()
+        self.register_buffer("scale", torch.ones(steps + 1) if scale is None else scale.clone())
+        self.register_buffer("spread", torch.tensor(spread))
         self.step = nn.Embedding(steps + 1, 64)
         layers: list[nn.Module] = []
         outputs: list[int] = []
@@ -54,12 +64,21 @@ class ValueNetwork(nn.Module):
         outputs += [WIDTH, WIDTH]
         self.shifts = nn.ModuleList(nn.Linear(64, 2 * out) for out in outputs)
         self.drop = nn.Dropout(DROPOUT)
-        self.out = nn.Linear(WIDTH, 1)
+        self.out = nn.Linear(WIDTH, 3)  # log h, and the standardized mean and (before a softplus) variance of -E/alpha
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, state: Tensor, step: Tensor) -> Tensor:
-        hidden, embedded = state, self.step(step)
+        return self.heads(state, step)[:, 0]
+
+    def estimates(self, state: Tensor, step: Tensor) -> Tensor:
+        log_h, mean, variance = self.heads(state, step).unbind(1)
+        return torch.stack([log_h, self.spread * mean + 0.5 * self.spread.square() * variance], 1)
+
+    def heads(self, state: Tensor, step: Tensor) -> Tensor:
+        """[N, 3]: log h; mean and variance of -E/alpha given the state, in units of ``spread``."""
+        hidden = state / self.scale[step].view(-1, *[1] * (state.ndim - 1))
+        embedded = self.step(step)
         for layer, shift in zip(self.layers, self.shifts, strict=True):
             if isinstance(layer, nn.Linear):
                 hidden = self.drop(hidden.flatten(1))
@@ -67,7 +86,8 @@ class ValueNetwork(nn.Module):
             hidden = layer(hidden)
             around = (len(hidden), -1, *[1] * (hidden.ndim - 2))
             hidden = functional.silu(hidden * (1 + scale.view(around)) + offset.view(around))
-        return self.out(hidden)[:, 0]
+        log_h, mean, variance = self.out(hidden).unbind(1)
+        return torch.stack([log_h, mean, functional.softplus(variance + 0.5)], 1)
 
 
 class SoftValue:
@@ -103,10 +123,28 @@ class SoftValue:
         values = [network(state, step) for network in self.networks]
         return torch.where(self.half[path] == 0, values[1], values[0]).clamp(max=LARGEST)
 
+    def estimates(self, state: Tensor, step: Tensor, path: Tensor | None) -> Tensor:
+        """[N, 2]: log h by classification and by cumulants (up to a constant), with a graph; ``path`` as in `of_paths`."""
+        first, second = (network.estimates(state, step) for network in self.networks)  # pyright: ignore[reportCallIssue]
+        if path is None:
+            return 0.5 * (first + second)
+        return torch.where((self.half[path] == 0)[:, None], second, first)
+
 
 def bank_weight(bank: PriorBank, alpha: float) -> Tensor:
     """exp(-E/alpha) of the bank's paths [N], of mean 1."""
     return bank.log_weight(alpha).double().softmax(0).float() * len(bank.trajectories)
+
+
+def standardized(bank: PriorBank, alpha: float) -> tuple[Tensor, float]:
+    """(-E/alpha of the bank's paths [N] with mean 0 and standard deviation 1, that deviation in nats).
+
+    What has no finite energy counts as the worst that has one.
+    """
+    reward = bank.log_weight(alpha)
+    reward = reward.clamp(min=reward[reward.isfinite()].min())
+    spread = max(reward.std().item(), 1e-6) if len(reward) > 1 else 1.0
+    return (reward - reward.mean()) / spread, spread
 
 
 def states_of(chain: Chain, states: Tensor, path: Tensor, step: Tensor, fresh: float, generator: torch.Generator) -> Tensor:
@@ -133,20 +171,24 @@ def fit_soft_value(
     half = torch.zeros(count, dtype=torch.long, device=device)
     half[torch.randperm(count, generator=generator, device=device)[count // 2 :]] = 1
     fresh = FRESH if chain.forgets_given_next else 0.0
+    scale = states.flatten(1).std(1).clamp(min=1e-6)
+    reward, spread = standardized(bank, alpha)
     networks = []
     # Initial weights and dropout come from the global generator: forked, so that the caller's is left alone.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for side in (0, 1):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=device)))
-            network = ValueNetwork(tuple(states.shape[2:]), chain.num_kernels).to(device).train()
+            network = ValueNetwork(tuple(states.shape[2:]), chain.num_kernels, scale[: chain.num_kernels + 1], spread).to(device).train()
             optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
             mine = (half == side).nonzero()[:, 0]
             for update in range(updates):
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / updates) * min(1.0, (update + 1) / 100)
                 path = mine[torch.randint(len(mine), (BATCH,), generator=generator, device=device)]
                 step = torch.randint(chain.num_kernels + 1, (BATCH,), generator=generator, device=device)
-                value = network(states_of(chain, states, path, step, fresh, generator), step)
+                value, mean, variance = network.heads(states_of(chain, states, path, step, fresh, generator), step).unbind(1)
+                miss = reward[path] - mean
                 loss = (weight[path] * functional.softplus(-value) + functional.softplus(value)).mean()
+                loss = loss + miss.square().mean() + VARIANCE_SHARE * (miss.detach().square() - variance).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

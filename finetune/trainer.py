@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ from .energy_probe import probe_energy
 from .estimators import ess, log_mean_exp
 from .forward_kl import ForwardKL
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
+from .held_out import HeldOut, Improvement, Kept
 from .interrupts import NoAnswer, Preempted, ProcessError, uninterrupted
 from .objectives import OBJECTIVES, Batch
 from .processes import Processes
 from .soft_value import SoftValue, fit_soft_value
+from .step_bound import FLOOR, StepBound
 from .strict_json import strict_json
+from .value_drift import ValueDrift
 
 MAX_OVERFLOWS = 20  # a scaler starts far too high and needs about that many to come down
 SHARED = ("batch_size", "bank_size", "warm_start_rows", "forward_rows")  # the processes split these
@@ -43,8 +46,11 @@ COUNTED = {  # by the energy meter, as metrics call it
     "forbidden": "forbidden_energies",
 }
 EVERYWHERE = (FloatingPointError, EnergyError, ProcessError)  # raised for what all processes see alike
+FALLS = 2  # looks in a row at which a warm start has fallen behind its best, and ends
 NORMS = 20  # gradients that a spike is compared with
-MONITOR_SIZE = 512  # at most, and a fortieth of the bank: the curve must not cost what it watches
+HELD_OUT = 1000  # prior paths at most that nothing is learned from, and a quarter of the bank's number
+WATCHES = 6  # looks at them in a warm start
+JUDGED = 256  # rollouts that show what a phase has reached
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +58,8 @@ class TrainResult:
     """What training leaves behind.
 
     policy: on the CPU where it was trained in shards (`Processes`), else where it was.
-    log_z: the learned parameter; without one, the last on-policy batch's estimate, or the bank's."""
+    log_z: the learned parameter; without one, the last on-policy batch's estimate, or the bank's.
+    improvement: how much closer to the target than the prior; None where there are no held-out paths, or no time to measure it."""
 
     policy: Policy
     log_z: float
@@ -60,6 +67,7 @@ class TrainResult:
     seconds: float
     interrupted: bool
     preempted: bool
+    improvement: Improvement | None
     history: list[dict[str, Any]] = field(repr=False)
 
 
@@ -109,6 +117,9 @@ class Trainer:
         self.bank: PriorBank | None = None
         self.soft_value: SoftValue | None = None
         self.forward_kl: ForwardKL | None = None
+        self.value_drift: ValueDrift | None = None
+        self.held_out: HeldOut | None = None
+        self.bound = StepBound(prior, self.policy, self._agreed)
         # Half precision rounds small gradients to zero; scaled ones survive.
         half = getattr(prior.denoiser, "autocast", None) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -119,7 +130,9 @@ class Trainer:
         self.taken = 0
         self._optimizer, self._schedule = self._optimizer_for(self.config.learning_rate, 1)
         self._log_z_optimizer = torch.optim.Adam([self.log_z], self.config.log_z_learning_rate)
-        self._tilted: Tensor | None = None
+        self.watched, self.closest = Kept(self._trained()), Kept(self._trained())
+        self.improvement: Improvement | None = None
+        self._judged = -1  # steps taken when the policy was last judged
         self._ceiling: float | None = None
         self._alpha_start = self.config.alpha
         self._on_checkpoint, self._on_record = on_checkpoint, on_record
@@ -202,9 +215,10 @@ class Trainer:
             self._prepare()
         interrupted: KeyboardInterrupt | None = None
         try:
-            if self.config.warm_start == "tlm":
+            if self.config.warm_start != "none":
                 self._warm_start()
             self._updates()
+            self._take_best()
         except KeyboardInterrupt as error:
             if not self.history:
                 raise
@@ -218,7 +232,14 @@ class Trainer:
             log_z = self.history[-1].get("log_z", fallback) if self.history else fallback
         seconds = time.perf_counter() - self._started
         return TrainResult(
-            policy, log_z, self.meter.calls, seconds, interrupted is not None, isinstance(interrupted, Preempted), self.history
+            policy,
+            log_z,
+            self.meter.calls,
+            seconds,
+            interrupted is not None,
+            isinstance(interrupted, Preempted),
+            None if interrupted is not None else self.improvement,
+            self.history,
         )
 
     def collected(self) -> Policy:
@@ -239,14 +260,43 @@ class Trainer:
             # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
             with torch.no_grad():
                 self.log_z.fill_(self._agreed(self.bank.log_z(config.alpha)))
-            self._tilted = self._monitored(self.bank)
+            self.held_out = self._hold_out()
             self.bank_ess = ess(self._gather(self.bank.log_weight(config.alpha))) * config.bank_size
             if config.soft_value_updates:
                 self.soft_value = self._fit_soft_value(self.bank)
             self.forward_kl = self._forward_kl_on(self.bank)
+            self.value_drift = self._value_drift_on(self.bank)
+            if self.value_drift is not None:
+                with self._bar(self.prior.chain.num_kernels, "worth of the soft value") as bar:
+                    self.value_drift.measure(bar.update)
+                with torch.no_grad():
+                    factors = self._gather(self.value_drift.factor[None])
+                self.value_drift.factor = factors.mean(0)
 
     def _forward_kl_on(self, bank: PriorBank) -> ForwardKL:
         return ForwardKL(self.prior, self.policy, bank, self.soft_value, self.config, self.generator, self._hold)
+
+    def _value_drift_on(self, bank: PriorBank) -> ValueDrift | None:
+        if self.config.warm_start != "value_drift":
+            return None
+        assert self.soft_value is not None
+        drift = ValueDrift(self.prior, bank, self.soft_value, self.config.alpha, self.generator, self._hold)
+        few = bank.trajectories.select(torch.arange(6, device=self.prior.device) % len(bank.trajectories))
+        rows = self._sizes["warm_start_rows"]
+        with self._hold():
+            drift.chunk = chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, rows, total=rows)
+        return drift
+
+    def _hold_out(self) -> HeldOut | None:
+        """Prior paths for watching what is learned from the bank's, or None where their energies say nothing."""
+        size = min(HELD_OUT // self.processes.count, self._sizes["bank_size"] // 4)
+        if size < 2:
+            return None
+        paths = self._prior_paths(size, "held-out samples")
+        assert paths.energy is not None
+        if not torch.isfinite(PriorBank(paths).log_weight(self.config.alpha)).any():
+            return None
+        return HeldOut.draw(self.prior, PriorBank(paths), self.config.alpha, self.generator)
 
     def _check_energy(self) -> None:
         probe = rollout(self.prior, None, 4, self.generator, keep=False, on_step=self.processes.poll)
@@ -263,6 +313,15 @@ class Trainer:
 
         Errors: ValueError where their states would fill more than half of the memory that is free.
         """
+        bank = PriorBank(self._prior_paths(size, "prior samples"))
+        with self.processes.together():
+            if not torch.isfinite(bank.log_weight(self.config.alpha)).any():
+                raise EnergyError(
+                    f"none of {size} prior samples has a finite energy: the tilted law is out of the prior's reach here."
+                )
+        return bank
+
+    def _prior_paths(self, size: int, name: str) -> Trajectories:
         shape = (self.prior.chain.num_steps + 1, size, *self.prior.shape)
         with self.processes.together():
             self._refuse_oversized(4 * math.prod(shape))
@@ -271,7 +330,7 @@ class Trainer:
         chunk = rows_at_once(self.prior.shape)
         counts = [min(chunk, size - first) for first in range(0, size, chunk)]
         drawn = (("", rollout(self.prior, None, count, self.generator, on_step=self.processes.poll)) for count in counts)
-        with self._bar(size, "prior samples") as bar:
+        with self._bar(size, name) as bar:
             first = 0
             for _, part in self.evaluated(drawn):
                 assert part.energy is not None
@@ -279,14 +338,10 @@ class Trainer:
                 states[:, rows], energy[rows] = part.states, part.energy
                 first = rows.stop
                 bar.update(len(part))
-            bank = PriorBank(Trajectories(states, energy=energy))
-            bar.set_postfix(effective=f"{bank.ess(self.config.alpha):,.0f}")  # what says whether alpha is within reach
-        with self.processes.together():
-            if not torch.isfinite(bank.log_weight(self.config.alpha)).any():
-                raise EnergyError(
-                    f"none of {size} prior samples has a finite energy: the tilted law is out of the prior's reach here."
-                )
-        return bank
+            paths = Trajectories(states, energy=energy)
+            # What says whether alpha is within reach.
+            bar.set_postfix(effective=f"{PriorBank(paths).ess(self.config.alpha):,.0f}")
+        return paths
 
     def _refuse_oversized(self, wanted: int) -> None:
         import psutil
@@ -308,11 +363,6 @@ class Trainer:
                 bank, self.prior.chain, config.alpha, config.soft_value_updates, self.generator, lambda: bar.update(1)
             )
 
-    def _monitored(self, bank: PriorBank) -> Tensor:
-        """Paths of the bank, drawn from the tilted law once, for EUBO curves."""
-        size = max(2, min(MONITOR_SIZE, len(bank.trajectories) // 40))
-        return bank.draw(size, self.config.alpha, self.generator)
-
     @contextmanager
     def _phase(self, first: int, count: int, learning_rate: float) -> Iterator[range]:
         """The steps of a phase that are still to be taken, out of ``count`` from the run's step ``first`` on; with an optimizer,
@@ -328,6 +378,9 @@ class Trainer:
         if self._restored is not None:
             self._restore_phase(self._restored)
             self._restored = None
+        if self.bank is not None and self.taken == first:
+            self.bound.look_at(self.bank.trajectories.states, self.generator)
+        self.bound.begin()
         self._boundary = self._between_steps()
         try:
             yield range(self.taken - first, count)
@@ -352,31 +405,90 @@ class Trainer:
         return self.processes.count == 1 or error is self.processes.left_for or isinstance(error, EVERYWHERE)
 
     def _warm_start(self) -> None:
-        """Trajectory likelihood on the bank (`ForwardKL`), in two halves where the shift of the first can teach the second."""
-        config, forward = self.config, self.forward_kl
+        """The config's warm start on the bank: the forward KL (`ForwardKL`), or the soft value's drift (`ValueDrift`).
+
+        The forward KL goes in two halves where the shift of the first can teach the second. It ends at the weights that came closest to the
+        held-out paths, and early where they fall behind.
+        """
+        config, forward, drift = self.config, self.forward_kl, self.value_drift
         assert forward is not None
-        total = config.warm_start_updates
-        halves = [(0, total // 2), (total // 2, total)] if forward.bridged_and_controlled else [(0, total)]
-        with self._bar(total, "warm start (tlm)") as bar:
+        total, rows = config.warm_start_updates, self._sizes["warm_start_rows"]
+        split = drift is None and forward.bridged_and_controlled
+        halves = [(0, total // 2), (total // 2, total)] if split else [(0, total)]
+        every = max(1, total // WATCHES)
+        with self._bar(total, f"warm start ({config.warm_start})") as bar:
             for first, last in halves:
                 with self._phase(first, last - first, config.warm_start_learning_rate) as steps:
                     for update in steps:
                         update += first
+                        if self.watched.falls >= FALLS:
+                            break
                         if update == first > 0:
                             forward.measure_slope()
-                        loss = forward.backward(self._sizes["warm_start_rows"], self.scaler.scale)
+                        if drift is not None:
+                            loss = drift.backward(self.policy, rows, self.scaler.scale)
+                        else:
+                            loss = forward.backward(rows, self.scaler.scale)
                         loss_scale = self.scaler.get_scale()
                         with uninterrupted():
-                            taken = self._step()
-                            if update % (5 * config.monitor_every) == 0 or update == total - 1:
-                                record = {"loss": self._agreed(loss.item() / loss_scale), **self._monitor()}
-                                record |= {} if taken else {"skipped": True}
+                            nats = self._step(config.warm_start_step_nats, config.warm_start_learning_rate)
+                            record: dict[str, Any] = {"loss": self._agreed(loss.item() / loss_scale), "step_nats": nats}
+                            if nats is None:
+                                record["skipped"] = True
+                            if (update + 1) % every == 0 or update == total - 1:
+                                record |= self._watch()
+                            if (update + 1) % every == 0 or update % (5 * config.monitor_every) == 0 or update == total - 1:
                                 self._record(bar, "warm_start", update, record)
                             self._step_taken(bar)
+        if self.taken <= total:
+            self.taken = total
+            if self.held_out is not None and self._judged != total:
+                self._take(self.watched.weights)
+                self._judge("the warm start")
+
+    @torch.no_grad()
+    def _watch(self) -> dict[str, float]:
+        """The EUBO of the policy as it would be if the phase ended here, which is kept if it is the best."""
+        with self.averaged():
+            found = self._monitor()
+            if self.held_out is not None:
+                nats = self._agreed(self.held_out.eubo) - found["eubo"]
+                self.watched.offer(nats, self._trained(), slack=found["eubo_se"])
+        return found
+
+    def _judge(self, phase: str) -> None:
+        """How much closer than the prior the policy is by held-out paths and fresh rollouts; kept if nothing was closer."""
+        held_out, bank, alpha = self.held_out, self.bank, self.config.alpha
+        assert held_out is not None and bank is not None and bank.trajectories.energy is not None
+        drawn = rollout(
+            self.prior, self.policy, max(2, JUDGED // self.processes.count), self.generator, keep=False, on_step=self.processes.poll
+        )
+        drawn = self.evaluate_energy(drawn)
+        assert drawn.energy is not None and drawn.step_log_ratio is not None
+        own = -self._of_all(*self.capped(bank.trajectories.energy)).double() / alpha
+        energy, valid = self.capped(drawn.energy)
+        log_weight = self._of_all(-energy / alpha - drawn.step_log_ratio.sum(0), valid).double()
+        gain, error = (self._agreed(value) for value in held_out.gain(self.policy))
+        nats = gain + (log_weight.mean() - own.mean()).item()
+        nats = nats if math.isfinite(nats) else -math.inf
+        se = math.hypot(error / math.sqrt(self.processes.count), log_weight.std().item() / math.sqrt(len(log_weight)))
+        gap_prior = self._agreed(held_out.eubo) - own.mean().item()
+        if nats > self.closest.nats:
+            self.improvement = Improvement(nats, se, gap_prior, phase)
+        elif self.improvement is None or self.improvement.nats < nats < 0:
+            self.improvement = Improvement(nats, se, gap_prior, "prior")
+        self.closest.offer(nats, self._trained())
+        self._judged = self.taken
+
+    def _take_best(self) -> None:
+        """End at what came closest: the updates, the warm start before them, or where it all began."""
+        if self.held_out is not None:
+            self._judge("the updates")
+            self._take(self.closest.weights)
 
     def _updates(self) -> None:
         config, chain = self.config, self.prior.chain
-        first = config.warm_start_updates if config.warm_start == "tlm" else 0
+        first = config.warm_start_updates if config.warm_start != "none" else 0
         if self.taken == first:
             self.alpha = math.inf if config.tempering_ess else config.alpha
         chunk = 0
@@ -415,6 +527,9 @@ class Trainer:
                     rank=self.processes.rank,
                     world_size=self.processes.count,
                 )
+                if self.bound.state is None:  # without a bank
+                    self.bound.look_at(trajectories.states, self.generator)
+                    self.bound.begin()
                 if not chunk:
                     with self._hold():
                         chunk = chunk_rows(self.policy, chain, trajectories, config.memory_mb)
@@ -426,13 +541,13 @@ class Trainer:
                     factor = self.alpha**self.objective.alpha_power
                     self.forward_kl.backward(self._sizes["forward_rows"], self.scaler.scale, factor)
                 with uninterrupted():
-                    taken = self._step()
+                    nats = self._step(config.step_nats, config.learning_rate)
                     if self.objective.learns_log_z:
-                        if taken:
+                        if nats is not None:
                             self._log_z_optimizer.step()
                         self._log_z_optimizer.zero_grad()
-                    record: dict[str, Any] = {"loss": loss.item(), **self._batch_metrics(batch, on_policy)}
-                    if not taken:
+                    record: dict[str, Any] = {"loss": loss.item(), **self._batch_metrics(batch, on_policy), "step_nats": nats}
+                    if nats is None:
                         record["skipped"] = True
                     if len(terms) > 1:
                         record["terms"] = {name: self._agreed(mean) for name, mean in terms.items()}
@@ -480,6 +595,11 @@ class Trainer:
             "skipped": self._skipped,
             "norms": self._norms,
             "bank_ess": self.bank_ess,
+            "watched": self._kept_best(self.watched),
+            "closest": self._kept_best(self.closest),
+            "improvement": None if self.improvement is None else asdict(self.improvement),
+            "judged": self._judged,
+            "share": self.bound.share,
             "counters": self._total(self._boundary["meter"]),
             **{name: self._boundary[name] for name in ("log_z", "alpha", "alpha_start", "ceiling")},
         }
@@ -489,7 +609,9 @@ class Trainer:
         bank, forward, value, energy = self.bank, self.forward_kl, self.soft_value, self.meter.energy
         return {
             "bank": None if bank is None else {"states": bank.trajectories.states, "energy": bank.trajectories.energy},
-            "tilted": self._tilted,
+            "held_out": None if self.held_out is None else self.held_out.state_dict(),
+            "value_drift": None if self.value_drift is None else self.value_drift.state_dict(),
+            "bound": self.bound.state_dict(),
             "soft_value": None if value is None else value.state(),
             "forward_kl": None if forward is None else forward.state(),
             "energy_cache": energy.state() if isinstance(energy, CachedEnergy) else None,
@@ -555,17 +677,28 @@ class Trainer:
         for name in COUNTED:
             setattr(self.meter, name, spent[name])
         self.bank_ess = state["bank_ess"]
+        for kept, saved in ((self.watched, state["watched"]), (self.closest, state["closest"])):
+            trained = self._trained()
+            weights = [self.processes.part(weight, like) for weight, like in zip(saved["weights"], trained, strict=True)]
+            kept.load_state_dict({**saved, "weights": weights})
+        self.improvement = None if state["improvement"] is None else Improvement(**state["improvement"])
+        self._judged = state["judged"]
+        self.bound.load_state_dict({**own["bound"], "share": state["share"]})
         if own["energy_cache"] is not None and isinstance(self.meter.energy, CachedEnergy):
             self.meter.energy.restore(own["energy_cache"])
         if own["bank"] is not None:
             kept = {name: tensor.to(device) for name, tensor in own["bank"].items()}
             self.bank = PriorBank(Trajectories(kept["states"], energy=kept["energy"]))
-            self._tilted = own["tilted"].to(device)
+            if own["held_out"] is not None:
+                self.held_out = HeldOut.from_state(self.prior, own["held_out"], self.config.alpha)
             if own["soft_value"] is not None:
                 shape, steps = self.prior.shape, self.prior.chain.num_kernels
                 self.soft_value = SoftValue.from_state(own["soft_value"], shape, steps, device)
             self.forward_kl = self._forward_kl_on(self.bank)
             self.forward_kl.restore(own["forward_kl"])
+            self.value_drift = self._value_drift_on(self.bank)
+            if self.value_drift is not None:
+                self.value_drift.load_state_dict(own["value_drift"])
         self._restored = state
 
     def _restore_phase(self, state: dict[str, Any]) -> None:
@@ -585,6 +718,10 @@ class Trainer:
             return tensor
         whole = self.processes.whole(tensor.detach())
         return whole.cpu() if self.processes.main else torch.empty(0)
+
+    def _kept_best(self, kept: Kept) -> dict[str, Any]:
+        state = kept.state_dict()
+        return {**state, "weights": [self._kept(weight) for weight in state["weights"]]}
 
     def _kept_moments(self) -> dict[str, Any]:
         state = self._optimizer.state_dict()
@@ -678,14 +815,12 @@ class Trainer:
 
     @torch.no_grad()
     def _monitor(self) -> dict[str, float]:
-        """EUBO on a fixed draw of the tilted law; no energy calls."""
+        """EUBO on the held-out paths, with the standard error of what it differs from the prior's; no energy calls."""
         self.processes.refuse_other_weights(self._trained())
-        if self.bank is None or self._tilted is None:
+        if self.held_out is None:
             return {}
-        tilted = self.bank.trajectories.select(self._tilted)
-        assert tilted.energy is not None
-        ratio = step_log_ratio(self.prior.chain, self.prior.denoiser, self.policy, tilted).sum(0)
-        return {"eubo": self._agreed((-tilted.energy / self.config.alpha - ratio).mean().item())}
+        gain, error = self.held_out.gain(self.policy)
+        return {"eubo": self._agreed(self.held_out.eubo - gain), "eubo_se": self._agreed(error)}
 
     def _optimizer_for(self, learning_rate: float, updates: int) -> tuple[Any, Any]:
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
@@ -696,8 +831,11 @@ class Trainer:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=rise)
         return optimizer, schedule
 
-    def _step(self) -> bool:
-        """Move the policy by the gradient that is there; False where that is left out, and only the gradient is changed."""
+    def _step(self, most: float, peak: float) -> float | None:
+        """Move the policy by the gradient that is there, by at most ``most`` nats at the schedule's peak; returns the nats.
+
+        None where the step is left out, and only the gradient is changed.
+        """
         optimizer, schedule = self._optimizer, self._schedule
         self.scaler.unscale_(optimizer)
         norm = self.processes.whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)).item()
@@ -711,11 +849,13 @@ class Trainer:
                     f"{self._skipped} steps in a row were left out, the last for a gradient of norm {norm:.3g}; the policy is as"
                     " it was before them. Lower the learning rate, or raise max_skipped."
                 )
-            return False
+            return None
         self._skipped = 0
         self._norms = [*self._norms, norm][-NORMS:]
         scale = self.scaler.get_scale()
         self._torn = True
+        before = [weight.clone() for weight in self._trained()]
+        limit = most * max(FLOOR, (schedule.get_last_lr()[0] / peak) ** 2)
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad()
@@ -726,15 +866,16 @@ class Trainer:
                     f"the float16 gradient overflowed {self._overflows} times in a row; use bf16 or float32, or lower the"
                     " learning rate."
                 )
-            return False
+            return None
         self._overflows = 0
+        nats = self.bound.shorten(before, self._trained(), limit)
         schedule.step()
         if self.average is not None:
             # Slow averages of a short run would hold its start: the decay grows with the steps taken.
             taken = schedule.last_epoch
             decay = min(self.config.ema_decay, taken / (taken + 9))
             torch._foreach_lerp_(self.average, self._trained(), 1 - decay)
-        return True
+        return nats
 
     def _usable(self, norm: float) -> bool:
         """Whether a gradient of this norm is finite, and no spike where those are left out."""

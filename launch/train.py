@@ -91,6 +91,8 @@ def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = No
             file=sys.stderr,
         )
         return REQUEUE if trained.record["preempted"] else 130
+    improvement = trained.record["improvement"]
+    print("how much it helped was not measured, for want of held-out paths" if improvement is None else improvement["sentence"])
     print(f"next: tiltune evaluate {out}{said_again(trained)}")
     return 0
 

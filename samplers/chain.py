@@ -150,17 +150,34 @@ class Chain:
             return (row.c + row.d * row.p) * state + (row.d * row.q + row.e) * output
         return row.c * state + row.d * self._clean(row, state, output) + row.e * output
 
-    def kernel_shift(self, state: Tensor, step: int | Tensor, policy_output: Tensor, prior_output: Tensor) -> Tensor:
+    def kernel_shift(
+        self, state: Tensor, step: int | Tensor, policy_output: Tensor, prior_output: Tensor, *, straight: bool = False
+    ) -> Tensor:
         """delta_k = (mu_policy - mu_prior) / sigma_k, from the difference of the outputs where x_hat is not clipped.
 
         The means themselves are never subtracted: at 16384 dimensions and 1000 steps that costs nats in float32.
+        straight: gradients pass through the clipping of the policy's x_hat as if it were not there, so that a pixel that lies
+        beyond the bound can be called back. The value is the same.
         """
         row = self.row(step, state)
         difference = policy_output - prior_output
         if self.clip is None:
             return ((row.d * row.q + row.e) / row.sigma) * difference
-        clean_shift = self._clean(row, state, policy_output) - self._clean(row, state, prior_output)
-        return (row.d * clean_shift + row.e * difference) / row.sigma
+        clean = self._clean(row, state, policy_output)
+        if straight:
+            loose = row.p * state + row.q * policy_output
+            clean = loose + (clean - loose).detach()
+        return (row.d * (clean - self._clean(row, state, prior_output)) + row.e * difference) / row.sigma
+
+    def reachable(self, state: Tensor, step: int | Tensor, prior_output: Tensor, shift: Tensor) -> Tensor:
+        """The part of a wanted shift that x_hat can follow without leaving its bounds; all of it where nothing is clipped."""
+        if self.clip is None:
+            return shift
+        row = self.row(step, state)
+        clean = self._clean(row, state, prior_output)
+        per_clean = row.d / row.sigma  # what the clipped x_hat itself moves; a raw output beside it (e) is left out
+        wanted = (clean + shift / per_clean).clamp(-self.clip, self.clip)
+        return per_clean * (wanted - clean)
 
     def standardize(self, following: Tensor, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
         """z_k = (s_{k+1} - mu) / sigma_k, taken from the increment s_{k+1} - s_k; shape of ``state``.

@@ -1,0 +1,136 @@
+"""The soft value as teacher: its gradient, as the shift that the policy's kernels are to learn.
+
+The tilted path law's own kernels move by delta_k = sigma_k grad log h_{k+1}(mu_prior) where log h is linear at the scale of sigma_k.
+So a learned log h gives a target for the policy's shift that has no sampling noise. Two estimates of log h (`SoftValue`) give
+two gradients. What each is worth at each step is measured: on tilted paths of the bank, with the noise z that the prior drew
+there, and by networks that have not seen the path,
+
+    KL(tilted || policy) = KL(tilted || prior) - sum_k E[<delta, z> - ½ |delta|²]
+
+is quadratic in the factors of the gradients. So an estimate of log h that is wrong, in size or altogether, is learned less or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..samplers.policy import Prior, evaluate
+from ..samplers.trajectory import rows_at_once
+from .behavior import PriorBank
+from .gradients import MAX_CHUNK, Around
+from .soft_value import SoftValue, bank_weight
+
+PATHS = 600  # tilted paths on which the factors are measured
+EXPECTED, SPREAD = 0.4, 0.3  # of each gradient's factor before anything is measured: Gaussian, per step too (around 1)
+LARGEST = 1.5  # factor of one step over that of all
+
+
+class ValueDrift:
+    """Targets for the policy's shift, and the gradient of learning them.
+
+    held: what goes around a forward and backward of the policy that another one will follow. chunk: rows at once.
+    factor [num_kernels, 2]: of the two gradients at each step. explained: nats of KL(tilted || prior) that the target takes away,
+    estimated on the paths that the factors were fitted to.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        bank: PriorBank,
+        soft_value: SoftValue,
+        alpha: float,
+        generator: torch.Generator,
+        held: Around = nullcontext,
+    ) -> None:
+        self.held, self.chunk = held, MAX_CHUNK
+        self.prior, self.bank, self.soft_value = prior, bank, soft_value
+        self.alpha, self.generator = alpha, generator
+        self.factor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
+        self.explained = 0.0
+        self._mixture = 0.5 * (bank_weight(bank, alpha) + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factor": self.factor, "explained": self.explained}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.factor, self.explained = state["factor"].to(self.factor), state["explained"]
+
+    def _gradients(self, mean: Tensor, step: Tensor, path: Tensor | None) -> Tensor:
+        """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates."""
+        with torch.enable_grad():
+            state = mean.detach().requires_grad_(True)
+            values = self.soft_value.estimates(state, step + 1, path).sum(0)
+            gradients = [torch.autograd.grad(value, state, retain_graph=True)[0] for value in values]
+        return torch.stack(gradients) * self.prior.chain.row(step, mean).sigma
+
+    @torch.no_grad()
+    def measure(self, on_progress: Callable[[int], None] | None = None) -> None:
+        """Set the factors from tilted paths, each judged by the network that has not seen it.
+
+        Gaussian regression in two stages: one pair of factors for all steps, then one factor a step around it. Both shrink toward
+        what is expected by as much as so many effective paths leave open.
+        """
+        chain, states = self.prior.chain, self.bank.trajectories.states
+        path, times = self.bank.draw(PATHS, self.alpha, self.generator).unique(return_counts=True)
+        times = times.double() / times.sum()
+        effective = 1 / times.square().sum()
+        kernels = chain.num_kernels
+        drawn = torch.zeros(kernels, 2, dtype=torch.float64, device=states.device)
+        own = torch.zeros(kernels, 2, 2, dtype=torch.float64, device=states.device)
+        rows = rows_at_once(self.prior.shape)
+        for k in range(kernels):
+            for some, weight in zip(path.split(rows), times.split(rows), strict=True):
+                state, step = states[k, some], torch.full_like(some, k)
+                output = evaluate(self.prior.denoiser, chain, state, step, None)
+                z = chain.standardize(states[k + 1, some], state, step, output)
+                shift = self._gradients(chain.mean(state, step, output), step, some).flatten(2).double()
+                drawn[k] += torch.einsum("ind,nd,n->i", shift, z.flatten(1).double(), weight)
+                own[k] += torch.einsum("ind,jnd,n->ij", shift, shift, weight)
+            if on_progress:
+                on_progress(1)
+        expected = torch.full((2,), EXPECTED, dtype=torch.float64, device=states.device)
+        certainty = torch.eye(2, dtype=torch.float64, device=states.device) / SPREAD**2
+        together = effective * own.sum(0) + certainty
+        pair = torch.linalg.solve(together, effective * drawn.sum(0) + certainty @ expected)
+        along, size = drawn @ pair, torch.einsum("kij,i,j->k", own, pair, pair)
+        a_step = ((effective * along + SPREAD**-2) / (effective * size + SPREAD**-2)).clamp(0.0, LARGEST)
+        self.factor = (a_step[:, None] * pair).float()
+        self.explained = (a_step * along - 0.5 * a_step.square() * size).sum().item()
+
+    @torch.no_grad()
+    def target(self, state: Tensor, step: Tensor, prior_output: Tensor) -> Tensor:
+        """[n, ...] the shift to learn at states of any path, as far as a clipped x_hat can follow."""
+        chain = self.prior.chain
+        gradients = self._gradients(chain.mean(state, step, prior_output), step, None)
+        factor = self.factor[step].T.reshape(2, -1, *[1] * (state.ndim - 1))
+        return chain.reachable(state, step, prior_output, (factor * gradients).sum(0))
+
+    def backward(self, policy: nn.Module, count: int, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        """Accumulate the gradient of sum_k E ½ |delta_policy - target|² on ``count`` stored rows of prior and tilted paths.
+
+        Returns the loss, nats, scaled. ``scale``: that of a gradient scaler.
+        """
+        chain, states = self.prior.chain, self.bank.trajectories.states
+        kernels, device = chain.num_kernels, states.device
+        first = torch.rand((), generator=self.generator, device=device)
+        step = (((torch.arange(count, device=device) + first) / count) * kernels).long().clamp(max=kernels - 1)
+        path = torch.multinomial(self._mixture, count, replacement=True, generator=self.generator)
+        state = states[step, path]
+        total = torch.zeros((), device=device)
+        parts = list(zip(state.split(self.chunk), step.split(self.chunk), strict=True))
+        for some, at in parts:
+            with torch.no_grad():
+                prior_output = evaluate(self.prior.denoiser, chain, some, at, None)
+            target = self.target(some, at, prior_output)
+            with nullcontext() if some is parts[-1][0] else self.held():
+                output = evaluate(policy, chain, some, at, None)
+                miss = chain.kernel_shift(some, at, output, prior_output, straight=True) - target
+                loss = scale(kernels / count * 0.5 * miss.flatten(1).square().sum())
+                loss.backward()
+            total += loss.detach()
+        return total
