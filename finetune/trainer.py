@@ -483,7 +483,8 @@ class Trainer:
     def _take_best(self) -> None:
         """End at what came closest: the updates, the warm start before them, or where it all began."""
         if self.held_out is not None:
-            self._judge("the updates")
+            if self._judged != self.taken:
+                self._judge("the updates")
             self._take(self.closest.weights)
 
     def _updates(self) -> None:

@@ -37,6 +37,7 @@ CASES: dict[str, TrainConfig] = {
     "mixture": replace(SIZES, behavior={"on_policy": 0.5, "noised_back": 0.5}),
     "average": replace(SIZES, ema_decay=0.9),
     "soft value": replace(SIZES, objective="reinforce_kl", soft_value_updates=3, forward_rows=16, ema_decay=0.9),
+    "value drift": replace(SIZES, objective="reinforce_kl", soft_value_updates=3, warm_start="value_drift", ema_decay=0.9),
     "no warm start": replace(SIZES, objective="rtb", warm_start="none", behavior={"on_policy": 1.0}),
     "huber, tempered": replace(SIZES, objective="rtb", huber=1.0, tempering_ess=0.9),
 }
@@ -227,9 +228,9 @@ def test_a_stopped_run_folder_goes_on_as_if_nobody_had_stopped_it(name, config, 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if name == "an error":
         with pytest.raises(ValueError, match="the scorer is gone"):
-            runs.train(config, run, energy=breaking(8, STOPS[name]), progress=False)
+            runs.train(config, run, energy=breaking(10, STOPS[name]), progress=False)
     else:
-        record = runs.train(config, run, energy=breaking(8, STOPS[name]), progress=False).record
+        record = runs.train(config, run, energy=breaking(10, STOPS[name]), progress=False).record
         assert record["interrupted"] and record["preempted"] == (name != "Ctrl-C")
     assert signal.getsignal(signal.SIGTERM) is before
     # The last whole step, not the last of the cadence: nothing computed is lost.
@@ -247,7 +248,7 @@ def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_
     run = tmp_path / "run"
     child = os.fork()
     if child == 0:  # pragma: no cover - the child is killed
-        runs.train(config, run, energy=breaking(9, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
+        runs.train(config, run, energy=breaking(11, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     known = read_state(checkpoint.last(run / "checkpoints"), "run")["history"]
