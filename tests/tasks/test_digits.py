@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from tiltune.finetune.certificate import Evidence, conclude, path_figures
+from tiltune.finetune.certificate import Evidence, path_figures
 from tiltune.finetune.config import PriorConfig
+from tiltune.finetune.criteria import conclude
 from tiltune.finetune.energy_loading import combine
 from tiltune.finetune.objectives import Objective
 from tiltune.finetune.trainer import Trainer

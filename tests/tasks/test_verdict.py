@@ -9,9 +9,11 @@ import math
 import pytest
 import torch
 
-from tiltune.finetune.certificate import gather_evidence, judge_known, judge_unknown, path_figures
+from tiltune.finetune.certificate import gather_evidence, path_figures
 from tiltune.finetune.config import TrainConfig
+from tiltune.finetune.criteria import judge_known
 from tiltune.finetune.trainer import Trainer
+from tiltune.finetune.verdict import judge_unknown
 from tiltune.samplers.policy import ResidualDenoiser
 from tiltune.tasks.data.calibrate import planted
 from tiltune.tasks.gaussian_mixture import MixtureDenoiser
