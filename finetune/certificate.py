@@ -102,7 +102,8 @@ def gather_evidence(
 ) -> Evidence:
     """Fresh rollouts of policy and prior, ``size`` each, and ``starts`` x ``rollouts`` from common starts.
 
-    A pinned start needs no start test, nor do 0 ``starts``. ``on_progress`` receives the number of trajectories just done.
+    A pinned start needs no start test, nor do 0 ``starts``. ``on_progress`` receives the number of trajectories just done, those
+    of a batch in parts, one with every step.
     """
     meter = EnergyMeter(energy, max_invalid=1.0)
     chain = prior.chain
@@ -112,28 +113,24 @@ def gather_evidence(
     chunk = rows_at_once(prior.shape)
     for first in range(0, size, chunk):
         count = min(chunk, size - first)
-        for drawn, side in (
-            (rollout(prior, policy, count, generator, keep=False), policy_side),
-            (rollout(prior, None, count, generator, keep=False, compared=policy), prior_side),
-        ):
+        for side, drawing, compared in ((policy_side, policy, None), (prior_side, None, policy)):
+            step = in_parts(count, chain.num_kernels, on_progress)
+            drawn = rollout(prior, drawing, count, generator, keep=False, compared=compared, on_step=step)
             assert drawn.step_log_ratio is not None
             data = prior.to_data(drawn.terminal)
             side.append((data, meter(data, **prior.context(count)), drawn.step_log_ratio.sum(0)))
             if side is policy_side:
                 step_kl += drawn.step_log_ratio.double().sum(1).cpu() / size
-        if on_progress:
-            on_progress(2 * count)
     start_log_weight = None
     if chain.start_std > 0 and starts:
         start = chain.start_std * torch.randn((starts, *prior.shape), generator=generator, device=prior.device)
         log_weights = []
         for part in start.repeat_interleave(rollouts, 0).split(chunk):
-            drawn = rollout(prior, policy, len(part), generator, start=part, keep=False)
+            step = in_parts(len(part), chain.num_kernels, on_progress)
+            drawn = rollout(prior, policy, len(part), generator, start=part, keep=False, on_step=step)
             assert drawn.step_log_ratio is not None
             energies = meter(prior.to_data(drawn.terminal), **prior.context(len(part)))
             log_weights.append(_finite_log_weight(energies, alpha) - drawn.step_log_ratio.sum(0))
-            if on_progress:
-                on_progress(len(part))
         start_log_weight = torch.cat(log_weights).reshape(starts, rollouts)
     samples, energies, ratios = (torch.cat(part) for part in zip(*policy_side, strict=True))
     prior_samples, prior_energies, prior_ratios = (torch.cat(part) for part in zip(*prior_side, strict=True))
@@ -149,6 +146,18 @@ def gather_evidence(
         start_log_weight,
         meter.calls,
     )
+
+
+def in_parts(count: int, steps: int, on_progress: Callable[[int], None] | None) -> Callable[[], None]:
+    """What to call with every one of ``steps`` steps, so that ``on_progress`` receives ``count`` in all."""
+    taken = iter(range(steps))
+
+    def step() -> None:
+        if on_progress is not None:
+            k = next(taken)
+            on_progress(count * (k + 1) // steps - count * k // steps)
+
+    return step
 
 
 def path_figures(evidence: Evidence) -> dict[str, Any]:

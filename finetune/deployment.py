@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..samplers.policy import Policy, Prior
 from ..samplers.trajectory import rows_at_once
-from .certificate import Evidence
+from .certificate import Evidence, in_parts
 from .energy import Energy, EnergyMeter
 from .estimators import mean, weighted_mean
 from .partition import BINS, CELLS, filled, k_means, nearest, share_distance, weighted_quantiles
@@ -76,7 +76,7 @@ def draw_deployed(
 ) -> Tensor:
     """[count, ...] terminal states of a plain diffusers loop around the policy's network, `rows_at_once` at a time.
 
-    ``on_progress`` receives the number of samples just drawn.
+    ``on_progress`` receives the number of samples just drawn, those of a batch in parts, one with every step.
     """
     prior, scheduler = policy.prior, copy.deepcopy(deployed.scheduler)
     states, batch = [], rows_at_once(prior.shape)
@@ -87,13 +87,13 @@ def draw_deployed(
             scheduler.set_timesteps(timesteps=list(deployed.timesteps))
         shape = (min(batch, count - first), *prior.shape)
         state = getattr(scheduler, "init_noise_sigma", 1.0) * torch.randn(shape, generator=generator, device=prior.device)
+        step = in_parts(shape[0], len(scheduler.timesteps), on_progress)
         for t in scheduler.timesteps:
+            step()
             fed = scheduler.scale_model_input(state, t) if hasattr(scheduler, "scale_model_input") else state
             output = policy(fed, t.to(state.device)).to(state.dtype)
             state = _step(scheduler, output, t, state, generator, deployed.options)
         states.append(state)
-        if on_progress:
-            on_progress(shape[0])
     return torch.cat(states)
 
 

@@ -168,6 +168,7 @@ def test_evidence_is_fresh_rollouts_of_both_sides() -> None:
     done: list[int] = []
     evidence = evidence_of(task, task.policy(), 600, on_progress=done.append)
     assert sum(done) == 1200  # a pinned start needs no rollouts from common starts
+    assert len(done) == 6  # three steps of both sides: a bar moves with every step, not with every batch
     assert evidence.samples.shape == evidence.prior_samples.shape == (600, 2)
     assert evidence.log_ratio.shape == evidence.prior_log_ratio.shape == evidence.energy.shape == (600,)
     assert evidence.step_kl.sum().item() == pytest.approx(evidence.log_ratio.mean().item(), abs=1e-4)

@@ -516,3 +516,28 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
     judged, _ = evaluation.certify(runs.open_run(run.folder, task), flat, size=100, progress=False)
     assert (judged["verdict"], judged["judged_by"]) == ("inconclusive", "its two sides")
     assert "two samples are too few" in judged["reasons"]
+
+
+def test_a_gross_miss_fails_a_task_whose_target_side_is_thin(config: RunConfig, tmp_path: Path) -> None:
+    """100 rollouts are too few for the task's own criteria, which are met; that the prior is far off is shown all the same."""
+    from tiltune.samplers.pretrained import load_prior
+
+    task: Any = SimpleNamespace(
+        name="toy",
+        module="tiltune.tasks.mixture",
+        load_prior=lambda asked: load_prior(config.prior.source or "", asked.steps),
+        figures=lambda evidence, energy, generator: {},
+        criteria=lambda figures: [Criterion("nothing", 0.0, 1.0)],
+    )
+    toy = replace(config, task="toy", prior=PriorConfig(steps=3), train=replace(config.train, updates=0))
+
+    def steep(x: torch.Tensor) -> torch.Tensor:
+        return 4 * (x.flatten(1).mean(1) > 0).float()
+
+    run = runs.train(toy, tmp_path / "run", task=task, energy=steep, progress=False)
+    judged, _ = evaluation.certify(run, steep, size=100, progress=False)
+    assert (judged["verdict"], judged["judged_by"]) == ("fail", "the task toy")
+    assert judged["target_ess"] < 100 and judged["verdict_unknown_truth"]["lower"] > 0.15
+    assert judged["reasons"][0].startswith("shares of") and any("fewer than 300" in reason for reason in judged["reasons"])
+    flat, _ = evaluation.certify(run, lambda x: torch.zeros(len(x)), size=100, progress=False)
+    assert flat["verdict"] == "inconclusive" and flat["rollouts_to_decide"] == 400  # control: 300 effective, and a tenth more
