@@ -3,8 +3,8 @@
 Exact samplers give the false alarm rate, planted failures the power.
 Known truth: a pool of rollouts of each planted sampler on the default 'ddpm' chain against the shipped prior, bootstrapped into
 certificates of the size that `tiltune 2d` uses. Its two-sided verdict is beside it. About 15 minutes on one core.
-Two sides alone: certificates of several sizes on held-out mixtures (`calibrate_unknown`), printed as a table; some 25 minutes. The
-names are those of `planted`, "exact samples", and "mixtures"; all without any.
+Two sides alone: certificates of several sizes on held-out mixtures (`calibrate_unknown`), printed as a table; 25 minutes.
+The names are those of `planted`, "exact samples", and "mixtures"; all without any.
 """
 
 from __future__ import annotations
