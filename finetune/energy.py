@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .energy_answer import checked, refuse_graph
+from .energy_error import EnergyError, energy_name, user_line, user_trace
 from .energy_images import IMAGE_FORMS, ImageForm, image_reward
 
 
@@ -80,15 +82,6 @@ def from_density(density: Callable[..., Tensor]) -> Energy:
     return energy
 
 
-class EnergyError(ValueError):
-    """An energy that returned something other than B finite-or-+inf floats, or raised."""
-
-
-def energy_name(energy: Any) -> str:
-    """What messages call an energy: the name of the function, or of the class of the object."""
-    return getattr(energy, "__name__", type(energy).__name__)
-
-
 def context_for(energy: Callable[..., Any], context: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The entries of ``context`` that the energy's signature names, or all where it takes ``**context``; tensors as copies.
 
@@ -121,28 +114,21 @@ def context_for(energy: Callable[..., Any], context: Mapping[str, Any], count: i
 def call_energy(energy: Energy, x: Tensor, context: Mapping[str, Any], name: str) -> Tensor:
     """E(x) [B] on copies of the input, checked: a floating tensor with one number a sample.
 
-    Errors: EnergyError, which names the energy, for a raise or a wrong type, shape or dtype.
+    Errors: EnergyError, which names the energy, for a raise or a wrong type, shape or dtype; ``__cause__`` is what was raised.
     """
     taken = context_for(energy, context, len(x))
     try:
         value = energy(x.clone(), **taken)  # an energy that works in place must not move the trajectory
     except EnergyError:
         raise  # of an energy inside this one, which it names
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split())
         raise EnergyError(
-            f"energy {name} raised {type(error).__name__}: {error} (input: {tuple(x.shape)} {x.dtype} on {x.device})."
+            f"energy {name} raised {type(error).__name__}{user_line(error)}: {said} (input: {tuple(x.shape)} {x.dtype} on"
+            f" {x.device}).",
+            user_trace(error),
         ) from error
-    if not isinstance(value, Tensor):
-        hint = " It looks like a factory, to be called first: name(...)." if callable(value) else ""
-        raise EnergyError(f"energy {name} returned {type(value).__name__}, not a tensor of shape [{len(x)}].{hint}")
-    if value.shape != (len(x),):
-        raise EnergyError(
-            f"energy {name} returned shape {tuple(value.shape)} for {len(x)} samples; one number a sample is needed,"
-            f" shape ({len(x)},). Sum over dimensions, do not average, and drop trailing axes of size 1."
-        )
-    if not value.is_floating_point():
-        raise EnergyError(f"energy {name} returned {value.dtype}; return floating-point energies (value.float()).")
-    return value
+    return checked(value, x, name)
 
 
 def start_energy(energy: Energy, x: Tensor, context: Mapping[str, Any], name: str) -> Callable[[], Tensor]:
@@ -158,15 +144,6 @@ def start_energy(energy: Energy, x: Tensor, context: Mapping[str, Any], name: st
 def overlaps(energy: Energy) -> bool:
     """Whether it works elsewhere, so that the next samples can be drawn meanwhile."""
     return getattr(energy, "overlaps", False)
-
-
-def refuse_graph(value: Tensor, name: str) -> None:
-    """Errors: EnergyError for energies [B] that require grad."""
-    if value.requires_grad:
-        raise EnergyError(
-            f"energy {name} returned a tensor that requires grad, which would keep its graph alive for the whole run;"
-            " decorate it with @torch.no_grad() or return value.detach()."
-        )
 
 
 @dataclass(eq=False)

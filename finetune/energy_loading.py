@@ -13,12 +13,13 @@ import importlib.util
 import math
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
+
+from .energy_error import EnergyError, user_line, user_trace
 
 if TYPE_CHECKING:
     from .energy import Energy
@@ -49,6 +50,11 @@ class EnergySpec:
     def label(self) -> str:
         """``name(arguments)``: how the log calls it."""
         return self.name + self.call
+
+    @property
+    def title(self) -> str:
+        """``name(arguments) of mine.py``: what messages call it."""
+        return f"{self.label} of {Path(self.place).name}" if _is_file(self.place) else self.target
 
     @property
     def target(self) -> str:
@@ -92,7 +98,8 @@ def load_energy(spec: str, search: str | None = None) -> Energy:
 
     search: the module where a name without file or module is looked up, such as "tiltune.tasks.digits".
 
-    Errors: ValueError with one sentence for whatever keeps the energy from being there. An interrupt stays one.
+    Errors: ValueError with one sentence for whatever keeps the energy from being there; an EnergyError where the user's code
+    raised, with its lines. An interrupt stays one.
     """
     parsed = parse_energy(spec)
     if parsed.scale != 1:
@@ -116,7 +123,9 @@ def combine(specs: Sequence[str], search: str | None = None) -> WeightedSum:
                 f"energy {target!r} is given {targets.count(target)} times; give it once, with the sum of the scales."
             )
     names = [one.label if labels.count(one.label) == 1 else one.target for one in parsed]
-    return WeightedSum({name: (one.scale, _load(one, search)) for name, one in zip(names, parsed, strict=True)})
+    total = WeightedSum({name: (one.scale, _load(one, search)) for name, one in zip(names, parsed, strict=True)})
+    total.titles.update({name: one.title for name, one in zip(names, parsed, strict=True) if _is_file(one.place)})
+    return total
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -171,9 +180,7 @@ def _load(spec: EnergySpec, search: str | None) -> Energy:
         energy = named(*spec.arguments, **spec.keywords)
     except (Exception, SystemExit) as error:
         hint = f"; if {spec.name} itself is the energy, write it without parentheses" if isinstance(error, TypeError) else ""
-        raise ValueError(
-            f"energy {spec.target!r}: the call {_raised(error, getattr(module, '__file__', None))}{hint}."
-        ) from error
+        raise EnergyError(f"energy {spec.target!r}: the call {_raised(error)}{hint}.", user_trace(error)) from error
     if not callable(energy) or isinstance(energy, type):
         raise ValueError(
             f"energy {spec.target!r}: the call returned {type(energy).__name__}, not an energy; if {spec.name} itself is the"
@@ -215,7 +222,7 @@ def _import_file(spec: EnergySpec) -> ModuleType:
         del sys.modules[name]
         if not isinstance(error, (Exception, SystemExit)):
             raise
-        raise ValueError(f"energy {spec.target!r}: importing {path} {_raised(error, str(path))}.") from error
+        raise EnergyError(f"energy {spec.target!r}: importing {path} {_raised(error)}.", user_trace(error)) from error
     return module
 
 
@@ -226,12 +233,12 @@ def _import_module(spec: EnergySpec, place: str) -> ModuleType:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
-            raise ValueError(f"energy {spec.target!r}: importing {place} {_raised(error)}.") from error
+            raise EnergyError(f"energy {spec.target!r}: importing {place} {_raised(error)}.", user_trace(error)) from error
         file = f"{place.replace('.', '/')}.py"
         hint = f"; for the file, write {file}:{spec.label}" if Path(file).is_file() else ""
         raise ValueError(f"energy {spec.target!r}: there is no module {error.name}{hint}.") from None
     except (Exception, SystemExit) as error:
-        raise ValueError(f"energy {spec.target!r}: importing {place} {_raised(error)}.") from error
+        raise EnergyError(f"energy {spec.target!r}: importing {place} {_raised(error)}.", user_trace(error)) from error
 
 
 def _digest(content: bytes) -> str:
@@ -246,15 +253,7 @@ def _nearest(name: str, module: ModuleType) -> str:
     return f"it defines {', '.join(own[:8])}" if own else "it defines no function"
 
 
-def _raised(error: BaseException, file: str | None = None) -> str:
-    """What was raised, and on which line: the last one of ``file``, or of anything where the error did not pass through it."""
-    if isinstance(error, SyntaxError) and error.filename:
-        where: tuple[str, int | None] | None = (error.filename, error.lineno)
-    else:
-        frames = [(one.filename, one.lineno) for one in traceback.extract_tb(error.__traceback__)]
-        frames = [one for one in frames if one[0] not in (__file__, importlib.__file__) and not one[0].startswith("<frozen")]
-        own = [one for one in frames if one[0] == file]
-        where = (own or frames or [None])[-1]
-    line = f" on line {where[1]} of {Path(where[0]).name}" if where else ""
+def _raised(error: BaseException) -> str:
+    """What was raised, and on which of the user's lines."""
     said = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
-    return f"raised {type(error).__name__}{line}" + (f" ({said})" if said else "")
+    return f"raised {type(error).__name__}{user_line(error)}" + (f" ({said})" if said else "")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .energy import Energy, EnergyError, call_energy, energy_name
+from .energy_loading import parse_energy
 from .energy_sum import WeightedSum
 from .energy_wire import pack_samples, unpack_energies
 from .energy_worker import ANSWER
@@ -71,11 +72,13 @@ class EnergyPool:
         self.workers, self.timeout, self.retries = workers, timeout, retries
         self.energy, self.terms, self.search = energy if callable(energy) else None, list[str](), search
         if callable(energy):
-            self.__name__ = energy_name(energy)
+            self.__name__, self.titles = energy_name(energy), getattr(energy, "titles", {})
             self._hire: Callable[[], _Worker] = lambda: _Function(energy)
         else:
             terms = self.terms = [energy] if isinstance(energy, str) else list(energy)
-            self.__name__ = " + ".join(terms)
+            specs = [parse_energy(term) for term in terms]
+            self.__name__ = " + ".join(spec.title for spec in specs)
+            self.titles = {name: spec.title for spec in specs for name in (spec.label, spec.target)}
             self._hire = lambda: _Process(terms, search)
         self.term_values: dict[str, Tensor] = {}
         self._crew = _Crew()
@@ -213,7 +216,7 @@ class _Process:
         except (EOFError, OSError):
             raise EnergyError(f"a worker {self._how_it_ended()} while it loaded the energy; its own output says why.") from None
         if loaded[:1] != ANSWER:
-            raise ValueError(loaded[1:].decode())
+            raise EnergyError.unpack(loaded[1:])
 
     def __call__(self, x: Tensor, context: dict[str, Any]) -> Answer:
         question = pack_samples(x, context)
@@ -223,7 +226,7 @@ class _Process:
         except (EOFError, OSError):
             raise _Lost(f"lost a worker, which {self._how_it_ended()}") from None
         if answer[:1] != ANSWER:
-            raise EnergyError(answer[1:].decode())
+            raise EnergyError.unpack(answer[1:])
         return unpack_energies(answer[1:])
 
     def end(self) -> str | None:

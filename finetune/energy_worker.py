@@ -12,12 +12,12 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from .energy import EnergyError, call_energy, energy_name, refuse_graph
+from .energy import EnergyError, call_energy, energy_name
 from .energy_loading import combine
 from .energy_wire import pack_energies, unpack_samples
 from .interrupts import PREEMPTING
 
-ANSWER, REFUSAL = b"+", b"-"  # the first byte of what is sent back: energies, or an error in words
+ANSWER, REFUSAL = b"+", b"-"  # the first byte of what is sent back: energies, or an `EnergyError`
 
 
 def main() -> None:
@@ -32,7 +32,8 @@ def main() -> None:
     try:
         energy = combine(terms, search)
     except ValueError as error:
-        connection.send_bytes(REFUSAL + str(error).encode())
+        packed = error if isinstance(error, EnergyError) else EnergyError(str(error))
+        connection.send_bytes(REFUSAL + packed.pack())
         return
     connection.send_bytes(ANSWER)
     name = energy_name(energy)
@@ -40,9 +41,8 @@ def main() -> None:
         x, context = unpack_samples(questions.get())
         try:
             value = call_energy(energy, x, context, name)
-            refuse_graph(value, name)
         except EnergyError as error:
-            connection.send_bytes(REFUSAL + str(error).encode())
+            connection.send_bytes(REFUSAL + error.pack())
         else:
             connection.send_bytes(ANSWER + pack_energies(value, energy.term_values))
 

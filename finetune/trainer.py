@@ -24,6 +24,7 @@ from .behavior import Context, PriorBank, draw, needs_bank
 from .config import TrainConfig
 from .energy import Energy, EnergyError, EnergyMeter, overlaps
 from .energy_cache import CachedEnergy
+from .energy_probe import probe_energy
 from .estimators import ess, log_mean_exp
 from .forward_kl import ForwardKL
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
@@ -251,8 +252,11 @@ class Trainer:
         probe = rollout(self.prior, None, 4, self.generator, keep=False, on_step=self.processes.poll)
         energy = self.evaluate_energy(probe).energy
         with self.processes.together():
-            if energy.isnan().all():  # pyright: ignore[reportOptionalMemberAccess]
+            assert energy is not None
+            if energy.isnan().all():
                 raise EnergyError("the energy is NaN or -inf on all of four prior samples; it cannot guide anything.")
+            samples = self.prior.to_data(probe.terminal)
+            probe_energy(self.meter, samples, energy, self.prior.context(len(samples)), self.config.alpha)
 
     def fill_bank(self, size: int) -> PriorBank:
         """``size`` prior trajectories with their energies.

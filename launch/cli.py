@@ -9,8 +9,9 @@ import traceback
 from importlib import import_module
 
 from .._version import __version__
+from ..finetune.energy_error import EnergyError
 from ..finetune.interrupts import Preempted, ProcessError
-from .torchrun import REQUEUE
+from .torchrun import REQUEUE, end_at_once
 
 VERBS = {
     "train": ("train", "fine-tune a shipped task, or any diffusers prior toward any energy"),
@@ -39,7 +40,10 @@ example: tiltune train digits --out my-run && tiltune evaluate my-run
 
 def main() -> None:
     """Entry point of the console script."""
-    raise SystemExit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun without `worker.py`, as in `torchrun -m tiltune doctor`
+        end_at_once(status)
+    raise SystemExit(status)
 
 
 def run(arguments: list[str]) -> int:
@@ -69,6 +73,8 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports it; 1 is a verdict
     except (ValueError, OSError, FloatingPointError, ProcessError) as error:
+        if isinstance(error, EnergyError) and error.trace:
+            print(error.trace, file=sys.stderr)
         print(f"tiltune {verb}: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError | ProcessError) else 2
     except Exception as error:  # out of memory, or a bug of ours

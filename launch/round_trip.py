@@ -7,6 +7,8 @@ import sys
 import time
 from datetime import timedelta
 
+from .torchrun import end_at_once
+
 # Seconds that processes wait for each other.
 TIMEOUT = 15
 
@@ -15,6 +17,7 @@ def main() -> None:
     """Entry point of `python -m tiltune.launch.round_trip BACKEND RANK WORLD FILE`, one of `tiltune doctor`'s processes."""
     backend, rank, world, file = sys.argv[1:]
     print(round_trip(backend, init_method=f"file://{file}", rank=int(rank), world_size=int(world)), flush=True)
+    end_at_once(0)
 
 
 def round_trip(backend: str, **group: str | int) -> float:

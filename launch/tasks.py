@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..tasks.task import TASKS, load_task
 from . import flags
+from .loading import say_loading
 
 if TYPE_CHECKING:
     from ..finetune.run import Run
@@ -39,6 +40,7 @@ def open_with_task(folder: Path) -> Run:
     from ..finetune.run import open_run, read_config
 
     config = read_config(folder)
+    say_loading("the run")
     task = None if config.task is None else load_task(config.task)
     import torch
 

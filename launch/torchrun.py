@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 # EX_TEMPFAIL of sysexits.h: a checkpoint is written, and the same command continues from it.
 REQUEUE = 75
@@ -18,6 +19,14 @@ SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 GRACE = 100
 # Where workers write their status, one file a local rank; empty while the worker runs.
 STATUS_FOLDER = "TILTUNE_STATUS_FOLDER"
+
+
+def end_at_once(status: int) -> NoReturn:
+    """End a process that has joined a group, and has done and closed all, without the interpreter's teardown: a thread of torch's
+    that still wants Python then would abort it (134)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main() -> None:

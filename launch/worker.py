@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from . import cli
-from .torchrun import STATUS_FOLDER
+from .torchrun import STATUS_FOLDER, end_at_once
 
 
 def main() -> None:
@@ -22,10 +22,7 @@ def main() -> None:
     except SystemExit as stop:  # how tyro ends for --help and for flags that it cannot read
         status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     file.write_text(str(status))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All is done and closed. A thread of torch's that still wants Python now would have the interpreter's end abort (134).
-    os._exit(status)
+    end_at_once(status)
 
 
 def stop_with_parent() -> None:

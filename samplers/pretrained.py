@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .chain import Chain
 from .denoiser import DiffusersDenoiser
 from .folder import DECODERS, DENOISERS, Layout, load_model, load_scheduler, locate, read_json, read_layout
+from .hints import start_hint, variance_hint
 from .networks import check_label, num_classes, state_shape
 from .policy import Policy, Prior, Source, beside, residual_of
 from .schedulers import chain_from_scheduler
@@ -73,6 +74,8 @@ def load_prior(
         _prior_line(layout, model, stored, precision, shape, to_data),
         _chain_line(chain, scheduler),
         _condition_line(model, label),
+        *([] if variance is not None else [variance_hint(chain)]),
+        start_hint(chain, scheduler, shape, eta=eta, noise=noise, noise_level=noise_level),
     )
     return Prior(
         DiffusersDenoiser(model, label=label, autocast=PRECISIONS[precision]),
@@ -82,7 +85,7 @@ def load_prior(
         source=Source(str(known), layout.pipeline, denoiser),
         scheduler=scheduler,
         step_options={"eta": eta} if type(scheduler).__name__ == "DDIMScheduler" else {},
-        decisions=decisions,
+        decisions=tuple(line for line in decisions if line is not None),
     )
 
 

@@ -135,10 +135,11 @@ def test_threads_share_a_function_and_keep_the_terms_apart() -> None:
 def test_an_error_names_the_energy_and_the_pool_goes_on(file: str) -> None:
     labels = torch.zeros(37, dtype=torch.long)
     with EnergyPool([f"{file}:flawed"], 1) as pool:
-        for kind, said in enumerate(["energy flawed raised RuntimeError: no license", "returned shape", "requires grad"]):
+        raised = "energy flawed of mine.py raised RuntimeError on line 18 of mine.py: no license"
+        for kind, said in enumerate([raised, "returned shape", "requires grad"]):
             with pytest.raises(EnergyError, match=said):
                 pool(X, class_labels=labels + kind)
-        with pytest.raises(EnergyError, match="energy flawed needs class_labels"):
+        with pytest.raises(EnergyError, match=r"energy flawed of mine.py needs class_labels"):
             pool(X)
         meter = EnergyMeter(pool, max_invalid=0.9)
         assert torch.equal(meter(X, class_labels=labels + 3).isnan(), X[:, 0] > 0)
@@ -153,7 +154,7 @@ def test_an_error_names_the_energy_and_the_pool_goes_on(file: str) -> None:
         return x[:, 0]
 
     with EnergyPool(once, 2) as pool:
-        with pytest.raises(EnergyError, match="energy once raised ValueError"):
+        with pytest.raises(EnergyError, match=r"energy once of test_energy_pool.py raised ValueError"):
             pool(X)
         assert torch.equal(pool(X), X[:, 0])
 
@@ -271,7 +272,7 @@ def test_overlapped_training_is_the_same_to_the_last_bit(cache: bool, task: Line
     with EnergyPool(terms(), 2) as pool:
         overlapped = trained(task, CachedEnergy(pool) if cache else pool)
     assert plain[0] == overlapped[0] and "terms" in plain[0] and same(plain, overlapped)
-    assert plain[3] == overlapped[3] == 4 + 60 + 3 * 6 + 3 * 2 * (task.prior().chain.decoder) - plain[4]
+    assert plain[3] == overlapped[3] == 12 + 60 + 3 * 6 + 3 * 2 * (task.prior().chain.decoder) - plain[4]
     assert not same(plain, trained(task, task.energy))  # the control: another energy
 
 
@@ -291,7 +292,7 @@ def test_the_next_samples_are_drawn_while_the_energy_works(task: LinearGaussian,
 
     monkeypatch.setattr("tiltune.finetune.trainer.rollout", counting)
     monkeypatch.setattr("tiltune.finetune.behavior.rollout", counting)
-    waits = iter([False, True, True, True, True, False, True, False])  # probe; five chunks; two parts
+    waits = iter([*[False] * 4, True, True, True, True, False, True, False])  # four of the probe; five chunks; two parts
     met: list[bool] = []
 
     class Held(EnergyPool):
@@ -313,7 +314,7 @@ def test_the_next_samples_are_drawn_while_the_energy_works(task: LinearGaussian,
     config = replace(SIZES, updates=1, objective="rtb", behavior={"on_policy": 0.5, "prior": 0.5})
     with Held(energy, 2) as pool:
         trained(task, pool, config)
-    assert len(held) == 8 and len(met) >= 5 and all(met)
+    assert len(held) == 11 and len(met) >= 5 and all(met)
 
 
 def test_a_hung_energy_stops_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(

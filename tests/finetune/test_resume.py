@@ -144,7 +144,7 @@ def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache
 
     def interrupted(x):
         asked.append(len(x))
-        if len(asked) == 2 + call:  # after the probe and the bank
+        if len(asked) == 5 + call:  # after the probe, four calls, and the bank
             raise Preempted("SIGTERM")
         return task.energy(x)
 
@@ -227,9 +227,9 @@ def test_a_stopped_run_folder_goes_on_as_if_nobody_had_stopped_it(name, config, 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if name == "an error":
         with pytest.raises(ValueError, match="the scorer is gone"):
-            runs.train(config, run, energy=breaking(5, STOPS[name]), progress=False)
+            runs.train(config, run, energy=breaking(8, STOPS[name]), progress=False)
     else:
-        record = runs.train(config, run, energy=breaking(5, STOPS[name]), progress=False).record
+        record = runs.train(config, run, energy=breaking(8, STOPS[name]), progress=False).record
         assert record["interrupted"] and record["preempted"] == (name != "Ctrl-C")
     assert signal.getsignal(signal.SIGTERM) is before
     # The last whole step, not the last of the cadence: nothing computed is lost.
@@ -247,7 +247,7 @@ def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_
     run = tmp_path / "run"
     child = os.fork()
     if child == 0:  # pragma: no cover - the child is killed
-        runs.train(config, run, energy=breaking(6, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
+        runs.train(config, run, energy=breaking(9, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     known = read_state(checkpoint.last(run / "checkpoints"), "run")["history"]
@@ -304,7 +304,7 @@ def test_auto_starts_where_there_is_nothing_and_a_path_does_not(config, whole, t
 def test_a_damaged_checkpoint_is_fallen_back_from_loudly_and_never_from_a_path(config, whole, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(6, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
     newest = checkpoint.last(run / "checkpoints")
     weights = newest / "run.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -339,7 +339,7 @@ def test_auto_starts_over_what_ended_before_its_first_checkpoint(every, config, 
     run = tmp_path / "run"
     config = replace(config, train=replace(config.train, checkpoint_every=every))
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(6, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     before = left(run)
     if every:
@@ -363,7 +363,7 @@ def test_a_checkpoint_of_another_run_is_refused(config, whole, tmp_path):
 def test_another_config_is_refused_with_the_field_that_differs(config, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(6, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
     other = replace(config, train=replace(config.train, learning_rate=0.5))
     with pytest.raises(ValueError, match=r"train\.learning_rate is .* there and 0\.5 here"):
         runs.train(other, run, energy=ink, resume="auto", progress=False)
@@ -374,7 +374,7 @@ def test_the_policy_of_a_checkpoint_is_one_that_diffusers_loads(config, tmp_path
 
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(6, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
     saved = UNet2DModel.from_pretrained(checkpoint.last(run / "checkpoints") / "policy")
     ours: Any = runs.open_run(run).policy.denoiser
     for name, weight in ours.model.state_dict().items():

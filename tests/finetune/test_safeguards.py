@@ -92,7 +92,7 @@ def test_an_update_whose_energies_are_all_invalid_stops_with_the_weights_intact(
 
     def energy(x):
         calls.append(len(x))
-        return torch.full((len(x),), torch.nan if len(calls) > 1 else 0.0)
+        return torch.full((len(x),), torch.nan if len(calls) > 4 else 0.0)
 
     config = TrainConfig(warm_start="none", behavior={"on_policy": 1.0}, batch_size=16, updates=2, max_invalid=1.0)
     policy = residual_policy(prior)

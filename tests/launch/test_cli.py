@@ -171,7 +171,7 @@ def test_a_run_writes_what_it_promises(short_run):
     # A chain without a shipped reference reports its gap and is not judged by it.
     assert certificate["gap_reference"] is None
     # 4 to probe the energy, the bank, then the on-policy half of two batches of 16.
-    assert certificate["energy_calls"] == 4 + 500 + 2 * 8
+    assert certificate["energy_calls"] == 12 + 500 + 2 * 8
     assert certificate["certificate_energy_calls"] == 2 * 40_000  # a pinned start needs no start test
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["energy_calls"] == certificate["energy_calls"]

@@ -19,7 +19,7 @@ asked = []
 def ink(x):
     asked.append(len(x))
     stop = pathlib.Path(__file__).with_name("stop")
-    if stop.exists() and os.environ.get("RANK") == "1" and len(asked) == 5:
+    if stop.exists() and os.environ.get("RANK") == "1" and len(asked) == 8:
         what = stop.read_text()
         time.sleep(1000) if what == "hang" else os.kill(os.getpid(), int(what))
     return x.flatten(1).mean(1)
@@ -99,8 +99,8 @@ def test_the_export_of_a_distributed_training_is_the_live_policy(found: Any, wra
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("exception", "EnergyError: energy energy raised RuntimeError: the scorer is gone"),
-        ("shape", "EnergyError: energy energy returned shape"),
+        ("exception", "EnergyError: energy energy of two_processes.py raised RuntimeError on line"),
+        ("shape", "EnergyError: energy energy of two_processes.py returned shape"),
         ("decoder", "MemoryError: out of memory"),
     ],
 )
@@ -125,7 +125,7 @@ def test_one_process_that_is_asked_to_stop_stops_both(found: Any) -> None:
 def test_resumed_on_as_many_processes_it_is_the_same_run(found: Any) -> None:
     for process in found:
         assert process["resume"]["steps"] == list(range(1, 9)) and all(process["resume"]["equal"])
-    assert found[0]["resume"]["calls"] == 4 + 4 + 40 + 4 * 8, "the counts are those of both processes"
+    assert found[0]["resume"]["calls"] == 12 + 12 + 40 + 4 * 8, "the counts are those of both processes"
 
 
 def test_resumed_on_another_number_it_says_what_is_no_longer_exact(found: Any) -> None:

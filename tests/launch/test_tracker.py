@@ -145,7 +145,7 @@ def test_a_run_is_resumed_with_another_tracker_or_none(config: RunConfig, tmp_pa
 
     def stuck(x: Any) -> Any:
         calls.append(len(x))
-        if len(calls) == 4:
+        if len(calls) == 7:
             raise RuntimeError("the scorer is gone")
         return ink(x)
 

@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
+from tiltune.launch.torchrun import end_at_once
+
 
 class Scaled(nn.Module):
     """A weight and a buffer: its output's gradient is the input."""
@@ -72,6 +74,7 @@ def main() -> None:
     }
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
+    end_at_once(0)
 
 
 if __name__ == "__main__":

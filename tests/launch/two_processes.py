@@ -26,6 +26,7 @@ from tiltune.finetune.objectives import OBJECTIVES, Batch
 from tiltune.finetune.processes import ProcessError, Processes
 from tiltune.finetune.sharding import collect, shard
 from tiltune.finetune.trainer import Trainer
+from tiltune.launch.torchrun import end_at_once
 from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.policy import Policy, Prior, ResidualDenoiser, make_policy
@@ -261,12 +262,12 @@ def diverged(rank: int) -> list[str]:
 
 
 def failing(kind: str, rank: int) -> dict[str, Any]:
-    """Process 1 breaks in its sixth energy call: what each process raises, and whether all of them then save a checkpoint."""
+    """Process 1 breaks in its ninth energy call: what each process raises, and whether all of them then save a checkpoint."""
     calls, kept = [], []
 
     def energy(x: Tensor) -> Tensor:
         calls.append(len(x))
-        if rank == 1 and len(calls) >= 6:
+        if rank == 1 and len(calls) >= 9:
             if kind == "exception":
                 raise RuntimeError("the scorer is gone")
             if kind == "shape":
@@ -279,7 +280,7 @@ def failing(kind: str, rank: int) -> dict[str, Any]:
         decode = made.prior.to_data
 
         def broken(state: Tensor) -> Tensor:
-            if rank == 1 and len(calls) >= 5:
+            if rank == 1 and len(calls) >= 8:
                 raise MemoryError("out of memory")
             return decode(state)
 
@@ -294,12 +295,12 @@ def together(trainer: Trainer) -> int:
 
 
 def stopping(rank: int) -> dict[str, Any]:
-    """Process 1 alone is asked to stop, in its sixth energy call: both end, at the same step."""
+    """Process 1 alone is asked to stop, in its ninth energy call: both end, at the same step."""
     calls, kept = [], []
 
     def energy(x: Tensor) -> Tensor:
         calls.append(len(x))
-        if rank == 1 and len(calls) == 6:
+        if rank == 1 and len(calls) == 9:
             interrupts._asked.append(Preempted)
         return TASK.energy(x)
 
@@ -373,6 +374,7 @@ def main() -> None:
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
+    end_at_once(0)
 
 
 if __name__ == "__main__":
