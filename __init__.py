@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .finetune.certificate import gather_evidence, judge_known, judge_unknown, path_figures
+    from .finetune.certificate import gather_evidence, path_figures
     from .finetune.config import (
         CertificateConfig,
         EnergyConfig,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         TrainConfig,
         pretrained_recipe,
     )
+    from .finetune.criteria import judge_known
     from .finetune.deployment import deployment_figures
     from .finetune.energy import Energy, from_density, from_reward
     from .finetune.energy_cache import CachedEnergy
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from .finetune.energy_pool import EnergyPool
     from .finetune.energy_remote import from_remote
     from .finetune.energy_sum import WeightedSum
-    from .finetune.evaluation import certify
+    from .finetune.evaluation import certify, measure_deployment
     from .finetune.export import export_policy
     from .finetune.run import Run, open_run, train
     from .finetune.trainer import Trainer, TrainResult
+    from .finetune.verdict import judge_unknown
     from .launch.pictures import run_figure
     from .samplers.chain import Chain
     from .samplers.mlp import MLPDenoiser
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from .tasks.task import load_task
 
 _HOMES = {
-    "finetune.certificate": ("gather_evidence", "judge_known", "judge_unknown", "path_figures"),
+    "finetune.certificate": ("gather_evidence", "path_figures"),
     "finetune.config": (
         "CertificateConfig",
         "EnergyConfig",
@@ -55,6 +57,7 @@ _HOMES = {
         "TrainConfig",
         "pretrained_recipe",
     ),
+    "finetune.criteria": ("judge_known",),
     "finetune.deployment": ("deployment_figures",),
     "finetune.energy": ("Energy", "from_density", "from_reward"),
     "finetune.energy_cache": ("CachedEnergy",),
@@ -64,10 +67,11 @@ _HOMES = {
     "finetune.energy_pool": ("EnergyPool",),
     "finetune.energy_remote": ("from_remote",),
     "finetune.energy_sum": ("WeightedSum",),
-    "finetune.evaluation": ("certify",),
+    "finetune.evaluation": ("certify", "measure_deployment"),
     "finetune.export": ("export_policy",),
     "finetune.run": ("Run", "open_run", "train"),
     "finetune.trainer": ("TrainResult", "Trainer"),
+    "finetune.verdict": ("judge_unknown",),
     "launch.pictures": ("run_figure",),
     "samplers.chain": ("Chain",),
     "samplers.mlp": ("MLPDenoiser",),
@@ -86,6 +90,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "train",
     "open_run",
     "certify",
+    "measure_deployment",
     "Run",
     "RunConfig",
     "PriorConfig",

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ..samplers.policy import Policy, Prior
 from ..samplers.trajectory import rows_at_once
-from .certificate import Evidence, k_means, share_distance, weighted_quantiles
+from .certificate import Evidence, in_parts
 from .energy import Energy, EnergyMeter
 from .estimators import mean, weighted_mean
-
-CELLS, BINS = 25, 10
+from .partition import BINS, CELLS, filled, k_means, nearest, share_distance, weighted_quantiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +76,7 @@ def draw_deployed(
 ) -> Tensor:
     """[count, ...] terminal states of a plain diffusers loop around the policy's network, `rows_at_once` at a time.
 
-    ``on_progress`` receives the number of samples just drawn.
+    ``on_progress`` receives the number of samples just drawn, those of a batch in parts, one with every step.
     """
     prior, scheduler = policy.prior, copy.deepcopy(deployed.scheduler)
     states, batch = [], rows_at_once(prior.shape)
@@ -88,13 +87,13 @@ def draw_deployed(
             scheduler.set_timesteps(timesteps=list(deployed.timesteps))
         shape = (min(batch, count - first), *prior.shape)
         state = getattr(scheduler, "init_noise_sigma", 1.0) * torch.randn(shape, generator=generator, device=prior.device)
+        step = in_parts(shape[0], len(scheduler.timesteps), on_progress)
         for t in scheduler.timesteps:
+            step()
             fed = scheduler.scale_model_input(state, t) if hasattr(scheduler, "scale_model_input") else state
             output = policy(fed, t.to(state.device)).to(state.dtype)
             state = _step(scheduler, output, t, state, generator, deployed.options)
         states.append(state)
-        if on_progress:
-            on_progress(shape[0])
     return torch.cat(states)
 
 
@@ -172,28 +171,20 @@ class Reference:
         self.usable = min(int((weight[half] > 0).sum()) for half in (fit, held)) >= CELLS
         if not self.usable:
             return
-        flat, energy, self.weight = _flat(samples), _filled(energy), weight[held]
+        flat, energy, self.weight = _flat(samples), filled(energy), weight[held]
         self.centers = k_means(flat[fit], weight[fit], CELLS, self.generator)
         self.edges = weighted_quantiles(energy[fit], weight[fit], BINS)
-        self.cells, self.bins = self._cells(flat[held]), torch.bucketize(energy[held], self.edges)
-
-    def _cells(self, flat: Tensor) -> Tensor:
-        return torch.cat([torch.cdist(part, self.centers).argmin(1) for part in flat.split(8192)])
+        self.cells, self.bins = nearest(flat[held], self.centers)[0], torch.bucketize(energy[held], self.edges)
 
     def figures(self, side: str, samples: Tensor, energy: Tensor, compared: bool = True) -> dict[str, float | None]:
         """Distances of an unweighted set [M, ...] with energies [M], under names that begin with ``side``."""
         if not (self.usable and compared):
             return {f"{side}_{figure}": None for figure in self.FIGURES}
-        mine = torch.bucketize(_filled(energy), self.edges)
+        mine = torch.bucketize(filled(energy), self.edges)
         energies = share_distance(mine, self.bins, self.weight, BINS, self.generator)
-        cells = share_distance(self._cells(_flat(samples)), self.cells, self.weight, CELLS, self.generator)
+        cells = share_distance(nearest(_flat(samples), self.centers)[0], self.cells, self.weight, CELLS, self.generator)
         return {f"{side}_{figure}": value for figure, value in zip(self.FIGURES, (*energies, *cells), strict=True)}
 
 
 def _flat(samples: Tensor) -> Tensor:
     return samples.flatten(1).double().cpu()
-
-
-def _filled(energy: Tensor) -> Tensor:
-    """Energies in float64 on the CPU; invalid ones fall into the highest bin, as forbidden ones do."""
-    return energy.double().cpu().nan_to_num(nan=math.inf, posinf=math.inf)

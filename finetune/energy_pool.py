@@ -47,7 +47,8 @@ class EnergyPool:
     timeout: seconds for a batch; None waits. What has not come back then, or was lost with a process that died, is asked again,
         ``retries`` times, of new workers. The old processes are killed; threads cannot be, and are left behind with a warning.
 
-    One batch at a time: another `start` gives up the one before. term_values: as in `WeightedSum`.
+    One batch at a time: another `start` gives up the one before. energy: the function that threads share, None where processes
+    load ``terms`` from ``search``. term_values: as in `WeightedSum`.
 
     Errors: ValueError for no workers, a timeout that is not positive, or an energy that cannot be loaded; EnergyError where it
     raises, and after the last retry.
@@ -69,11 +70,12 @@ class EnergyPool:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"the timeout of the pool is {timeout}; give positive seconds, or None.")
         self.workers, self.timeout, self.retries = workers, timeout, retries
+        self.energy, self.terms, self.search = energy if callable(energy) else None, list[str](), search
         if callable(energy):
             self.__name__, self.titles = energy_name(energy), getattr(energy, "titles", {})
             self._hire: Callable[[], _Worker] = lambda: _Function(energy)
         else:
-            terms = [energy] if isinstance(energy, str) else list(energy)
+            terms = self.terms = [energy] if isinstance(energy, str) else list(energy)
             specs = [parse_energy(term) for term in terms]
             self.__name__ = " + ".join(spec.title for spec in specs)
             self.titles = {name: spec.title for spec in specs for name in (spec.label, spec.target)}

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..samplers.policy import Policy, Prior
-    from .certificate import Criterion, Evidence
+    from .certificate import Evidence
+    from .criteria import Criterion
     from .energy import Energy
 
 CHECKPOINTS = 2  # kept: the last, and one before it in case the last is damaged

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..tasks.task import load_task
 from . import flags
 from .tasks import open_with_task
 
+if TYPE_CHECKING:
+    from ..finetune.certificate import Evidence
+    from ..finetune.energy import Energy
+    from ..finetune.run import Run
+
 DESCRIPTION = """Draw fresh rollouts of a run's policy and of its prior, and measure how close the policy came to
-p_prior(x) · exp(-E(x)/alpha): certificate.json and picture.png in the run's folder, the figures and a verdict on the
-terminal. A shipped task is judged by its own criteria, any other run by its two sides against each other. Exit status: 0 the
-certificate passes, 1 it fails, 3 it is inconclusive, 75 stopped by SIGTERM or SIGUSR1 with nothing written, 2 bad input, 70 an
-unexpected error, after its traceback.
+p_prior(x) · exp(-E(x)/alpha). In this order: the verdict, on the terminal and in certificate.json; picture.png; what plain
+diffusers samplers give with the policy's network, added to certificate.json. Whatever ends it leaves what was written. A shipped
+task is judged by its own criteria, any other run by its two sides against each other. Exit status: 0 the certificate passes, 1
+it fails, 3 it is inconclusive, 75 stopped by SIGTERM or SIGUSR1, 2 bad input, 70 an unexpected error, after its traceback.
 
 example: tiltune evaluate my-run
 
-example: tiltune evaluate my-run --energy my_energy.py:brightness --size 10000
+example: tiltune evaluate my-run --energy my_energy.py:brightness --until-decided 40000
 """
 
 
@@ -35,6 +41,12 @@ class Options:
     """Rollouts a side; the config's where not given."""
     seed: int | None = None
     """Of these rollouts; the config's where not given."""
+    tolerance: float | None = None
+    """How far a share may be off for a pass, where only the two sides are compared; the config's (.05) where not given."""
+    until_decided: int | None = None
+    """While the verdict is inconclusive and more rollouts would decide, draw them: at most so many a side."""
+    deployment: bool = True
+    """Measure at last what plain diffusers samplers give with the policy's network."""
 
 
 def main(argv: list[str]) -> int:
@@ -42,23 +54,43 @@ def main(argv: list[str]) -> int:
     options = flags.parse(Options, argv, "tiltune evaluate", DESCRIPTION)
     run = open_with_task(options.run)
     from ..finetune.evaluation import certify, write_certificate
-    from ..finetune.interrupts import preemptible, uninterrupted
-    from .pictures import run_figure
+    from ..finetune.interrupts import Preempted, preemptible, uninterrupted
+    from .torchrun import REQUEUE
 
     energy = run.energy(options.energy)
+    terms = options.energy or run.config.energy.terms
+    chosen = {"size": options.size, "seed": options.seed, "tolerance": options.tolerance}
     with preemptible():
-        certificate, evidence = certify(
-            run, energy, terms=options.energy or run.config.energy.terms, size=options.size, seed=options.seed
-        )
+        certificate, evidence = certify(run, energy, terms=terms, until_decided=options.until_decided, **chosen)
     with uninterrupted():
         write_certificate(run, certificate)
+        print(summary(certificate, run.folder), flush=True)
+    try:
+        with preemptible():
+            show(options, run, certificate, evidence, energy)
+    except Preempted as signal:
+        print(f"{signal}: the verdict is written; what comes after it was left out", file=sys.stderr)
+        return REQUEUE
+    return certificate["exit_status"]
+
+
+def show(options: Options, run: Run, certificate: dict[str, Any], evidence: Evidence, energy: Energy) -> None:
+    """What follows a verdict: the picture, then the deployed samplers. A cut leaves what is written by then."""
+    from ..finetune.evaluation import measure_deployment, write_certificate
+    from ..finetune.interrupts import uninterrupted
+    from .pictures import run_figure
+
     if run.config.task is not None and certificate["judged_by"] == f"the task {run.config.task}":
         figure = load_task(run.config.task).picture(evidence, energy, run.history, certificate)
     else:
         figure = run_figure(evidence, certificate)
     figure.savefig(run.folder / "picture.png")
-    print(summary(certificate, run.folder))
-    return certificate["exit_status"]
+    if options.deployment:
+        certificate = measure_deployment(run, certificate, evidence, energy)
+        with uninterrupted():
+            write_certificate(run, certificate)
+        for line in deployed(certificate["deployed"]):
+            print(line)
 
 
 def summary(certificate: dict[str, Any], folder: Path) -> str:
@@ -71,14 +103,23 @@ def summary(certificate: dict[str, Any], folder: Path) -> str:
         f"ELBO {shown('elbo')} ≤ log Z {shown('log_z')} (target side {shown('log_z_forward')}) ≤ EUBO {shown('eubo')}",
         f"gap {shown('gap')}   ESS {certificate['ess']:.3f}   target side {certificate['target_ess']:.0f} effective of"
         f" {certificate['size']}   Pareto-k {certificate['pareto_k']:.2f}",
+        prior_line(certificate),
         *task_lines(certificate),
-        *deployed(certificate["deployed"]),
         f"{certificate['energy_calls']:,} energy calls in training, {certificate['certificate_energy_calls']:,} in the"
         f" certificate; written to {folder}",
         *[f"flag: {flag}" for flag in certificate["flags"] if flag not in certificate["reasons"]],
         f"verdict: {certificate['verdict']}: {'; '.join(certificate['reasons'])}",
     ]
     return "\n".join(lines)
+
+
+def prior_line(certificate: dict[str, Any]) -> str:
+    """What the training changed: mean energy, gap and cell difference of the policy, and of the prior it started from."""
+    prior, compared = certificate["prior"], certificate["verdict_unknown_truth"]
+    gap = f"gap {certificate['gap']:.3f} (prior {prior['gap']:.3f})"
+    energy = f"mean energy {certificate['mean_energy']:.3f} (prior {prior['mean_energy']:.3f})"
+    cells = f"   cell TV {compared['cell_tv']:.3f} (prior {prior['cell_tv']:.3f})" if "cell_tv" in compared else ""
+    return f"{energy}   {gap}{cells}"
 
 
 def task_lines(certificate: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ RENAMED = {
     "policy.kind": "policy",
     "certificate.size": "certificate-size",
     "certificate.seed": "certificate-seed",
+    "certificate.tolerance": "certificate-tolerance",
 }
 
 

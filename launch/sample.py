@@ -142,7 +142,7 @@ def resample(run: Run, options: Options) -> Resampled:
 
 def trust(drawn: Resampled) -> str:
     """The effective number of proposals, and what it means, in a sentence."""
-    from ..finetune.certificate import MAX_PARETO_K
+    from ..finetune.criteria import MAX_PARETO_K
     from ..finetune.estimators import pareto_k
 
     proposals, count, tail = len(drawn.log_weight), len(drawn.samples), pareto_k(drawn.log_weight)

@@ -158,6 +158,8 @@ def certify(options: Options, prior: Any, result: TrainResult) -> tuple[dict[str
     from tqdm import tqdm
 
     from ..finetune import certificate as certificates
+    from ..finetune import criteria
+    from ..finetune.verdict import judge_unknown
     from ..tasks import metrics, mixture
 
     # Not the training's seed: the certificate must not see trajectories that the policy was trained on.
@@ -184,8 +186,10 @@ def certify(options: Options, prior: Any, result: TrainResult) -> tuple[dict[str
     figures["gap_reference"] = reference.get("gap")
     for name in ("ess", "elbo", "eubo"):
         figures[f"{name}_reference"] = reference.get(name)
-    verdict, reasons = certificates.judge_known(figures)
-    unknown, unknown_reasons, unknown_figures = certificates.judge_unknown(evidence, figures)
+    verdict, reasons = criteria.judge_known(figures)
+    unknown, unknown_reasons, unknown_figures = judge_unknown(evidence, figures)
+    for name in ("cell_tv", "cell_tv_se"):
+        figures["prior"][name] = unknown_figures.get(f"prior_{name}")
     notes = ["training was interrupted; this is what it had reached"] if result.interrupted else []
     if figures["gap_reference"] is None:
         notes.append("no reference at this alpha and number of steps: the gap is reported, not judged")
@@ -194,9 +198,9 @@ def certify(options: Options, prior: Any, result: TrainResult) -> tuple[dict[str
         "certificate_energy_calls": evidence.energy_calls,
         "verdict": verdict,
         "reasons": reasons,
-        "flags": certificates.flags(figures) + notes,
+        "flags": criteria.worse_than_prior(figures) + criteria.flags(figures) + notes,
         "verdict_unknown_truth": {"verdict": unknown, "reasons": unknown_reasons, **unknown_figures},
-        "exit_status": certificates.EXIT_STATUS[verdict],
+        "exit_status": criteria.EXIT_STATUS[verdict],
         "objective": options.objective,
         "alpha": options.alpha,
         "chain": options.chain,

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..finetune.config import PriorConfig, RunConfig
-from .image_recipe import image_recipe, shipped_prior
+from .image_recipe import class_criteria, image_recipe, shipped_prior
 from .task import Task, energy_terms
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from ..finetune.certificate import Criterion, Evidence
+    from ..finetune.certificate import Evidence
+    from ..finetune.criteria import Criterion
     from ..finetune.energy import Energy
     from ..samplers.policy import Prior
     from .classifier import ClassEnergy, SmallClassifier
@@ -77,19 +78,14 @@ def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> d
 
 def criteria(figures: dict[str, Any]) -> list[Criterion]:
     """The bars of the task: what a policy that draws the tilted prior, and nothing less, meets."""
-    from ..finetune.certificate import Criterion
+    from ..finetune.criteria import Criterion
 
     lines = [
         Criterion("energy TV", figures["energy_tv"], 0.15),
         Criterion("EUBO - ELBO", figures["gap"], 2.0),
         Criterion("|log Z forward - reverse|", abs(figures["log_z"] - figures["log_z_forward"]), 0.3),
     ]
-    if "share" in figures:
-        lines += [
-            Criterion("share below the target's", figures["share_reference"] - figures["share"], 0.03),
-            Criterion("|diversity ratio - 1|", abs(figures["diversity"] - 1), 0.1),
-        ]
-    return lines
+    return lines + class_criteria(figures)
 
 
 def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], figures: dict[str, Any]) -> Figure:

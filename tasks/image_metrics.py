@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finetune.certificate import Evidence, share_distance, weighted_quantiles
+from ..finetune.certificate import Evidence
 from ..finetune.estimators import mean as mean_and_error
 from ..finetune.estimators import weighted_mean
+from ..finetune.partition import share_distance, weighted_quantiles
 from ..samplers.steering import systematic
 from .classifier import predicted
 from .inpainting import Inpainting

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..finetune.config import CertificateConfig, EnergyConfig, PriorConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from ..finetune.criteria import Criterion
     from ..samplers.policy import Prior
 
 
@@ -40,6 +41,17 @@ def image_recipe(task: str, energy: str, alpha: float, updates: int, certificate
         certificate=CertificateConfig(size=certificate_size),
         threads=2,
     )
+
+
+def class_criteria(figures: dict[str, Any]) -> list[Criterion]:
+    """The lines of an energy of one set of classes, unmeasured where the certificate found no such energy."""
+    from ..finetune.criteria import Criterion
+
+    found = "share" in figures
+    return [
+        Criterion("share below the target's", figures["share_reference"] - figures["share"] if found else None, 0.03),
+        Criterion("|diversity ratio - 1|", abs(figures["diversity"] - 1) if found else None, 0.1),
+    ]
 
 
 def shipped_prior(folder: Path, config: PriorConfig) -> Prior:

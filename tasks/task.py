@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from ..finetune.certificate import Criterion, Evidence
+    from ..finetune.certificate import Evidence
+    from ..finetune.criteria import Criterion
     from ..finetune.energy import Energy
     from ..samplers.policy import Prior
 
@@ -54,10 +55,20 @@ def load_task(name: str) -> Task:
 
 
 def energy_terms(energy: Energy) -> list[Energy]:
-    """The energies that a weighted sum adds up, behind a memory or not; a single energy is its own only term."""
+    """The energies that a weighted sum adds up, behind a memory or workers or not; a single energy is its own only term.
+
+    Of what worker processes load by name, the terms of the task's own module are loaded here too; the others stay with them.
+    """
     from ..finetune.energy_cache import CachedEnergy
+    from ..finetune.energy_loading import combine, parse_energy
+    from ..finetune.energy_pool import EnergyPool
     from ..finetune.energy_sum import WeightedSum
 
     if isinstance(energy, CachedEnergy):
+        energy = energy.energy
+    if isinstance(energy, EnergyPool) and energy.energy is None:
+        own = [term for term in energy.terms if parse_energy(term).place in ("", energy.search)]
+        return [term for _, term in combine(own, energy.search).terms.values()] if own else []
+    if isinstance(energy, EnergyPool) and energy.energy is not None:
         energy = energy.energy
     return [term for _, term in energy.terms.values()] if isinstance(energy, WeightedSum) else [energy]

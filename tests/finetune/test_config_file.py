@@ -71,7 +71,7 @@ WRONG = [
     ("trian: {alpha: 1}", "unknown key trian; did you mean train"),
     ("train: {learning_rat: 1}", "unknown key train.learning_rat; did you mean train.learning_rate"),
     ("prior: {rank: 4}", "unknown key prior.rank; did you mean policy.rank"),
-    ("certificate: {qqq: 4}", "unknown key certificate.qqq; certificate has the keys size, seed"),
+    ("certificate: {qqq: 4}", "unknown key certificate.qqq; certificate has the keys size, seed, tolerance"),
     ("1: 2", "unknown key 1; the top level has the keys task, prior"),
     ("train: {alpha: warm}", "train.alpha is 'warm', a string; expected a number"),
     ("train: {alpha: '1'}", "train.alpha is '1', a string; expected a number"),
@@ -157,7 +157,7 @@ def test_the_yaml_keys_are_frozen() -> None:
         "energy": "terms cache workers timeout",
         "policy": "kind rank targets gradient_checkpointing",
         "train": train,
-        "certificate": "size seed",
+        "certificate": "size seed tolerance",
     }
     frozen = [
         "task",

@@ -15,9 +15,9 @@ import torch
 
 from tiltune.finetune import evaluation
 from tiltune.finetune import run as runs
-from tiltune.finetune.certificate import Criterion
 from tiltune.finetune.config import EnergyConfig, PolicyConfig, PriorConfig, RunConfig, TrainConfig
 from tiltune.finetune.config_file import from_mapping, read_yaml
+from tiltune.finetune.criteria import Criterion
 from tiltune.finetune.run_folder import ASIDE, MOVING, new_run
 from tiltune.samplers.policy import Policy
 
@@ -380,8 +380,9 @@ def certified(config: RunConfig, out: Path, energy: Any, size: int, task: Any = 
     """The certificate of the untouched prior, for a given energy."""
     untouched = replace(config, train=replace(config.train, updates=0))
     run = runs.train(untouched, out, energy=energy, task=task, progress=False)
-    figures, _ = evaluation.certify(run, energy, size=size, progress=False)
-    evaluation.write_certificate(run, figures)
+    figures, evidence = evaluation.certify(run, energy, size=size, progress=False)
+    assert "deployed" not in figures
+    evaluation.write_certificate(run, evaluation.measure_deployment(run, figures, evidence, energy, progress=False))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -390,10 +391,10 @@ def certified(config: RunConfig, out: Path, energy: Any, size: int, task: Any = 
 
 
 def test_the_three_verdicts(config: RunConfig, tmp_path: Path) -> None:
-    # The prior is its own tilted law where the energy is flat, is not where it is steep, and too few rollouts show neither.
+    # The prior is its own tilted law where the energy is flat, is not where it is steep, and too few rollouts show nothing small.
     flat = certified(config, tmp_path / "flat", lambda x: torch.zeros(len(x)), 1000)
     steep = certified(config, tmp_path / "steep", lambda x: 2 * (x.flatten(1).mean(1) > 0).float(), 1000)
-    few = certified(config, tmp_path / "few", lambda x: 2 * (x.flatten(1).mean(1) > 0).float(), 100)
+    few = certified(config, tmp_path / "few", lambda x: torch.zeros(len(x)), 100)
     assert [(one["verdict"], one["exit_status"]) for one in (flat, steep, few)] == [("pass", 0), ("fail", 1), ("inconclusive", 3)]
     assert flat["gap"] == pytest.approx(0, abs=1e-6)
     assert steep["gap"] > 0.3
@@ -401,6 +402,9 @@ def test_the_three_verdicts(config: RunConfig, tmp_path: Path) -> None:
     assert len(flat["deployed"]) > 4
     # Both sides, 128 starts of 8 rollouts, and each deployed sampler.
     assert flat["certificate_energy_calls"] == 2 * 1000 + 128 * 8 + (len(flat["deployed"]) - 2) * 1000
+    # The untouched prior is as far from the target as itself.
+    assert steep["gap_share_of_prior"] == pytest.approx(1, abs=0.3)
+    assert steep["prior"]["cell_tv"] > 0.1 > flat["prior"]["cell_tv"]
     assert (flat["size"], flat["steps"], flat["alpha"], flat["energy_calls"]) == (1000, 3, 1.0, 12)
 
 
@@ -435,7 +439,9 @@ def test_a_certificate_names_the_energy_that_judged(config: RunConfig, tmp_path:
     assert f"the energy here is a function of its own; the run was trained with {ink}" in figures["flags"]
 
 
-def test_the_bar_of_a_certificate_ends_at_its_total(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_wait_of_a_certificate_has_a_bar_that_ends_at_its_total(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import tqdm
 
     bars: list[Any] = []
@@ -447,9 +453,33 @@ def test_the_bar_of_a_certificate_ends_at_its_total(config: RunConfig, tmp_path:
 
     run = runs.train(config, tmp_path / "run", progress=False)
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    figures, _ = evaluation.certify(run, run.energy([f"{tmp_path}/my_energy.py:ink"]), size=100, progress=True)
-    [bar] = bars
-    assert bar.n == bar.total == figures["certificate_energy_calls"]
+    energy = run.energy([f"{tmp_path}/my_energy.py:ink"])
+    figures, evidence = evaluation.certify(run, energy, size=100, progress=True)
+    figures = evaluation.measure_deployment(run, figures, evidence, energy, progress=True)
+    assert [bar.desc for bar in bars] == ["certificate", "judging", "deployed samplers"]
+    assert all(bar.n == bar.total > 0 for bar in bars)
+    assert bars[0].total + bars[2].total == figures["certificate_energy_calls"]
+
+
+def test_an_undecided_certificate_draws_on_to_its_budget(config: RunConfig, tmp_path: Path) -> None:
+    """The untouched prior and a flat energy: 120 rollouts show too little, the 300 effective ones that it asks for pass."""
+    run = runs.train(replace(config, train=replace(config.train, updates=0)), tmp_path / "run", progress=False)
+
+    def flat(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(x))
+
+    once, _ = evaluation.certify(run, flat, size=120, progress=False)
+    assert (once["verdict"], once["size"]) == ("inconclusive", 120) and 120 < once["rollouts_to_decide"] < 2000
+    more, evidence = evaluation.certify(run, flat, size=120, until_decided=2000, progress=False)
+    assert more["verdict"] == "pass" and 300 <= more["size"] <= 2000
+    assert len(evidence.samples) == len(evidence.prior_samples) == more["size"]
+    assert more["certificate_energy_calls"] == 2 * more["size"] + 128 * 8  # common starts are drawn once
+    short, _ = evaluation.certify(run, flat, size=120, until_decided=200, progress=False)
+    assert (short["verdict"], short["size"]) == ("inconclusive", 200)
+    with pytest.raises(ValueError, match="until_decided is 50, fewer than the 120 rollouts"):
+        evaluation.certify(run, flat, size=120, until_decided=50, progress=False)
+    with pytest.raises(ValueError, match=r"certificate tolerance is 2.*between 0 and 1"):
+        evaluation.certify(run, flat, tolerance=2, progress=False)
 
 
 def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) -> None:
@@ -486,3 +516,28 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
     judged, _ = evaluation.certify(runs.open_run(run.folder, task), flat, size=100, progress=False)
     assert (judged["verdict"], judged["judged_by"]) == ("inconclusive", "its two sides")
     assert "two samples are too few" in judged["reasons"]
+
+
+def test_a_gross_miss_fails_a_task_whose_target_side_is_thin(config: RunConfig, tmp_path: Path) -> None:
+    """100 rollouts are too few for the task's own criteria, which are met; that the prior is far off is shown all the same."""
+    from tiltune.samplers.pretrained import load_prior
+
+    task: Any = SimpleNamespace(
+        name="toy",
+        module="tiltune.tasks.mixture",
+        load_prior=lambda asked: load_prior(config.prior.source or "", asked.steps),
+        figures=lambda evidence, energy, generator: {},
+        criteria=lambda figures: [Criterion("nothing", 0.0, 1.0)],
+    )
+    toy = replace(config, task="toy", prior=PriorConfig(steps=3), train=replace(config.train, updates=0))
+
+    def steep(x: torch.Tensor) -> torch.Tensor:
+        return 4 * (x.flatten(1).mean(1) > 0).float()
+
+    run = runs.train(toy, tmp_path / "run", task=task, energy=steep, progress=False)
+    judged, _ = evaluation.certify(run, steep, size=100, progress=False)
+    assert (judged["verdict"], judged["judged_by"]) == ("fail", "the task toy")
+    assert judged["target_ess"] < 100 and judged["verdict_unknown_truth"]["lower"] > 0.15
+    assert judged["reasons"][0].startswith("shares of") and any("fewer than 300" in reason for reason in judged["reasons"])
+    flat, _ = evaluation.certify(run, lambda x: torch.zeros(len(x)), size=100, progress=False)
+    assert flat["verdict"] == "inconclusive" and flat["rollouts_to_decide"] == 400  # control: 300 effective, and a tenth more

@@ -7,12 +7,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tiltune.finetune.behavior import PriorBank
-from tiltune.finetune.certificate import judge_unknown, path_figures
+from tiltune.finetune.certificate import path_figures
 from tiltune.finetune.config import TrainConfig
 from tiltune.finetune.energy import EnergyError, EnergyMeter
 from tiltune.finetune.estimators import weighted_mean
 from tiltune.finetune.forward_kl import ForwardKL
 from tiltune.finetune.trainer import Trainer
+from tiltune.finetune.verdict import judge_unknown
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
 from tiltune.samplers.policy import Prior, ResidualDenoiser
 from tiltune.samplers.rollout import rollout

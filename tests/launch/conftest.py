@@ -31,6 +31,13 @@ def taken_away(x):
     import signal
     signal.raise_signal(signal.SIGTERM)
     return ink(x)
+
+seen = 0
+
+def taken_away_later(x):
+    global seen
+    seen += len(x)
+    return taken_away(x) if seen > 2 * 100 + 128 * 8 else ink(x)  # what a certificate of size 100 calls
 """
 
 

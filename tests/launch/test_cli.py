@@ -60,7 +60,7 @@ def test_the_console_script_is_quick():
 def test_statuses_and_sentences(monkeypatch, capsys):
     from types import SimpleNamespace
 
-    from tiltune.finetune.certificate import EXIT_STATUS
+    from tiltune.finetune.criteria import EXIT_STATUS
 
     def breaking(error):
         def main(argv):

@@ -64,6 +64,7 @@ VALUES: dict[str, list[str]] = {
     "--seed": ["5"],
     "--certificate-size": ["500"],
     "--certificate-seed": ["5"],
+    "--certificate-tolerance": ["0.1"],
 }
 
 
@@ -89,7 +90,7 @@ def test_the_names_of_train_are_frozen(tiltune: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("verb", "names"),
     [
-        ("evaluate", "RUN --energy --size --seed"),
+        ("evaluate", "RUN --energy --size --seed --tolerance --until-decided --deployment"),
         ("sample", "RUN --n --exact --proposals --energy --seed --out --overwrite"),
         ("export", "RUN --out --format"),
         ("tasks", ""),

@@ -323,16 +323,18 @@ def test_evaluate_writes_and_prints_the_certificate(tiltune: Callable[..., Any],
 
     shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100)
     certificate = json.loads((trained / "certificate.json").read_text())
-    assert shown.status == certificate["exit_status"] == 3  # 100 rollouts are too few for anything else
-    assert certificate["verdict"] == "inconclusive"
+    assert shown.status == certificate["exit_status"] == 1  # two updates leave the prior, whose energies are far off
+    assert certificate["verdict"] == "fail"
     assert certificate["energy"] == [f"{trained.parent}/my_energy.py:ink"]
     assert not [flag for flag in certificate["flags"] if "the energy here" in flag]
-    assert f"verdict: inconclusive: {certificate['reasons'][0]}" in shown.out
+    assert f"verdict: fail: {certificate['reasons'][0]}" in shown.out
+    assert f"(prior {certificate['prior']['gap']:.3f})" in shown.out
+    assert shown.out.index("verdict:") < shown.out.index("DDIM eta=0")
     for text in ("ELBO", "EUBO", "deployed", "DDIM eta=0", "written to my-run"):
         assert text in shown.out
     assert (trained / "picture.png").stat().st_size > 10_000
     other = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100, "--seed", 1)
-    assert other.status == 3
+    assert other.status == 1
     assert json.loads((trained / "certificate.json").read_text())["elbo"] != certificate["elbo"]
 
 
@@ -340,9 +342,37 @@ def test_a_preempted_evaluation_leaves_the_certificate_that_was_there(tiltune: C
     first = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100)
     before = (trained / "certificate.json").read_bytes()
     shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:taken_away", "--size", 200)
-    assert (first.status, shown.status) == (3, 75)
+    assert (first.status, shown.status) == (1, 75)
     assert "SIGTERM: nothing of this was saved; run the same command again." in shown.err
     assert (trained / "certificate.json").read_bytes() == before
+
+
+def test_what_is_cut_after_the_verdict_leaves_certificate_and_picture(tiltune: Callable[..., Any], trained: Path) -> None:
+    shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:taken_away_later", "--size", 100)
+    assert shown.status == 75
+    assert "SIGTERM: the verdict is written; what comes after it was left out" in shown.err
+    certificate = json.loads((trained / "certificate.json").read_text())
+    assert certificate["verdict"] == "fail" and "deployed" not in certificate
+    assert f"verdict: fail: {certificate['reasons'][0]}" in shown.out
+    assert (trained / "picture.png").stat().st_size > 10_000
+
+
+def test_deployed_samplers_can_be_left_out(tiltune: Callable[..., Any], trained: Path) -> None:
+    shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100, "--no-deployment")
+    certificate = json.loads((trained / "certificate.json").read_text())
+    assert shown.status == certificate["exit_status"] == 1
+    assert "deployed" not in certificate and "DDIM" not in shown.out
+    assert certificate["certificate_energy_calls"] == 2 * 100 + 128 * 8
+
+
+def test_tolerance_and_budget_are_flags_of_evaluate(tiltune: Callable[..., Any], trained: Path) -> None:
+    evaluate = ("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100, "--no-deployment")
+    shown = tiltune(*evaluate, "--tolerance", 0.9, "--until-decided", 400)
+    certificate = json.loads((trained / "certificate.json").read_text())
+    assert shown.status == certificate["exit_status"] == 3  # nothing is off by .9, but the target side is too thin to show it
+    assert certificate["verdict_unknown_truth"]["tolerance"] == 0.9
+    assert certificate["size"] == 400
+    assert tiltune(*evaluate, "--until-decided", 50).status == 2
 
 
 def test_a_preempted_training_ends_with_75_and_goes_on(tiltune: Callable[..., Any], here: Path, small: list[Any]) -> None:

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from tiltune.finetune.certificate import Evidence, conclude, path_figures
+from tiltune.finetune.certificate import Evidence, path_figures
 from tiltune.finetune.config import PriorConfig
+from tiltune.finetune.criteria import conclude
 from tiltune.finetune.energy_loading import combine
 from tiltune.finetune.objectives import Objective
 from tiltune.finetune.trainer import Trainer
@@ -93,6 +94,28 @@ def test_an_exact_sampler_passes_and_a_collapsed_one_fails(samples):
     # The prior itself has the diversity and not the shares.
     found, figures = verdict(evidence_of(samples, samples))
     assert found == "fail" and figures["share"] < figures["share_reference"] - 0.2
+
+
+def test_workers_hide_no_criterion_and_what_is_not_measured_is_a_doubt(samples):
+    """Behind worker processes all five criteria are there; of an energy without classes two are not, and nothing passes."""
+    from tiltune.finetune.energy_pool import EnergyPool
+
+    weight = (-classes(0, 2, 4, 6, 8)(samples) / 0.5).double().softmax(0)
+    evidence = evidence_of(samples, samples[systematic(weight, 400, torch.Generator().manual_seed(2))])
+    figures = path_figures(evidence)
+    found = {}
+    for name, energy in (
+        ("here", combine(("classes(0, 2, 4, 6, 8)",), TASK.module)),
+        ("workers", EnergyPool(("classes(0, 2, 4, 6, 8)",), 2, search=TASK.module)),
+        ("hidden", lambda x: x.flatten(1).mean(1)),
+    ):
+        own = figures | TASK.figures(evidence, energy, torch.Generator().manual_seed(1))
+        found[name] = criteria(own), conclude(criteria(own), [])
+    assert found["here"] == found["workers"]
+    assert found["here"][1][0] == "pass" and len(found["here"][0]) == 5
+    verdict, reasons = found["hidden"][1]
+    assert verdict == "inconclusive" and [line.value for line in found["hidden"][0]][3:] == [None, None]
+    assert reasons[0] == "share below the target's is a criterion of this task and was not measured"
 
 
 def reinforce(batch, alpha, log_z, huber=None):

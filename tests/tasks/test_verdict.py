@@ -9,14 +9,35 @@ import math
 import pytest
 import torch
 
-from tiltune.finetune.certificate import gather_evidence, judge_known, judge_unknown, path_figures
+from tiltune.finetune.certificate import gather_evidence, path_figures
 from tiltune.finetune.config import TrainConfig
+from tiltune.finetune.criteria import judge_known
 from tiltune.finetune.trainer import Trainer
+from tiltune.finetune.verdict import judge_unknown
 from tiltune.samplers.policy import ResidualDenoiser
 from tiltune.tasks.data.calibrate import planted
+from tiltune.tasks.data.calibrate_unknown import counted, exact_samples
 from tiltune.tasks.gaussian_mixture import MixtureDenoiser
+from tiltune.tasks.heldout import held_out
 from tiltune.tasks.metrics import modes_of, truth_figures
 from tiltune.tasks.mixture import DATA, build_chain, energy, in_states, load_prior, target_mixture
+
+
+def test_the_measured_rates_meet_their_bars():
+    """The shipped counts behind the table of docs/theory.md, and one of its entries drawn again."""
+    rows = json.loads((DATA / "calibration_unknown.json").read_text())
+    exact = {row: sizes for row, sizes in rows.items() if row.startswith("exact")}
+    failures = [count for row, sizes in rows.items() if row not in exact for count in sizes.values()]
+    assert sum(count.get("thick", 0) for count in failures) > 3000
+    assert sum(count.get("pass", 0) for count in failures) <= 0.01 * sum(count.get("thick", 0) for count in failures)
+    for sizes in exact.values():
+        assert all(count.get("fail", 0) <= 0.01 * 300 for count in sizes.values())
+    for row in ("exact, path noise 0.75", "exact denoiser, K = 50"):
+        assert exact[row]["4000"]["inconclusive"] <= 0.2 * 300
+    task = held_out(10)
+    assert counted(exact_samples(task, "exact denoiser", 0.75), 1000, 5) == {"inconclusive": 5}
+    found = counted(exact_samples(task, "components too wide", 0.75), 4000, 5)
+    assert found["fail"] == 5 and found["thick fail"] == found["thick"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,118 @@
+"""What a verdict is made of: criteria with their bars, doubts about the evidence, and flags about the setting."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+EXIT_STATUS: dict[str, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
+
+# Thresholds of the target side's own reliability (docs/theory.md, "The verdict", holds the calibration).
+MIN_TARGET_ESS = 300.0
+MAX_TARGET_WEIGHT = 0.02
+MAX_PARETO_K = 0.7
+MAX_START_VARIANCE = 0.05
+# The shown difference from which a policy fails although the target side is too thin for a task's own criteria.
+GROSS = 0.15
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One line of a verdict: ``value`` must not exceed ``bar``. None: a figure that was expected and is not there."""
+
+    name: str
+    value: float | None
+    bar: float
+
+    @property
+    def met(self) -> bool:
+        return self.value is not None and self.value <= self.bar  # a NaN is not met
+
+
+def conclude(criteria: list[Criterion], doubts: list[str]) -> tuple[Verdict, list[str]]:
+    """Verdict and reasons. A failed criterion fails only where the evidence behind it can be trusted, and none is missing."""
+    measured = {item.name: item.value for item in criteria if item.value is not None}
+    absent = [f"{item.name} is a criterion of this task and was not measured" for item in criteria if item.value is None]
+    missed = [f"{i.name} is {measured[i.name]:.3g}, above {i.bar:.3g}" for i in criteria if i.name in measured and not i.met]
+    if doubts or absent:
+        return "inconclusive", [*doubts, *absent, *missed]
+    if missed:
+        return "fail", missed
+    return "pass", [f"all {len(criteria)} criteria met: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items())]
+
+
+def judge_known(figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
+    """The verdict where the truth is known: terminal samples against exact ones, and the gap against its reference.
+
+    ``figures`` needs mode_tv, log_z_error, w2_ratio, mode_spread_error, and gap with gap_reference (None to leave out).
+    """
+    criteria = [
+        Criterion("mode TV", figures["mode_tv"], 0.04),
+        Criterion("|log Z error|", figures["log_z_error"], 0.05),
+        Criterion("W2 ratio", figures["w2_ratio"], 1.15),
+        Criterion("mode spread error", figures["mode_spread_error"], 0.10),
+    ]
+    if figures["gap_reference"] is not None:
+        criteria.append(Criterion("gap - gap_reference", figures["gap"] - figures["gap_reference"], 0.35))
+    return conclude(criteria, target_side_doubts(figures))
+
+
+def target_side_doubts(figures: dict[str, Any]) -> list[str]:
+    """Why the weighted prior sample cannot carry the verdict of a task or of a known truth; empty where it can."""
+    doubts = thin_target(figures)
+    if figures["target_max_weight"] > MAX_TARGET_WEIGHT:
+        doubts.insert(1, f"one prior sample carries {figures['target_max_weight']:.1%} of the target's weight")
+    return doubts
+
+
+def thin_target(figures: dict[str, Any]) -> list[str]:
+    """Too few effective target samples, or weights with a tail so heavy that their number cannot be trusted."""
+    doubts = []
+    if figures["target_ess"] < MIN_TARGET_ESS:
+        doubts.append(f"the target side has {figures['target_ess']:.0f} effective samples, fewer than {MIN_TARGET_ESS:.0f}")
+    if figures["target_pareto_k"] > MAX_PARETO_K:
+        doubts.append(f"the target side's Pareto-k is {figures['target_pareto_k']:.2f}, above {MAX_PARETO_K}")
+    return doubts
+
+
+def rollouts_to_trust(figures: dict[str, Any], size: int) -> int | None:
+    """The rollouts a side with which `target_side_doubts` would find nothing, where their number is all that is missing."""
+    times = max(MIN_TARGET_ESS / max(figures["target_ess"], 1e-300), figures["target_max_weight"] / MAX_TARGET_WEIGHT)
+    if times <= 1 or not figures["target_pareto_k"] <= MAX_PARETO_K:
+        return None
+    return math.ceil(11 * times * size / 1000) * 100
+
+
+def against_prior(figures: dict[str, Any]) -> Criterion:
+    """The policy's gap may not exceed the prior's by more than 2.6 standard errors: that were worse than no training."""
+    prior = figures["prior"]
+    # An infinite ELBO has an infinite error, which excuses nothing.
+    errors = [error for error in (figures["gap_se"], prior["gap_se"]) if math.isfinite(error)]
+    return Criterion("gap against the prior's", figures["gap"], prior["gap"] + 2.6 * math.hypot(*errors))
+
+
+def worse_than_prior(figures: dict[str, Any]) -> list[str]:
+    """A sentence where the policy is farther from the target than the model that it started from."""
+    if against_prior(figures).met or math.isnan(figures["gap"]):
+        return []
+    return [
+        f"the policy is worse than the model you started from: its gap is {figures['gap']:.3g} nats, the prior's"
+        f" {figures['prior']['gap']:.3g}"
+    ]
+
+
+def flags(figures: dict[str, Any]) -> list[str]:
+    """What is wrong with the setting rather than with the policy; only another chain, or reweighting, removes it."""
+    variance, error = figures["start_variance"], figures["start_variance_se"]
+    if math.isnan(variance):
+        return [
+            "rollouts from one start weigh nothing, or too unequally, so what the chain remembers of its start is not measured"
+        ]
+    if variance - 1.64 * error > MAX_START_VARIANCE:
+        return [
+            f"the chain remembers its start: Var[log Z(s_0)] = {variance:.2f} ± {error:.2f}, above {MAX_START_VARIANCE}; the"
+            " fine-tuned marginal is not the tilted prior. Use more noise (eta = 1, memoryless), or reweight"
+        ]
+    return []
