@@ -379,7 +379,7 @@ class Trainer:
             self._restore_phase(self._restored)
             self._restored = None
         if self.bank is not None and self.taken == first:
-            self.bound.look_at(self.bank.trajectories.states, self.generator)
+            self._look_at(self.bank.trajectories.states)
         self.bound.begin()
         self._boundary = self._between_steps()
         try:
@@ -392,6 +392,10 @@ class Trainer:
                 self._end_phase()
             raise
         self._end_phase()
+
+    def _look_at(self, states: Tensor) -> None:
+        """States that steps are measured on, by noise of their own: a phase that is begun again must not draw twice."""
+        self.bound.look_at(states, torch.Generator(self.processes.device).manual_seed(self._seed))
 
     def _end_phase(self) -> None:
         if self.average is not None:
@@ -529,7 +533,7 @@ class Trainer:
                     world_size=self.processes.count,
                 )
                 if self.bound.state is None:  # without a bank
-                    self.bound.look_at(trajectories.states, self.generator)
+                    self._look_at(trajectories.states)
                     self.bound.begin()
                 if not chunk:
                     with self._hold():

@@ -86,7 +86,8 @@ def test_resumed_at_any_step_it_is_the_same_run(name, task, tmp_path):
     whole = ended(trainer_of(task, config, on_checkpoint=keep))
     steps = sorted(int(folder.name) for folder in tmp_path.iterdir())
     first = 0 if config.warm_start == "none" else 4
-    assert steps == list(range(1, first + 5))
+    # A warm start that falls behind its best ends early.
+    assert set(range(first + 1, first + 5)) <= set(steps) <= set(range(1, first + 5)) and steps[0] == 1
     for step in steps:
         torch.manual_seed(step)  # nothing hangs on the global generator
         resumed = trainer_of(task, config)
@@ -100,7 +101,7 @@ def test_a_state_that_forgets_something_is_caught(lost, task):
     config = replace(CASES["soft value"], tempering_ess=0.9)
     states: dict[int, Any] = {}
     whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.taken: both(trainer)})))
-    step = {"forward_kl": 3}.get(lost, 6)
+    step = {"forward_kl": 3, "average": 2}.get(lost, 6)  # of the updates' average only what comes closest is left
     common, own = states[step]
     state = own if lost in own else common
     blank = trainer_of(task, config)._between_steps()
@@ -305,7 +306,7 @@ def test_auto_starts_where_there_is_nothing_and_a_path_does_not(config, whole, t
 def test_a_damaged_checkpoint_is_fallen_back_from_loudly_and_never_from_a_path(config, whole, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     newest = checkpoint.last(run / "checkpoints")
     weights = newest / "run.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -340,7 +341,7 @@ def test_auto_starts_over_what_ended_before_its_first_checkpoint(every, config, 
     run = tmp_path / "run"
     config = replace(config, train=replace(config.train, checkpoint_every=every))
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     before = left(run)
     if every:
@@ -364,7 +365,7 @@ def test_a_checkpoint_of_another_run_is_refused(config, whole, tmp_path):
 def test_another_config_is_refused_with_the_field_that_differs(config, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     other = replace(config, train=replace(config.train, learning_rate=0.5))
     with pytest.raises(ValueError, match=r"train\.learning_rate is .* there and 0\.5 here"):
         runs.train(other, run, energy=ink, resume="auto", progress=False)
@@ -375,7 +376,7 @@ def test_the_policy_of_a_checkpoint_is_one_that_diffusers_loads(config, tmp_path
 
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     saved = UNet2DModel.from_pretrained(checkpoint.last(run / "checkpoints") / "policy")
     ours: Any = runs.open_run(run).policy.denoiser
     for name, weight in ours.model.state_dict().items():
