@@ -52,7 +52,7 @@ class StepBound:
     def look_at(self, states: Tensor, generator: torch.Generator) -> None:
         """Measure on states of the trajectories ``states`` [K + 1, B, ...] from now on, evenly over the steps."""
         kernels, device = self.prior.chain.num_kernels, states.device
-        self.step = torch.linspace(0, kernels - 1, ROWS, device=device).round().long()
+        self.step = ((torch.arange(ROWS, device=device) + 0.5) * kernels / ROWS).long()
         path = torch.randint(states.shape[1], (ROWS,), generator=generator, device=device)
         self.state = states[self.step, path].clone()
 
@@ -75,9 +75,11 @@ class StepBound:
     def shorten(self, before: list[Tensor], weights: list[Tensor], limit: float) -> float:
         """Move ``weights`` back toward ``before`` until the step from there is at most ``limit`` nats; returns its nats.
 
-        A step that is above the limit at every length that was tried is not taken: 0 nats.
+        A step that is above the limit at every length that was tried is not taken: 0 nats. One that leads to no number at any
+        length says nothing of the next one's.
         """
         full = [weight.clone() for weight in weights]
+        share, nats = self.share, math.inf
         self.share = min(1.0, self.share * GROWTH)
         for _ in range(TRIES):
             if self.share < 1.0:
@@ -91,4 +93,6 @@ class StepBound:
             self.share *= min(0.9, max(0.1, math.sqrt(AIM * limit / nats))) if math.isfinite(nats) else 0.1
         for weight, old in zip(weights, before, strict=True):
             weight.copy_(old)
+        if not math.isfinite(nats):
+            self.share = share
         return 0.0

@@ -378,10 +378,10 @@ class Trainer:
         if self._restored is not None:
             self._restore_phase(self._restored)
             self._restored = None
+        self._boundary = self._between_steps()
         if self.bank is not None and self.taken == first:
             self.bound.look_at(self.bank.trajectories.states, self.generator)
         self.bound.begin()
-        self._boundary = self._between_steps()
         try:
             yield range(self.taken - first, count)
         except BaseException as error:
@@ -461,7 +461,12 @@ class Trainer:
         held_out, bank, alpha = self.held_out, self.bank, self.config.alpha
         assert held_out is not None and bank is not None and bank.trajectories.energy is not None
         drawn = rollout(
-            self.prior, self.policy, max(2, JUDGED // self.processes.count), self.generator, keep=False, on_step=self.processes.poll
+            self.prior,
+            self.policy,
+            max(2, JUDGED // self.processes.count),
+            self.generator,
+            keep=False,
+            on_step=self.processes.poll,
         )
         drawn = self.evaluate_energy(drawn)
         assert drawn.energy is not None and drawn.step_log_ratio is not None

@@ -292,9 +292,9 @@ def test_the_returned_weights_are_the_running_average(task):
     seen = []
 
     class Watched(Trainer):
-        def _step(self):
+        def _step(self, most, peak):
             before = [weight.clone() for weight in self._trained()]
-            taken = super()._step()
+            taken = super()._step(most, peak)
             seen.append((before, [weight.clone() for weight in self._trained()]))
             return taken
 
