@@ -3,9 +3,9 @@
     KL(before || after) = sum_k E ½ |delta_k|²,    delta_k = (mu_after - mu_before) / sigma_k
 
 An Adam step has the size of the learning rate, whatever the gradient is, and a shift of the network's output counts d q / sigma
-times in delta. So one rate moves one prior by .01 nats and another one by 3000. The nats are what means the same everywhere. They are
-measured on a few states that stay the same for a phase, so that the outputs after one step are those before the next. The direction
-stays the optimizer's, and so do its moments.
+times in delta. So one rate moves one prior by .01 nats and another one by 3000. The nats are what means the same everywhere. They
+are measured on a few states that stay the same for a phase, so that the outputs after one step are those before the next. The
+direction stays the optimizer's, and so do its moments.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ class TrainResult:
 
     policy: on the CPU where it was trained in shards (`Processes`), else where it was.
     log_z: the learned parameter; without one, the last on-policy batch's estimate, or the bank's.
-    improvement: how much closer to the target than the prior; None where there are no held-out paths, or no time to measure it."""
+    improvement: how much closer to the target than the prior; None where there are no held-out paths, or no time to measure it.
+    """
 
     policy: Policy
     log_z: float
@@ -407,8 +408,8 @@ class Trainer:
     def _warm_start(self) -> None:
         """The config's warm start on the bank: the forward KL (`ForwardKL`), or the soft value's drift (`ValueDrift`).
 
-        The forward KL goes in two halves where the shift of the first can teach the second. It ends at the weights that came closest to the
-        held-out paths, and early where they fall behind.
+        The forward KL goes in two halves where the shift of the first can teach the second. It ends at the weights that came
+        closest to the held-out paths, and early where they fall behind.
         """
         config, forward, drift = self.config, self.forward_kl, self.value_drift
         assert forward is not None
@@ -457,9 +458,19 @@ class Trainer:
         return found
 
     def _judge(self, phase: str) -> None:
-        """How much closer than the prior the policy is by held-out paths and fresh rollouts; kept if nothing was closer."""
+        """How much closer than the prior the policy is by held-out paths and fresh rollouts; kept if nothing was closer.
+
+        What is the closest already, the prior itself at first, is not judged again: only the noise would be new.
+        """
         held_out, bank, alpha = self.held_out, self.bank, self.config.alpha
         assert held_out is not None and bank is not None and bank.trajectories.energy is not None
+        own = -self._of_all(*self.capped(bank.trajectories.energy)).double() / alpha
+        gap_prior = self._agreed(held_out.eubo) - own.mean().item()
+        pairs = zip(self._trained(), self.closest.weights, strict=True)
+        if self._agreed(float(all(torch.equal(weight, kept) for weight, kept in pairs))) == 1.0:
+            self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior")
+            self._judged = self.taken
+            return
         drawn = rollout(
             self.prior,
             self.policy,
@@ -470,14 +481,12 @@ class Trainer:
         )
         drawn = self.evaluate_energy(drawn)
         assert drawn.energy is not None and drawn.step_log_ratio is not None
-        own = -self._of_all(*self.capped(bank.trajectories.energy)).double() / alpha
         energy, valid = self.capped(drawn.energy)
         log_weight = self._of_all(-energy / alpha - drawn.step_log_ratio.sum(0), valid).double()
         gain, error = (self._agreed(value) for value in held_out.gain(self.policy))
         nats = gain + (log_weight.mean() - own.mean()).item()
         nats = nats if math.isfinite(nats) else -math.inf
         se = math.hypot(error / math.sqrt(self.processes.count), log_weight.std().item() / math.sqrt(len(log_weight)))
-        gap_prior = self._agreed(held_out.eubo) - own.mean().item()
         if nats > self.closest.nats:
             self.improvement = Improvement(nats, se, gap_prior, phase)
         elif self.improvement is None or self.improvement.nats < nats < 0:

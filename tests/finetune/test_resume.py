@@ -37,6 +37,11 @@ CASES: dict[str, TrainConfig] = {
     "mixture": replace(SIZES, behavior={"on_policy": 0.5, "noised_back": 0.5}),
     "average": replace(SIZES, ema_decay=0.9),
     "soft value": replace(SIZES, objective="reinforce_kl", soft_value_updates=3, forward_rows=16, ema_decay=0.9),
+    "value drift": replace(SIZES, warm_start="value_drift", soft_value_updates=3),
+    "value drift, average": replace(
+        SIZES, objective="reinforce_kl", warm_start="value_drift", soft_value_updates=3, forward_rows=16, ema_decay=0.9
+    ),
+    "short steps": replace(SIZES, warm_start="value_drift", soft_value_updates=3, warm_start_step_nats=1e-6, step_nats=1e-6),
     "no warm start": replace(SIZES, objective="rtb", warm_start="none", behavior={"on_policy": 1.0}),
     "huber, tempered": replace(SIZES, objective="rtb", huber=1.0, tempering_ess=0.9),
 }
@@ -111,6 +116,25 @@ def test_a_state_that_forgets_something_is_caught(lost, task):
         state[lost]["state"] = {}
     else:
         state[lost] = blank[lost] if lost == "meter" else torch.Generator().manual_seed(1).get_state()
+    resumed = trainer_of(task, config)
+    resumed.restore(common, own)
+    assert not same(ended(resumed), whole)
+
+
+@pytest.mark.parametrize("lost", ["factor", "share", "held_out"])
+def test_a_state_that_forgets_something_of_the_value_drift_is_caught(lost, task):
+    """The control, in the warm start."""
+    config = CASES["short steps" if lost == "share" else "value drift"]
+    states: dict[int, Any] = {}
+    whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.taken: both(trainer)})))
+    common, own = states[2]
+    if lost == "factor":
+        own["value_drift"]["factor"] = torch.zeros_like(own["value_drift"]["factor"])
+    elif lost == "share":
+        assert common["share"] < 0.5
+        common["share"] = 1.0
+    else:
+        own["held_out"]["weight"] = own["held_out"]["weight"].flip(0)
     resumed = trainer_of(task, config)
     resumed.restore(common, own)
     assert not same(ended(resumed), whole)

@@ -121,7 +121,7 @@ def test_a_constant_shift_has_the_nats_of_its_closed_form(task, states):
 
 @pytest.mark.parametrize("times", [100.0, 1e3])
 def test_a_step_that_is_too_long_is_shortened_in_its_own_direction(task, states, times):
-    """A network of three layers at 100 and 1000 times a fair rate. Without the bound the same step moves it by fifteen limits, and by
+    """A network of three layers at 100 and 1000 times a fair rate. Without the bound the same step is fifteen limits long, or
     thousands of them."""
     policy = nonlinear(task.prior())
     bound = bound_of(task, policy, states)
@@ -159,7 +159,7 @@ def test_a_step_within_the_limit_is_left_alone(task, states):
     full = copies(policy)
     nats = bound.shorten(before, trained(policy), math.inf)
     assert all(torch.equal(a, b) for a, b in zip(full, trained(policy), strict=True))
-    assert 0 < nats and bound.share == 1.0
+    assert nats > 0 and bound.share == 1.0
     for own, weight in zip(trained(policy), before, strict=True):
         own.copy_(weight)
     bound.begin()
@@ -188,7 +188,7 @@ def test_a_step_to_no_number_is_not_taken(task, states, value):
     assert all(torch.equal(a, b) for a, b in zip(before, trained(policy), strict=True))
     before = step(policy, 1e-4)
     full = copies(policy)
-    assert 0 < bound.shorten(before, trained(policy), math.inf)
+    assert bound.shorten(before, trained(policy), math.inf) > 0
     assert all(torch.equal(a, b) for a, b in zip(full, trained(policy), strict=True))
 
 
