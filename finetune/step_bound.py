@@ -63,10 +63,12 @@ class StepBound:
             self._output = self._evaluate()
 
     def _evaluate(self) -> Tensor:
+        assert self.state is not None
         return evaluate(self.policy, self.prior.chain, self.state, self.step, None)
 
     def _nats(self, output: Tensor) -> float:
         """The mean over the processes; a step of the chain without a row here is counted by its neighbors."""
+        assert self.state is not None
         chain = self.prior.chain
         shift = chain.kernel_shift(self.state, self.step, output, self._output).double().flatten(1)
         return self.agreed((0.5 * shift.square().sum(1)).mean().item() * chain.num_kernels)

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal
 
+from tiltune.finetune import trainer as trainer_module
 from tiltune.finetune.behavior import PriorBank
 from tiltune.finetune.config import TrainConfig
 from tiltune.finetune.estimators import weighted_mean
@@ -37,8 +38,8 @@ def paths_of(task, count, seed=0):
 
 
 def moved(task, factor):
-    """The optimal policy's shift times ``factor``; and its KL(tilted || prior) - KL(tilted || policy) over the kernels, closed form:
-    Σ_k (factor - ½ factor²) |delta_k|²."""
+    """The optimal policy's shift times ``factor``; and its KL(tilted || prior) - KL(tilted || policy) over the kernels, in closed
+    form: Σ_k (factor - ½ factor²) |delta_k|²."""
     slope, offset = task.output
     best = task.policy()
     policy = LinearDenoiser(task.chain, slope, offset + factor * (best.offset - offset))
@@ -90,8 +91,8 @@ def test_the_drawn_paths_stand_for_all(task):
 
 
 def test_the_standard_error_is_the_spread_over_independent_sets(task):
-    """Over 40 sets of 400 paths: the spread within a factor 1.4 of the mean standard error (40 leave 11%), the mean within 4 of its
-    own of the closed form (p < 1e-4)."""
+    """Over 40 sets of 400 paths: the spread within a factor 1.4 of the mean standard error (40 leave 11%), the mean within 4 of
+    its own of the closed form (p < 1e-4)."""
     policy, closed = moved(task, 0.7)
     gains, errors = [], []
     for seed in range(40):
@@ -103,7 +104,7 @@ def test_the_standard_error_is_the_spread_over_independent_sets(task):
     spread, claimed = torch.tensor(gains).std().item(), sum(errors) / 40
     assert 1 / 1.4 < spread / claimed < 1.4
     assert sum(gains) / 40 == pytest.approx(closed, abs=4 * spread / math.sqrt(40))
-    assert not closed == pytest.approx(0.0, abs=10 * spread / math.sqrt(40))
+    assert closed > 10 * spread / math.sqrt(40)
 
 
 def test_a_restored_set_is_the_same(task):
@@ -204,7 +205,7 @@ def rates(times, **changes):
 
 
 @pytest.mark.parametrize("warm_start", ["tlm", "value_drift"])
-@pytest.mark.parametrize("times", [100.0, 0.01])
+@pytest.mark.parametrize("times", [1000.0, 100.0, 0.01])
 def test_no_learning_rate_ends_worse_than_the_prior(task, times, warm_start):
     """Within 3 standard errors on fresh paths (p < .002); and what the run says of itself is within 4 of what they show."""
     policy = policy_of(task.prior())
@@ -221,18 +222,16 @@ def test_no_learning_rate_ends_worse_than_the_prior(task, times, warm_start):
     else:
         assert said.nats == pytest.approx(gap_prior - gap, abs=4 * math.hypot(said.se, error, error_prior))
         assert said.sentence.startswith("closer" if said.nats >= 2 * said.se else "not shown")
-    if times == 100:
+    if times >= 100:
         assert said.reached != "prior" and said.nats > 4 * said.se  # shortened, the steps even help
 
 
-def test_without_bound_and_kept_weights_the_same_rate_ends_far_worse(task, monkeypatch):
-    """The control for the test above."""
+def test_without_bound_and_kept_weights_the_highest_rate_ends_far_worse(task, monkeypatch):
+    """The control for the test above: the warm start `tlm` at 1000 times the rate."""
     monkeypatch.setattr(StepBound, "shorten", lambda self, before, weights, limit: 0.0)
     monkeypatch.setattr(Kept, "offer", lambda self, nats, weights, slack=0.0: self.weights.__setitem__(slice(None), weights))
-    config = rates(100.0, warm_start="value_drift")
-    result = Trainer(task.prior(), task.energy, config, policy=policy_of(task.prior()), progress=False).train()
-    gap, error = gap_of(task, result.policy)
-    assert not gap < gap_of(task, task.prior().denoiser)[0] + 10
+    result = Trainer(task.prior(), task.energy, rates(1000.0), policy=policy_of(task.prior()), progress=False).train()
+    assert not gap_of(task, result.policy)[0] < 1000 * gap_of(task, task.prior().denoiser)[0]
 
 
 @pytest.mark.parametrize("sabotaged", [True, False])
@@ -262,18 +261,16 @@ def test_a_warm_start_away_from_the_target_ends_at_the_prior(task, monkeypatch, 
 
 def test_updates_that_ruin_a_policy_end_at_the_warm_start(task, monkeypatch):
     """Gradients of the updates with their sign turned: the policy is the one that the warm start reached, to the last bit."""
-    from tiltune.finetune import trainer as module
+    backward = trainer_module.backward_trajectories
 
-    config = replace(SMALL, warm_start="value_drift", learning_rate=0.1, step_nats=2.0)
+    def turned(policy, chain, paths, g, *rest, **more):
+        backward(policy, chain, paths, -g, *rest, **more)
+
+    monkeypatch.setattr(trainer_module, "backward_trajectories", turned)
     ends = []
     for updates in (0, 8):
-        backward = module.backward_trajectories
-        monkeypatch.setattr(
-            module, "backward_trajectories", lambda policy, chain, paths, g, *rest, **more: backward(policy, chain, paths, -g, *rest, **more)
-        )
-        policy = policy_of(task.prior())
-        result = Trainer(task.prior(), task.energy, replace(config, updates=updates), policy=policy, progress=False).train()
-        monkeypatch.undo()
+        config = replace(SMALL, warm_start="value_drift", learning_rate=0.1, step_nats=2.0, updates=updates)
+        result = Trainer(task.prior(), task.energy, config, policy=policy_of(task.prior()), progress=False).train()
         ends.append((weights_of(result.policy), result.improvement))
     assert ends[1][1].reached == "the warm start" and ends[0][1] == ends[1][1]
     assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))

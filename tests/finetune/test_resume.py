@@ -90,7 +90,8 @@ def test_resumed_at_any_step_it_is_the_same_run(name, task, tmp_path):
     whole = ended(trainer_of(task, config, on_checkpoint=keep))
     steps = sorted(int(folder.name) for folder in tmp_path.iterdir())
     first = 0 if config.warm_start == "none" else 4
-    assert steps == list(range(1, first + 5))
+    early = 3 if name.startswith("value drift") else first  # where a warm start that falls behind its best has ended
+    assert steps == [*range(1, early + 1), *range(first + 1, first + 5)]
     for step in steps:
         torch.manual_seed(step)  # nothing hangs on the global generator
         resumed = trainer_of(task, config)

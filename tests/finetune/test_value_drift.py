@@ -370,8 +370,8 @@ def test_mean_and_half_of_the_variance_are_log_h_where_the_energy_is_gaussian(ta
 
 
 def test_the_cumulants_learn_the_optimal_drift(task, bank):
-    """From 4000 energies, 150 updates: the target of the cumulants alone takes most of the square error out of no drift at all; with
-    the energies of other paths it does not."""
+    """From 4000 energies, 150 updates: the target of the cumulants alone takes most of the square error out of no drift at all;
+    with the energies of other paths it does not."""
 
     def left(energy):
         shuffled = PriorBank(bank.trajectories.with_(energy=energy))
