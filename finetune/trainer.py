@@ -386,9 +386,7 @@ class Trainer:
         try:
             yield range(self.taken - first, count)
         except BaseException as error:
-            here = self.all_here(error)
-            if self._on_checkpoint is not None and self.taken and here and not self._torn:
-                self._on_checkpoint(self)
+            here = self._leave_checkpoint(error)
             if here or not self.processes.sharded:  # a pass that was broken off leaves some shards gathered
                 self._end_phase()
             raise
@@ -398,6 +396,13 @@ class Trainer:
         if self.average is not None:
             self._take(self.average)
             self.average = None
+
+    def _leave_checkpoint(self, error: BaseException) -> bool:
+        """Of the last whole step, for a run that keeps them; returns `all_here`."""
+        here = self.all_here(error)
+        if self._on_checkpoint is not None and self.taken and here and not self._torn:
+            self._on_checkpoint(self)
+        return here
 
     def all_here(self, error: BaseException) -> bool:
         """Whether all processes left for this: what one alone has run into, outside of `together`, is left to torchrun."""
@@ -471,15 +476,13 @@ class Trainer:
             self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior")
             self._judged = self.taken
             return
-        drawn = rollout(
-            self.prior,
-            self.policy,
-            max(2, JUDGED // self.processes.count),
-            self.generator,
-            keep=False,
-            on_step=self.processes.poll,
-        )
-        drawn = self.evaluate_energy(drawn)
+        count = max(2, JUDGED // self.processes.count)
+        try:
+            drawn = rollout(self.prior, self.policy, count, self.generator, keep=False, on_step=self.processes.poll)
+            drawn = self.evaluate_energy(drawn)
+        except BaseException as error:
+            self._leave_checkpoint(error)
+            raise
         assert drawn.energy is not None and drawn.step_log_ratio is not None
         energy, valid = self.capped(drawn.energy)
         log_weight = self._of_all(-energy / alpha - drawn.step_log_ratio.sum(0), valid).double()
@@ -497,7 +500,8 @@ class Trainer:
     def _take_best(self) -> None:
         """End at what came closest: the updates, the warm start before them, or where it all began."""
         if self.held_out is not None:
-            self._judge("the updates")
+            if self._judged != self.taken:
+                self._judge("the updates")
             self._take(self.closest.weights)
 
     def _updates(self) -> None:
@@ -723,7 +727,7 @@ class Trainer:
         }
         self._optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self._schedule.load_state_dict(state["schedule"])
-        if self.average is not None:
+        if self.average is not None and state["average"] is not None:  # None where the phase had ended, at its average
             self.average = [part(average, weight) for average, weight in zip(state["average"], self.average, strict=True)]
 
     def _kept(self, tensor: Tensor) -> Tensor:

@@ -156,10 +156,11 @@ def copied(state):
     return state
 
 
-@pytest.mark.parametrize("call", [2, 3, 5])
+@pytest.mark.parametrize("call", [1, 2, 4, 6])
 @pytest.mark.parametrize("cache", [False, True])
 def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache, task):
-    """The energy is interrupted: after generator, temperature and counters of the broken step have already moved."""
+    """The energy is interrupted: after generator, temperature and counters of the broken step have already moved. Calls 1 and 6
+    judge what the warm start and the updates have reached."""
     config = replace(SIZES, objective="rtb", tempering_ess=0.9, behavior={"on_policy": 0.5, "prior": 0.5}, ema_decay=0.9)
     energy = CachedEnergy(task.energy) if cache else task.energy
     whole = ended(trainer_of(task, config, energy))
@@ -169,7 +170,7 @@ def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache
 
     def interrupted(x):
         asked.append(len(x))
-        if len(asked) == 5 + call:  # after the probe, four calls, and the bank
+        if len(asked) == 6 + call:  # after the probe, four calls, the bank and the held-out paths
             raise Preempted("SIGTERM")
         return task.energy(x)
 
@@ -252,9 +253,9 @@ def test_a_stopped_run_folder_goes_on_as_if_nobody_had_stopped_it(name, config, 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if name == "an error":
         with pytest.raises(ValueError, match="the scorer is gone"):
-            runs.train(config, run, energy=breaking(8, STOPS[name]), progress=False)
+            runs.train(config, run, energy=breaking(10, STOPS[name]), progress=False)
     else:
-        record = runs.train(config, run, energy=breaking(8, STOPS[name]), progress=False).record
+        record = runs.train(config, run, energy=breaking(10, STOPS[name]), progress=False).record
         assert record["interrupted"] and record["preempted"] == (name != "Ctrl-C")
     assert signal.getsignal(signal.SIGTERM) is before
     # The last whole step, not the last of the cadence: nothing computed is lost.
@@ -268,11 +269,22 @@ def test_a_stopped_run_folder_goes_on_as_if_nobody_had_stopped_it(name, config, 
         runs.train(config, run, energy=ink, resume=run, progress=False)
 
 
+@pytest.mark.parametrize(("call", "step"), [(7, 4), (12, 8)])
+def test_stopped_while_it_is_judged_a_run_has_lost_no_step(call, step, config, whole, tmp_path):
+    """The warm start ends between two checkpoints of the cadence, and so do the updates."""
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="the scorer is gone"):
+        runs.train(config, run, energy=breaking(call, STOPS["an error"]), progress=False)
+    assert checkpoint.last(run / "checkpoints").name == f"step-{step:08}"
+    runs.train(config, run, energy=ink, resume="auto", progress=False)
+    assert left(run) == left(whole)
+
+
 def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_else(config, whole, tmp_path):
     run = tmp_path / "run"
     child = os.fork()
     if child == 0:  # pragma: no cover - the child is killed
-        runs.train(config, run, energy=breaking(9, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
+        runs.train(config, run, energy=breaking(11, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     known = read_state(checkpoint.last(run / "checkpoints"), "run")["history"]
@@ -329,7 +341,7 @@ def test_auto_starts_where_there_is_nothing_and_a_path_does_not(config, whole, t
 def test_a_damaged_checkpoint_is_fallen_back_from_loudly_and_never_from_a_path(config, whole, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     newest = checkpoint.last(run / "checkpoints")
     weights = newest / "run.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -364,7 +376,7 @@ def test_auto_starts_over_what_ended_before_its_first_checkpoint(every, config, 
     run = tmp_path / "run"
     config = replace(config, train=replace(config.train, checkpoint_every=every))
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     before = left(run)
     if every:
@@ -388,7 +400,7 @@ def test_a_checkpoint_of_another_run_is_refused(config, whole, tmp_path):
 def test_another_config_is_refused_with_the_field_that_differs(config, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     other = replace(config, train=replace(config.train, learning_rate=0.5))
     with pytest.raises(ValueError, match=r"train\.learning_rate is .* there and 0\.5 here"):
         runs.train(other, run, energy=ink, resume="auto", progress=False)
@@ -399,7 +411,7 @@ def test_the_policy_of_a_checkpoint_is_one_that_diffusers_loads(config, tmp_path
 
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(9, STOPS["an error"]), progress=False)
+        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     saved = UNet2DModel.from_pretrained(checkpoint.last(run / "checkpoints") / "policy")
     ours: Any = runs.open_run(run).policy.denoiser
     for name, weight in ours.model.state_dict().items():

@@ -105,7 +105,7 @@ def test_the_warm_start_alone_comes_close() -> None:
     before = residual_std(task, small_policy(task.prior()))
     result = train(task, make_config(warm_start="tlm", warm_start_updates=150, updates=0))
     assert residual_std(task, result.policy) < 0.5 * before
-    curve = [record["eubo"] for record in result.history]
+    curve = [record["eubo"] for record in result.history if "eubo" in record]
     assert {record["phase"] for record in result.history} == {"warm_start"}
     assert curve[-1] < curve[0]
 
@@ -137,7 +137,7 @@ def test_nan_energies_are_masked_and_counted() -> None:
 
     before = residual_std(task, small_policy(task.prior()))
     result = train(task, make_config(behavior={"on_policy": 0.5, "tilted_prior": 0.5}), flaky)
-    assert result.history[-1]["invalid_energies"] == sum(bad) > 0
+    assert result.history[-1]["invalid_energies"] == sum(bad[:-1]) > 0  # the last call judges what was reached
     assert all(torch.isfinite(parameter).all() for parameter in result.policy.parameters())
     assert residual_std(task, result.policy) < 0.5 * before
 
@@ -269,7 +269,7 @@ def test_energy_calls_are_counted_once_a_sample() -> None:
 
     config = make_config(updates=10, behavior={"on_policy": 0.25, "tilted_prior": 0.75})
     result = train(task, config, counting)
-    assert result.energy_calls == sum(counted) == 12 + 2000 + 10 * 32
+    assert result.energy_calls == sum(counted) == 12 + 2000 + 500 + 10 * 32 + 256  # 500 held out, 256 judged
 
 
 def test_the_prior_stays_frozen_and_a_copy_is_trained() -> None:
@@ -320,17 +320,17 @@ class Bursting(Trainer):
 
     factors: ClassVar[dict[int, float]] = {}
 
-    def _step(self) -> bool:
+    def _step(self, most: float, peak: float) -> float | None:
         for weight in self._trained_parameters():
             assert weight.grad is not None
             weight.grad *= self.factors.get(self.taken, 1.0)
         before = self._noted()
-        taken = super()._step()
-        self.moved = [*getattr(self, "moved", []), taken]
-        if not taken:
+        nats = super()._step(most, peak)
+        self.moved = [*getattr(self, "moved", []), nats is not None]
+        if nats is None:
             for old, new in zip(before, self._noted(), strict=True):
                 assert torch.equal(old, new)
-        return taken
+        return nats
 
     def _trained_parameters(self) -> list[nn.Parameter]:
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
