@@ -78,7 +78,7 @@ def test_the_gain_is_what_the_eubo_falls_by(task, factor):
 
 
 def test_the_drawn_paths_stand_for_all(task):
-    """The systematic draw keeps the gain of the weighted paths to .1 of its own standard error times 4; weights sum to 1."""
+    """The systematic draw has the gain of all weighted paths within 4 of its standard errors, and weights that sum to 1."""
     paths = paths_of(task, 1000)
     whole = HeldOut(task.prior(), paths, PriorBank(paths).log_weight(task.alpha).double().softmax(0), task.alpha)
     drawn = HeldOut.draw(task.prior(), PriorBank(paths), task.alpha, torch.Generator().manual_seed(1))
