@@ -2,8 +2,8 @@
 
     EUBO(prior) - EUBO(policy) = E_tilted[log-ratio] = KL(tilted || prior) - KL(tilted || policy)
 
-on stored states and stored next states, which is right for any chain and any prior, however far its network is from an exact denoiser.
-With fresh rollouts on the other side it is the nats by which the gap EUBO - ELBO has shrunk (`Improvement`).
+on stored states and stored next states, which is right for any chain and any prior, however far its network is from an exact
+denoiser. With fresh rollouts on the other side it is the nats by which the gap EUBO - ELBO has shrunk (`Improvement`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Improvement:
     @property
     def sentence(self) -> str:
         own = f"the prior's own gap to the target is {self.gap_prior:.2f} nats"
+        if self.reached == "prior" and self.nats == 0:
+            return f"NOT BETTER THAN THE PRIOR: nothing that was tried came closer, so the policy is the prior again; {own}."
         if self.reached == "prior":
             return (
                 f"NOT BETTER THAN THE PRIOR: the best that was tried has a gap {-self.nats:+.2f} ± {self.se:.2f} nats from the"

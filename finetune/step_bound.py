@@ -3,9 +3,9 @@
     KL(before || after) = sum_k E ½ |delta_k|²,    delta_k = (mu_after - mu_before) / sigma_k
 
 An Adam step has the size of the learning rate, whatever the gradient is, and a shift of the network's output counts d q / sigma
-times in delta. So one rate moves one prior by .01 nats and another one by 3000. The nats are what means the same everywhere. They are
-measured on a few states that stay the same for a phase, so that the outputs after one step are those before the next. The direction
-stays the optimizer's, and so do its moments.
+times in delta. So one rate moves one prior by .01 nats and another one by 3000. The nats are what means the same everywhere. They
+are measured on a few states that stay the same for a phase, so that the outputs after one step are those before the next. The
+direction stays the optimizer's, and so do its moments.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StepBound:
     def look_at(self, states: Tensor, generator: torch.Generator) -> None:
         """Measure on states of the trajectories ``states`` [K + 1, B, ...] from now on, evenly over the steps."""
         kernels, device = self.prior.chain.num_kernels, states.device
-        self.step = torch.linspace(0, kernels - 1, ROWS, device=device).round().long()
+        self.step = ((torch.arange(ROWS, device=device) + 0.5) * kernels / ROWS).long()
         path = torch.randint(states.shape[1], (ROWS,), generator=generator, device=device)
         self.state = states[self.step, path].clone()
 
@@ -63,10 +63,12 @@ class StepBound:
             self._output = self._evaluate()
 
     def _evaluate(self) -> Tensor:
+        assert self.state is not None
         return evaluate(self.policy, self.prior.chain, self.state, self.step, None)
 
     def _nats(self, output: Tensor) -> float:
         """The mean over the processes; a step of the chain without a row here is counted by its neighbors."""
+        assert self.state is not None
         chain = self.prior.chain
         shift = chain.kernel_shift(self.state, self.step, output, self._output).double().flatten(1)
         return self.agreed((0.5 * shift.square().sum(1)).mean().item() * chain.num_kernels)
@@ -75,9 +77,11 @@ class StepBound:
     def shorten(self, before: list[Tensor], weights: list[Tensor], limit: float) -> float:
         """Move ``weights`` back toward ``before`` until the step from there is at most ``limit`` nats; returns its nats.
 
-        A step that is above the limit at every length that was tried is not taken: 0 nats.
+        A step that is above the limit at every length that was tried is not taken: 0 nats. One that leads to no number at any
+        length says nothing of the next one's.
         """
         full = [weight.clone() for weight in weights]
+        share, nats = self.share, math.inf
         self.share = min(1.0, self.share * GROWTH)
         for _ in range(TRIES):
             if self.share < 1.0:
@@ -91,4 +95,6 @@ class StepBound:
             self.share *= min(0.9, max(0.1, math.sqrt(AIM * limit / nats))) if math.isfinite(nats) else 0.1
         for weight, old in zip(weights, before, strict=True):
             weight.copy_(old)
+        if not math.isfinite(nats):
+            self.share = share
         return 0.0

@@ -59,7 +59,8 @@ class TrainResult:
 
     policy: on the CPU where it was trained in shards (`Processes`), else where it was.
     log_z: the learned parameter; without one, the last on-policy batch's estimate, or the bank's.
-    improvement: how much closer to the target than the prior; None where there are no held-out paths, or no time to measure it."""
+    improvement: how much closer to the target than the prior; None where there are no held-out paths, or no time to measure it.
+    """
 
     policy: Policy
     log_z: float
@@ -378,16 +379,14 @@ class Trainer:
         if self._restored is not None:
             self._restore_phase(self._restored)
             self._restored = None
+        self._boundary = self._between_steps()
         if self.bank is not None and self.taken == first:
             self._look_at(self.bank.trajectories.states)
         self.bound.begin()
-        self._boundary = self._between_steps()
         try:
             yield range(self.taken - first, count)
         except BaseException as error:
-            here = self.all_here(error)
-            if self._on_checkpoint is not None and self.taken and here and not self._torn:
-                self._on_checkpoint(self)
+            here = self._leave_checkpoint(error)
             if here or not self.processes.sharded:  # a pass that was broken off leaves some shards gathered
                 self._end_phase()
             raise
@@ -402,6 +401,13 @@ class Trainer:
             self._take(self.average)
             self.average = None
 
+    def _leave_checkpoint(self, error: BaseException) -> bool:
+        """Of the last whole step, for a run that keeps them; returns `all_here`."""
+        here = self.all_here(error)
+        if self._on_checkpoint is not None and self.taken and here and not self._torn:
+            self._on_checkpoint(self)
+        return here
+
     def all_here(self, error: BaseException) -> bool:
         """Whether all processes left for this: what one alone has run into, outside of `together`, is left to torchrun."""
         if isinstance(error, NoAnswer):
@@ -411,8 +417,8 @@ class Trainer:
     def _warm_start(self) -> None:
         """The config's warm start on the bank: the forward KL (`ForwardKL`), or the soft value's drift (`ValueDrift`).
 
-        The forward KL goes in two halves where the shift of the first can teach the second. It ends at the weights that came closest to the
-        held-out paths, and early where they fall behind.
+        The forward KL goes in two halves where the shift of the first can teach the second. It ends at the weights that came
+        closest to the held-out paths, and early where they fall behind.
         """
         config, forward, drift = self.config, self.forward_kl, self.value_drift
         assert forward is not None
@@ -461,22 +467,33 @@ class Trainer:
         return found
 
     def _judge(self, phase: str) -> None:
-        """How much closer than the prior the policy is by held-out paths and fresh rollouts; kept if nothing was closer."""
+        """How much closer than the prior the policy is by held-out paths and fresh rollouts; kept if nothing was closer.
+
+        What is the closest already, the prior itself at first, is not judged again: only the noise would be new.
+        """
         held_out, bank, alpha = self.held_out, self.bank, self.config.alpha
         assert held_out is not None and bank is not None and bank.trajectories.energy is not None
-        drawn = rollout(
-            self.prior, self.policy, max(2, JUDGED // self.processes.count), self.generator, keep=False, on_step=self.processes.poll
-        )
-        drawn = self.evaluate_energy(drawn)
-        assert drawn.energy is not None and drawn.step_log_ratio is not None
         own = -self._of_all(*self.capped(bank.trajectories.energy)).double() / alpha
+        gap_prior = self._agreed(held_out.eubo) - own.mean().item()
+        pairs = zip(self._trained(), self.closest.weights, strict=True)
+        if self._agreed(float(all(torch.equal(weight, kept) for weight, kept in pairs))) == 1.0:
+            self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior")
+            self._judged = self.taken
+            return
+        count = max(2, JUDGED // self.processes.count)
+        try:
+            drawn = rollout(self.prior, self.policy, count, self.generator, keep=False, on_step=self.processes.poll)
+            drawn = self.evaluate_energy(drawn)
+        except BaseException as error:
+            self._leave_checkpoint(error)
+            raise
+        assert drawn.energy is not None and drawn.step_log_ratio is not None
         energy, valid = self.capped(drawn.energy)
         log_weight = self._of_all(-energy / alpha - drawn.step_log_ratio.sum(0), valid).double()
         gain, error = (self._agreed(value) for value in held_out.gain(self.policy))
         nats = gain + (log_weight.mean() - own.mean()).item()
         nats = nats if math.isfinite(nats) else -math.inf
         se = math.hypot(error / math.sqrt(self.processes.count), log_weight.std().item() / math.sqrt(len(log_weight)))
-        gap_prior = self._agreed(held_out.eubo) - own.mean().item()
         if nats > self.closest.nats:
             self.improvement = Improvement(nats, se, gap_prior, phase)
         elif self.improvement is None or self.improvement.nats < nats < 0:
@@ -714,7 +731,7 @@ class Trainer:
         }
         self._optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self._schedule.load_state_dict(state["schedule"])
-        if self.average is not None:
+        if self.average is not None and state["average"] is not None:  # None where the phase had ended, at its average
             self.average = [part(average, weight) for average, weight in zip(state["average"], self.average, strict=True)]
 
     def _kept(self, tensor: Tensor) -> Tensor:

@@ -37,7 +37,11 @@ CASES: dict[str, TrainConfig] = {
     "mixture": replace(SIZES, behavior={"on_policy": 0.5, "noised_back": 0.5}),
     "average": replace(SIZES, ema_decay=0.9),
     "soft value": replace(SIZES, objective="reinforce_kl", soft_value_updates=3, forward_rows=16, ema_decay=0.9),
-    "value drift": replace(SIZES, objective="reinforce_kl", soft_value_updates=3, warm_start="value_drift", ema_decay=0.9),
+    "value drift": replace(SIZES, warm_start="value_drift", soft_value_updates=3),
+    "value drift, average": replace(
+        SIZES, objective="reinforce_kl", warm_start="value_drift", soft_value_updates=3, forward_rows=16, ema_decay=0.9
+    ),
+    "short steps": replace(SIZES, warm_start="value_drift", soft_value_updates=3, warm_start_step_nats=1e-6, step_nats=1e-6),
     "no warm start": replace(SIZES, objective="rtb", warm_start="none", behavior={"on_policy": 1.0}),
     "huber, tempered": replace(SIZES, objective="rtb", huber=1.0, tempering_ess=0.9),
 }
@@ -118,6 +122,25 @@ def test_a_state_that_forgets_something_is_caught(lost, task):
     assert not same(ended(resumed), whole)
 
 
+@pytest.mark.parametrize("lost", ["factor", "share", "held_out"])
+def test_a_state_that_forgets_something_of_the_value_drift_is_caught(lost, task):
+    """The control, in the warm start."""
+    config = CASES["short steps" if lost == "share" else "value drift"]
+    states: dict[int, Any] = {}
+    whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.taken: both(trainer)})))
+    common, own = states[2]
+    if lost == "factor":
+        own["value_drift"]["factor"] = torch.zeros_like(own["value_drift"]["factor"])
+    elif lost == "share":
+        assert common["share"] < 0.5
+        common["share"] = 1.0
+    else:
+        own["held_out"]["weight"] = own["held_out"]["weight"].flip(0)
+    resumed = trainer_of(task, config)
+    resumed.restore(common, own)
+    assert not same(ended(resumed), whole)
+
+
 def both(trainer):
     return copied(trainer.state()), copied(trainer.own_state())
 
@@ -133,10 +156,11 @@ def copied(state):
     return state
 
 
-@pytest.mark.parametrize("call", [2, 3, 5])
+@pytest.mark.parametrize("call", [1, 2, 4, 6])
 @pytest.mark.parametrize("cache", [False, True])
 def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache, task):
-    """The energy is interrupted: after generator, temperature and counters of the broken step have already moved."""
+    """The energy is interrupted: after generator, temperature and counters of the broken step have already moved. Calls 1 and 6
+    judge what the warm start and the updates have reached."""
     config = replace(SIZES, objective="rtb", tempering_ess=0.9, behavior={"on_policy": 0.5, "prior": 0.5}, ema_decay=0.9)
     energy = CachedEnergy(task.energy) if cache else task.energy
     whole = ended(trainer_of(task, config, energy))
@@ -146,7 +170,7 @@ def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache
 
     def interrupted(x):
         asked.append(len(x))
-        if len(asked) == 5 + call:  # after the probe, four calls, and the bank
+        if len(asked) == 6 + call:  # after the probe, four calls, the bank and the held-out paths
             raise Preempted("SIGTERM")
         return task.energy(x)
 
@@ -243,6 +267,17 @@ def test_a_stopped_run_folder_goes_on_as_if_nobody_had_stopped_it(name, config, 
     assert not done.record["interrupted"] and left(run) == left(whole)
     with pytest.raises(ValueError, match="is finished"):
         runs.train(config, run, energy=ink, resume=run, progress=False)
+
+
+@pytest.mark.parametrize(("call", "step"), [(7, 4), (12, 8)])
+def test_stopped_while_it_is_judged_a_run_has_lost_no_step(call, step, config, whole, tmp_path):
+    """The warm start ends between two checkpoints of the cadence, and so do the updates."""
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="the scorer is gone"):
+        runs.train(config, run, energy=breaking(call, STOPS["an error"]), progress=False)
+    assert checkpoint.last(run / "checkpoints").name == f"step-{step:08}"
+    runs.train(config, run, energy=ink, resume="auto", progress=False)
+    assert left(run) == left(whole)
 
 
 def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_else(config, whole, tmp_path):

@@ -137,8 +137,7 @@ def test_nan_energies_are_masked_and_counted() -> None:
 
     before = residual_std(task, small_policy(task.prior()))
     result = train(task, make_config(behavior={"on_policy": 0.5, "tilted_prior": 0.5}), flaky)
-    # The last call judges what was reached, after the last line of metrics.
-    assert result.history[-1]["invalid_energies"] == sum(bad[:-1]) > 0
+    assert result.history[-1]["invalid_energies"] == sum(bad[:-1]) > 0  # the last call judges what was reached
     assert all(torch.isfinite(parameter).all() for parameter in result.policy.parameters())
     assert residual_std(task, result.policy) < 0.5 * before
 
@@ -270,8 +269,7 @@ def test_energy_calls_are_counted_once_a_sample() -> None:
 
     config = make_config(updates=10, behavior={"on_policy": 0.25, "tilted_prior": 0.75})
     result = train(task, config, counting)
-    probed, bank, held_out, updates, judged = 12, 2000, 500, 10 * 32, 256
-    assert result.energy_calls == sum(counted) == probed + bank + held_out + updates + judged
+    assert result.energy_calls == sum(counted) == 12 + 2000 + 500 + 10 * 32 + 256  # 500 held out, 256 judged
 
 
 def test_the_prior_stays_frozen_and_a_copy_is_trained() -> None:
