@@ -330,4 +330,4 @@ def pretrained_recipe(source: str | None = None, *terms: str) -> RunConfig:
         ema_decay=0.98,
         memory_mb=256.0,
     )
-    return RunConfig(prior=PriorConfig(source, channels_last=True), energy=EnergyConfig(terms), train=train)
+    return RunConfig(prior=PriorConfig(source), energy=EnergyConfig(terms), train=train)

@@ -445,9 +445,8 @@ class Trainer:
                             record: dict[str, Any] = {"loss": self._agreed(loss.item() / loss_scale), "step_nats": nats}
                             if nats is None:
                                 record["skipped"] = True
-                            if (update + 1) % every == 0 or update == total - 1:
+                            if update == 0 or (update + 1) % every == 0 or update == total - 1:
                                 record |= self._watch()
-                            if (update + 1) % every == 0 or update % (5 * config.monitor_every) == 0 or update == total - 1:
                                 self._record(bar, "warm_start", update, record)
                             self._step_taken(bar)
         if self.taken <= total:

@@ -53,6 +53,11 @@ class ValueDrift:
         self.factor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
         self.explained = 0.0
         self._mixture = 0.5 * (bank_weight(bank, alpha) + 1)
+        # Half even, half by what a change of the network's output moves the shift: the narrow kernels at the end, where nothing
+        # is to be learned, hold nearly all of the gradient's noise, and with few rows drown what the others have to say.
+        chain, rows = prior.chain, slice(0, prior.chain.num_kernels)
+        moves = ((chain.d * chain.q + chain.e) / chain.sigma)[rows].abs().float().to(prior.device)
+        self._probability = 0.5 * moves / moves.sum() + 0.5 / chain.num_kernels
 
     def state_dict(self) -> dict[str, Any]:
         return {"factor": self.factor, "explained": self.explained}
@@ -117,8 +122,8 @@ class ValueDrift:
         """
         chain, states = self.prior.chain, self.bank.trajectories.states
         kernels, device = chain.num_kernels, states.device
-        first = torch.rand((), generator=self.generator, device=device)
-        step = (((torch.arange(count, device=device) + first) / count) * kernels).long().clamp(max=kernels - 1)
+        points = (torch.arange(count, device=device) + torch.rand((), generator=self.generator, device=device)) / count
+        step = torch.searchsorted(self._probability.cumsum(0), points).clamp(max=kernels - 1)
         path = torch.multinomial(self._mixture, count, replacement=True, generator=self.generator)
         state = states[step, path]
         total = torch.zeros((), device=device)
@@ -130,7 +135,8 @@ class ValueDrift:
             with nullcontext() if some is parts[-1][0] else self.held():
                 output = evaluate(policy, chain, some, at, None)
                 miss = chain.kernel_shift(some, at, output, prior_output, straight=True) - target
-                loss = scale(kernels / count * 0.5 * miss.flatten(1).square().sum())
+                share = 1 / (count * self._probability[at])
+                loss = scale((0.5 * share * miss.flatten(1).square().sum(1)).sum())
                 loss.backward()
             total += loss.detach()
         return total

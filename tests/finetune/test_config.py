@@ -148,7 +148,7 @@ def test_the_recipe_for_a_strangers_prior_is_a_whole_config() -> None:
     config = pretrained_recipe("folder", "a.py:b", "c.py:d")
     assert (config.prior.source, config.energy.terms) == ("folder", ("a.py:b", "c.py:d"))
     assert config.train.shares == {"on_policy": 1.0}  # stored paths of a small bank are soon learned by heart
-    assert pretrained_recipe() == RunConfig(prior=PriorConfig(channels_last=True), train=config.train)
+    assert pretrained_recipe() == RunConfig(train=config.train)
 
 
 def test_every_field_says_what_it_is_for_or_needs_no_words() -> None:

@@ -163,7 +163,8 @@ def test_exports_give_the_policys_samples_in_plain_diffusers(name: str, format: 
     theirs = call(pipeline, generator=seeded(1), **prior.step_options)
     # The live policy's network in a plain loop: for a noiseless last step the trained chain asks the prior instead.
     live = draw_deployed(policy, Deployed("", prior.scheduler, STEPS, prior.step_options), 3, seeded(1))
-    bar = 1e-5 if format == "merged" else 1e-6
+    # Float32 at other addresses, which some processors' kernels round otherwise: up to 2.2e-6 was seen with adapters.
+    bar = 1e-5 if format == "merged" else 4e-6 if format == "lora" else 1e-6
     torch.testing.assert_close(theirs, images(live), rtol=0, atol=bar)
     if not prior.chain.decoder:
         torch.testing.assert_close(theirs, images(policy.sample(3, seed=1)), rtol=0, atol=1e-5)

@@ -170,11 +170,11 @@ def test_a_run_writes_what_it_promises(short_run):
     assert status == {"pass": 0, "fail": 1, "inconclusive": 3}[certificate["verdict"]]
     # A chain without a shipped reference reports its gap and is not judged by it.
     assert certificate["gap_reference"] is None
-    # 4 to probe the energy, the bank, then the on-policy half of two batches of 16.
-    assert certificate["energy_calls"] == 12 + 500 + 2 * 8
+    # To probe the energy, the bank, what is held out, the on-policy half of two batches of 16, and what judges two phases.
+    assert certificate["energy_calls"] == 12 + 500 + 125 + 2 * 8 + 2 * 256
     assert certificate["certificate_energy_calls"] == 2 * 40_000  # a pinned start needs no start test
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["energy_calls"] == certificate["energy_calls"]
+    assert lines[-1]["energy_calls"] == certificate["energy_calls"] - 256
     assert (out / "picture.png").stat().st_size > 10_000
     assert json.loads((out / "config.json").read_text())["train"]["objective"] == "log_variance"
 

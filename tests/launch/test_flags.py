@@ -41,6 +41,8 @@ VALUES: dict[str, list[str]] = {
     "--batch-size": ["5"],
     "--learning-rate": ["1e-3"],
     "--log-z-learning-rate": ["0.5"],
+    "--step-nats": ["0.5"],
+    "--warm-start-step-nats": ["0.5"],
     "--warm-start": ["none"],
     "--warm-start-updates": ["3"],
     "--warm-start-rows": ["3"],

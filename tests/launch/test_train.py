@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -80,8 +81,7 @@ def test_python_yaml_and_flags_make_the_same_run_bit_for_bit(
             assert other[file] == one[file], (name, file)
     # Control: a config that differs in one field makes another run.
     assert tiltune("train", *given, "--seed", 1, "--out", "other").status == 0
-    for file in ("metrics.jsonl", "policy/diffusion_pytorch_model.safetensors"):
-        assert contents(here / "other")[file] != one[file]
+    assert contents(here / "other")["metrics.jsonl"] != one["metrics.jsonl"]
 
 
 def test_flags_over_yaml_over_recipe(tiltune: Callable[..., Any], here: Path, prior: Path) -> None:
@@ -104,7 +104,8 @@ def test_what_train_prints_and_writes(tiltune: Callable[..., Any], here: Path, s
     assert "K = 3" in out[1]
     assert str(prior) in out[0]
     assert out[-1] == f"next: tiltune evaluate runs/pipeline --energy {here}/my_energy.py:ink"
-    assert "2 updates, 28 energy calls" in out[-2]
+    assert re.match(r"2 updates, \d+ energy calls", out[-3])
+    assert "the prior" in out[-2]  # how much it helped
     assert "reinforce_kl" in shown.err  # the bar
     assert (here / "runs" / "pipeline" / "policy" / "policy.json").exists()
 

@@ -216,12 +216,14 @@ def test_two_policies_on_one_prior_do_not_meet() -> None:
     assert torch.equal(outputs(second), before)
     assert sum(parameter.requires_grad for parameter in second.parameters()) == 2 * len(adapted(second))
     move_(second)
-    assert torch.equal(outputs(first), moved)
-    assert torch.equal(outputs(prior.denoiser), before)
+    # To rounding: some processors' kernels round by where in memory a tensor lies.
+    torch.testing.assert_close(outputs(first), moved, rtol=0, atol=1e-6)
+    torch.testing.assert_close(outputs(prior.denoiser), before, rtol=0, atol=1e-6)
     assert not torch.equal(outputs(second), moved)
     outputs(first)
     copied = make_policy(prior, "full")
-    assert torch.equal(outputs(copied), before)
+    # The same weights at other addresses: some processors' kernels round by alignment.
+    torch.testing.assert_close(outputs(copied), before, rtol=0, atol=1e-6)
     assert not any("lora" in name for name, _ in copied.named_parameters())
 
 

@@ -106,14 +106,18 @@ def test_trainable_copy_starts_at_the_prior_and_shares_nothing(kind: str) -> Non
     prior = Prior(make(), decoder_chain(), shape)
     policy = trainable_copy(prior)
     state, t = states(shape), torch.tensor(300.0)
-    assert torch.equal(policy(state, t), prior.denoiser(state, t))
+    own = dict(prior.denoiser.named_parameters())
+    assert all(torch.equal(parameter, own[name]) for name, parameter in policy.named_parameters())
+    # The outputs to rounding: some processors' kernels round by where in memory a tensor lies.
+    torch.testing.assert_close(policy(state, t), prior.denoiser(state, t), rtol=0, atol=1e-6)
     assert all(parameter.requires_grad for parameter in policy.parameters())
     drawn = rollout(prior, policy, 5, torch.Generator().manual_seed(0))
     assert drawn.step_log_ratio is not None
-    assert (drawn.step_log_ratio == 0).all()
+    assert (drawn.step_log_ratio.abs() < 1e-4).all()
     before = prior.denoiser(state, t)
     randomize_(policy, seed=1)
-    assert torch.equal(prior.denoiser(state, t), before)
+    torch.testing.assert_close(prior.denoiser(state, t), before, rtol=0, atol=1e-6)
+    assert (policy(state, t) - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

@@ -191,7 +191,9 @@ def test_tiltunes_own_network_and_a_flow(tmp_path: Path) -> None:
     assert prior.shape == (2,)
     assert prior.chain.name == "flow flow_grpo"
     by_hand = Prior(network, prior.chain, (2,))
-    assert torch.equal(rollout(prior, None, 4, seeded(0)).terminal, rollout(by_hand, None, 4, seeded(0)).terminal)
+    # The same weights at other addresses: some processors' kernels round by alignment.
+    ours, theirs = (rollout(one, None, 4, seeded(0)).terminal for one in (prior, by_hand))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_class_labels_are_kept(tmp_path: Path) -> None:
