@@ -4,9 +4,9 @@ h_k is the density ratio of tilted to prior states at step k, so a classifier of
 of mean 1, the minimum of E[w softplus(-f) + softplus(f)] is f = log h_k. Two networks, each trained on half of the bank, so that
 no path is ever judged by a network that has seen its energy.
 
-The same networks give a second estimate: the first two cumulants of -E/alpha given the state, m and v, by least squares, so that
-log h ≈ m + v/2 + const. It learns from the energies of all paths, where the classifier learns from the few that have weight, and is
-exact where E given s is Gaussian. `ValueDrift` measures which of the two to follow.
+The same networks give a second estimate: the first two cumulants of -E/alpha given the state, m and v, by least squares, so
+that log h ≈ m + v/2 + const. It learns from the energies of all paths, where the classifier learns from the few that have weight,
+and is exact where E given s is Gaussian. `ValueDrift` measures which of the two to follow.
 
 It is the baseline of `reinforce_kl`, where an error in it costs variance only, and the control variate of the forward KL, where
 an error also counts as far as that phase's shortcuts (bridged means, states noised anew) miss the chain's own law:
@@ -36,8 +36,9 @@ LARGEST = math.log(60.0)  # h is bounded above: where it is larger the bank hold
 class ValueNetwork(nn.Module):
     """States [N, ...] of a chain and their steps [N] → [N] log h; zero at the start. `estimates` → [N, 2], by cumulants too.
 
-    scale [steps + 1]: the states' standard deviation at each step. spread: that of -E/alpha over the prior's paths. Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and shifted by an
-    embedding of the step.
+    scale [steps + 1]: the states' standard deviation at each step. spread: that of -E/alpha over the prior's paths.
+    Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and shifted by
+    an embedding of the step.
     """
 
     scale: Tensor
@@ -178,7 +179,11 @@ def fit_soft_value(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for side in (0, 1):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=device)))
-            network = ValueNetwork(tuple(states.shape[2:]), chain.num_kernels, scale[: chain.num_kernels + 1], spread).to(device).train()
+            network = (
+                ValueNetwork(tuple(states.shape[2:]), chain.num_kernels, scale[: chain.num_kernels + 1], spread)
+                .to(device)
+                .train()
+            )
             optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
             mine = (half == side).nonzero()[:, 0]
             for update in range(updates):

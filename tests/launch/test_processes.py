@@ -19,7 +19,7 @@ asked = []
 def ink(x):
     asked.append(len(x))
     stop = pathlib.Path(__file__).with_name("stop")
-    if stop.exists() and os.environ.get("RANK") == "1" and len(asked) == 8:
+    if stop.exists() and os.environ.get("RANK") == "1" and len(asked) == 9:
         what = stop.read_text()
         time.sleep(1000) if what == "hang" else os.kill(os.getpid(), int(what))
     return x.flatten(1).mean(1)
@@ -167,7 +167,7 @@ def whole(folder: Path, launch: Any) -> Path:
 
 @pytest.fixture
 def stop(folder: Path) -> Any:
-    """What the energy of process 1 is to do in its fifth call, behind the sixth step: that one has a checkpoint already."""
+    """What the energy of process 1 is to do in its ninth call, behind the sixth step: that one has a checkpoint already."""
     yield (folder / "stop").write_text
     (folder / "stop").unlink(missing_ok=True)
 
