@@ -1,8 +1,8 @@
 """The soft value as teacher: its gradient, as the shift that the policy's kernels are to learn.
 
 The tilted path law's own kernels move by delta_k = sigma_k grad log h_{k+1}(mu_prior) where log h is linear at the scale of
-sigma_k. So a learned log h gives a target for the policy's shift that has no sampling noise. Two estimates of log h (`SoftValue`) give
-two gradients. What each is worth at each step is measured: on tilted paths of the bank, with the noise z that the prior drew
+sigma_k. So a learned log h gives a target for the policy's shift that has no sampling noise. Two estimates of log h (`SoftValue`)
+give two gradients. What each is worth at each step is measured: on tilted paths of the bank, with the noise z that the prior drew
 there, and by networks that have not seen the path,
 
     KL(tilted || policy) = KL(tilted || prior) - sum_k E[<delta, z> - ½ |delta|²]
