@@ -287,7 +287,10 @@ class Shift(nn.Module):
 
 @pytest.mark.parametrize("chunk", [2048, 37])
 def test_the_gradient_is_that_of_the_plain_formula(task, bank, chunk):
-    """Σ_k E ½ |theta_k - delta_k|² has the gradient theta_k - delta_k, to 1e-5, in chunks too; ``scale`` multiplies it."""
+    """Σ_k E ½ |theta_k - delta_k|² has the gradient theta_k - delta_k, in chunks too; ``scale`` multiplies it.
+
+    To .5%: the strides through 4000 rows give a step one row more or less than its share.
+    """
     kernels = task.chain.num_kernels
     policy = Shift(task)
     with torch.no_grad():
@@ -295,15 +298,15 @@ def test_the_gradient_is_that_of_the_plain_formula(task, bank, chunk):
     miss = policy.theta.detach() - best_shift(task).float()
     drift = drift_of(task, bank, truth(task), truth(task, -1.0))
     drift.factor, drift.chunk = torch.tensor([[1.0, 0.0]]).repeat(kernels, 1), chunk
-    loss = drift.backward(policy, 10 * kernels, lambda value: value)
-    assert loss.item() == pytest.approx(0.5 * miss.square().sum().item(), rel=1e-4)
-    assert torch.allclose(policy.theta.grad, miss, atol=1e-5)
+    loss = drift.backward(policy, 4000, lambda value: value)
+    assert loss.item() == pytest.approx(0.5 * miss.square().sum().item(), rel=5e-3)
+    assert torch.allclose(policy.theta.grad, miss, rtol=5e-3)
     gradient, policy.theta.grad = policy.theta.grad, None
-    drift.backward(policy, 10 * kernels, lambda value: 8 * value)
-    assert torch.allclose(policy.theta.grad, 8 * gradient, atol=1e-4)
+    drift.backward(policy, 4000, lambda value: 8 * value)
+    assert torch.allclose(policy.theta.grad, 8 * gradient, rtol=1e-2)
     drift.factor = drift.factor.flip(1)  # the control: towards the opposite
     policy.theta.grad = None
-    drift.backward(policy, 10 * kernels, lambda value: value)
+    drift.backward(policy, 4000, lambda value: value)
     assert not torch.allclose(policy.theta.grad, gradient, atol=0.1)
 
 
