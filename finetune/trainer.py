@@ -436,7 +436,7 @@ class Trainer:
                         if update == first > 0:
                             forward.measure_slope()
                         if drift is not None:
-                            loss = drift.backward(self.policy, rows, self.scaler.scale)
+                            loss = drift.backward(self.policy, rows, self.scaler.scale, update / total)
                         else:
                             loss = forward.backward(rows, self.scaler.scale)
                         loss_scale = self.scaler.get_scale()

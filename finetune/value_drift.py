@@ -29,6 +29,7 @@ from .soft_value import SoftValue, bank_weight
 PATHS = 600  # tilted paths on which the factors are measured
 EXPECTED, SPREAD = 0.4, 0.3  # of each gradient's factor before anything is measured: Gaussian, per step too (around 1)
 LARGEST = 1.5  # factor of one step over that of all
+EASED, EVEN_FROM = 0.8, 0.7  # power to which narrow kernels count less at first; share of the warm start where all count in nats
 
 
 class ValueDrift:
@@ -57,7 +58,7 @@ class ValueDrift:
         # Half even, half by what a change of the network's output moves the shift: the narrow kernels at the end, where nothing
         # is to be learned, hold nearly all of the gradient's noise, and with few rows drown what the others have to say.
         chain, rows = prior.chain, slice(0, prior.chain.num_kernels)
-        moves = ((chain.d * chain.q + chain.e) / chain.sigma)[rows].abs().float().to(prior.device)
+        moves = self._moves = ((chain.d * chain.q + chain.e) / chain.sigma)[rows].abs().float().to(prior.device)
         self._probability = 0.5 * moves / moves.sum() + 0.5 / chain.num_kernels
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,11 +117,21 @@ class ValueDrift:
         factor = self.factor[step].T.reshape(2, -1, *[1] * (state.ndim - 1))
         return chain.reachable(state, step, prior_output, (factor * gradients).sum(0))
 
-    def backward(self, policy: nn.Module, count: int, scale: Callable[[Tensor], Tensor]) -> Tensor:
+    def eased(self, progress: float) -> Tensor:
+        """[num_kernels] what each step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.
+
+        Kernels that an output moves more than the median's count less at first. Their curvature otherwise sets the pace of all,
+        since one network serves all steps; it also makes them quick to come back to their place once they count in full.
+        """
+        power = 2 * EASED * max(0.0, 1 - progress / EVEN_FROM)
+        return (self._moves / self._moves.median()).clamp(min=1.0) ** -power
+
+    def backward(self, policy: nn.Module, count: int, scale: Callable[[Tensor], Tensor], progress: float = 1.0) -> Tensor:
         """Accumulate the gradient of sum_k E ½ |delta_policy - target|² on ``count`` stored rows of prior and tilted paths.
 
-        Returns the loss, nats, scaled. ``scale``: that of a gradient scaler.
+        Returns the loss, nats but for `eased`, scaled. ``scale``: that of a gradient scaler.
         """
+        eased = self.eased(progress)
         chain, states = self.prior.chain, self.bank.trajectories.states
         kernels, device = chain.num_kernels, states.device
         points = (torch.arange(count, device=device) + torch.rand((), generator=self.generator, device=device)) / count
@@ -136,7 +147,7 @@ class ValueDrift:
             with nullcontext() if some is parts[-1][0] else self.held():
                 output = evaluate(policy, chain, some, at, None)
                 miss = chain.kernel_shift(some, at, output, prior_output, straight=True) - target
-                share = 1 / (count * self._probability[at])
+                share = eased[at] / (count * self._probability[at])
                 loss = scale((0.5 * share * miss.flatten(1).square().sum(1)).sum())
                 loss.backward()
             total += loss.detach()

@@ -390,3 +390,12 @@ def test_the_cumulants_learn_the_optimal_drift(task, bank):
     energy = bank.trajectories.energy
     assert left(energy) < 0.3
     assert left(energy[torch.randperm(4000, generator=torch.Generator().manual_seed(2))]) > 0.8
+
+
+def test_narrow_kernels_count_less_at_first_and_in_full_at_the_end(task, bank):
+    drift = drift_of(task, bank, truth(task), truth(task))
+    first, last = drift.eased(0.0), drift.eased(1.0)
+    assert torch.equal(last, torch.ones_like(last))
+    assert first.min() < 0.9 and first.max() == 1.0  # the control: there is something to ease
+    moves = ((task.chain.d * task.chain.q + task.chain.e) / task.chain.sigma)[: task.chain.num_kernels].abs()
+    assert first.argmin() == moves.argmax() and (first[moves <= moves.median()] == 1).all()
