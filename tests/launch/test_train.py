@@ -519,6 +519,7 @@ class Stop(importlib.abc.MetaPathFinder):
                 raise RuntimeError("as a library says it") from error
 
 sys.meta_path.insert(0, Stop())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 raise SystemExit(cli.run(sys.argv[1:]))
 """
 
