@@ -24,7 +24,7 @@ from ..samplers.trajectory import rows_at_once
 from .behavior import PriorBank
 from .config import TrainConfig
 from .gradients import Around, backward_likelihood, backward_rows, chunk_rows
-from .soft_value import FRESH, SoftValue, bank_weight, states_of
+from .soft_value import FRESH, SoftValue, bank_weight, states_of, stratified
 
 SLOPE_PATHS = 1500
 
@@ -68,7 +68,7 @@ class ForwardKL:
         """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss. ``scale``: that of a gradient scaler."""
         if self.soft_value is not None:
             return self._controlled(self.soft_value, count, scale, factor)
-        step = self._stratified(self._step_probability, count)
+        step = stratified(self._step_probability, count, self.generator)
         state, following = self.rows(step)
         g = scale(-factor / (count * self._step_probability[step]))
         chunk = self._chunk
@@ -126,7 +126,7 @@ class ForwardKL:
         weight = self._weight
         mixture = 0.5 * (weight + 1)
         even = torch.full((chain.num_kernels,), 1 / chain.num_kernels, device=states.device)
-        all_steps = self._stratified(even, count)
+        all_steps = stratified(even, count, self.generator)
         all_paths = torch.multinomial(mixture, count, replacement=True, generator=self.generator)
         fresh = FRESH if chain.forgets_given_next else 0.0
         all_states = states_of(chain, states, all_paths, all_steps, fresh, self.generator)
@@ -150,13 +150,6 @@ class ForwardKL:
                     self.policy, chain, prior_output, state, following, step, share * weight[path], control
                 )
         return total
-
-    def _stratified(self, probability: Tensor, count: int) -> Tensor:
-        """Steps [count] drawn by ``probability`` [num_kernels]: one uniform draw, then equal strides."""
-        cumulative = probability.cumsum(0)
-        first = torch.rand((), generator=self.generator, device=cumulative.device)
-        points = (torch.arange(count, device=cumulative.device) + first) / count
-        return torch.searchsorted(cumulative, points).clamp(max=len(probability) - 1)
 
     @cached_property
     def _chunk(self) -> int:

@@ -12,7 +12,6 @@ Imports no torch by itself, so that a mistake in the config or the folder is fou
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -189,13 +188,13 @@ def train(
             import accelerate  # noqa: F401
             from diffusers import UNet2DModel  # noqa: F401
 
+            from ..samplers.hints import widest_variance
             from .state_file import read_state, write_state
             from .trainer import Trainer
         around.enter_context(threads(config.threads))
         measured = around.enter_context(measuring(config, task, energy))
         prior = load_prior(config, task)
-        # The data's widest direction is unknown here; in images it holds about a tenth of all their variance.
-        conditions = prior.chain.conditions(max(1.0, 0.1 * math.prod(prior.shape)))
+        conditions = prior.chain.conditions(widest_variance(prior.shape))
         if speaks:
             print(*prior.decisions, *(f"  {name:<10} {text}" for name, text in conditions.items()), sep="\n")
         policy = _initial_policy(config, prior)

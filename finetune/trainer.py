@@ -620,7 +620,6 @@ class Trainer:
             "closest": self._kept_best(self.closest),
             "improvement": None if self.improvement is None else asdict(self.improvement),
             "judged": self._judged,
-            "share": self.bound.share,
             "counters": self._total(self._boundary["meter"]),
             **{name: self._boundary[name] for name in ("log_z", "alpha", "alpha_start", "ceiling")},
         }
@@ -704,7 +703,7 @@ class Trainer:
             kept.load_state_dict({**saved, "weights": weights})
         self.improvement = None if state["improvement"] is None else Improvement(**state["improvement"])
         self._judged = state["judged"]
-        self.bound.load_state_dict({**own["bound"], "share": state["share"]})
+        self.bound.load_state_dict(own["bound"])
         if own["energy_cache"] is not None and isinstance(self.meter.energy, CachedEnergy):
             self.meter.energy.restore(own["energy_cache"])
         if own["bank"] is not None:

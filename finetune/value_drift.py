@@ -24,7 +24,7 @@ from ..samplers.policy import Prior, evaluate
 from ..samplers.trajectory import rows_at_once
 from .behavior import PriorBank
 from .gradients import MAX_CHUNK, Around
-from .soft_value import SoftValue, bank_weight
+from .soft_value import SoftValue, bank_weight, stratified
 
 PATHS = 600  # tilted paths on which the factors are measured
 EXPECTED, SPREAD = 0.4, 0.3  # of each gradient's factor before anything is measured: Gaussian, per step too (around 1)
@@ -133,12 +133,10 @@ class ValueDrift:
         """
         eased = self.eased(progress)
         chain, states = self.prior.chain, self.bank.trajectories.states
-        kernels, device = chain.num_kernels, states.device
-        points = (torch.arange(count, device=device) + torch.rand((), generator=self.generator, device=device)) / count
-        step = torch.searchsorted(self._probability.cumsum(0), points).clamp(max=kernels - 1)
+        step = stratified(self._probability, count, self.generator)
         path = torch.multinomial(self._mixture, count, replacement=True, generator=self.generator)
         state = states[step, path]
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=states.device)
         parts = list(zip(state.split(self.chunk), step.split(self.chunk), strict=True))
         for some, at in parts:
             with torch.no_grad():

@@ -132,8 +132,8 @@ def test_a_state_that_forgets_something_of_the_value_drift_is_caught(lost, task)
     if lost == "factor":
         own["value_drift"]["factor"] = torch.zeros_like(own["value_drift"]["factor"])
     elif lost == "share":
-        assert common["share"] < 0.5
-        common["share"] = 1.0
+        assert own["bound"]["share"] < 0.5
+        own["bound"]["share"] = 1.0
     else:
         own["held_out"]["weight"] = own["held_out"]["weight"].flip(0)
     resumed = trainer_of(task, config)
