@@ -110,7 +110,7 @@ def gather_evidence(
     policy_side: list[tuple[Tensor, ...]] = []
     prior_side: list[tuple[Tensor, ...]] = []
     step_kl = torch.zeros(chain.num_kernels, dtype=torch.float64)
-    chunk = rows_at_once(prior.shape)
+    chunk = rows_at_once(prior.shape, prior.device)
     for first in range(0, size, chunk):
         count = min(chunk, size - first)
         for side, drawing, compared in ((policy_side, policy, None), (prior_side, None, policy)):

@@ -79,7 +79,7 @@ def draw_deployed(
     ``on_progress`` receives the number of samples just drawn, those of a batch in parts, one with every step.
     """
     prior, scheduler = policy.prior, copy.deepcopy(deployed.scheduler)
-    states, batch = [], rows_at_once(prior.shape)
+    states, batch = [], rows_at_once(prior.shape, prior.device)
     for first in range(0, count, batch):
         if deployed.timesteps is None:
             scheduler.set_timesteps(deployed.steps)
@@ -154,7 +154,7 @@ def deployment_figures(
     ]
     for deployed in deployed_samplers(prior):
         data = prior.to_data(draw_deployed(policy, deployed, size, generator, on_progress))
-        energies = torch.cat([meter(part, **prior.context(len(part))) for part in data.split(rows_at_once(prior.shape))])
+        energies = torch.cat([meter(part, **prior.context(len(part))) for part in data.split(rows_at_once(prior.shape, prior.device))])
         rows.append(row(deployed.name, deployed.steps, data, energies))
     return rows
 

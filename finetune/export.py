@@ -169,7 +169,8 @@ def _readme(policy: Policy, format: str, usage: str) -> str:
     prior = policy.prior
     notes = [f"Trained as {prior.chain.name}, K = {prior.chain.num_steps}."]
     if prior.chain.decoder:
-        notes += ["Its last step belongs to the prior; deployed, the policy runs it too."]
+        its = "step belongs" if prior.chain.decoder == 1 else f"{prior.chain.decoder} steps belong"
+        notes += [f"Its last {its} to the prior; deployed, the policy's network is run there too."]
     if not has_even_steps(prior):
         placed = [int(t) for t in prior.chain.timesteps.tolist()]
         notes += [f"Its timesteps were placed; a pipeline spaces them evenly instead: {placed}."]

@@ -104,7 +104,7 @@ class ForwardKL:
         drawn, own = torch.zeros(2, chain.num_kernels, device=states.device)
         path = self.bank.draw(SLOPE_PATHS, self.config.alpha, self.generator)
         for k in range(chain.num_kernels):
-            for some in path.split(rows_at_once(self.prior.shape)):
+            for some in path.split(rows_at_once(self.prior.shape, self.prior.device)):
                 state, step = states[k, some], torch.full_like(some, k)
                 prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
                 output = evaluate(self.policy, chain, state, step, None)
@@ -172,7 +172,7 @@ class ForwardKL:
         step = torch.arange(chain.num_kernels, device=self.prior.device).repeat_interleave(per_step)
         with torch.no_grad():
             state, following = self.rows(step)
-            chunk = rows_at_once(self.prior.shape)
+            chunk = rows_at_once(self.prior.shape, self.prior.device)
             output = torch.cat(
                 [
                     evaluate(self.prior.denoiser, chain, *part, None)

@@ -328,7 +328,7 @@ class Trainer:
             self._refuse_oversized(4 * math.prod(shape))
         states = torch.empty(shape, device=self.prior.device)
         energy = torch.empty(size, device=self.prior.device)
-        chunk = rows_at_once(self.prior.shape)
+        chunk = rows_at_once(self.prior.shape, self.prior.device)
         counts = [min(chunk, size - first) for first in range(0, size, chunk)]
         drawn = (("", rollout(self.prior, None, count, self.generator, on_step=self.processes.poll)) for count in counts)
         with self._bar(size, name) as bar:

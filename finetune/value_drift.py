@@ -89,7 +89,7 @@ class ValueDrift:
         kernels = chain.num_kernels
         drawn = torch.zeros(kernels, 2, dtype=torch.float64, device=states.device)
         own = torch.zeros(kernels, 2, 2, dtype=torch.float64, device=states.device)
-        rows = rows_at_once(self.prior.shape)
+        rows = rows_at_once(self.prior.shape, self.prior.device)
         for k in range(kernels):
             for some, weight in zip(path.split(rows), times.split(rows), strict=True):
                 state, step = states[k, some], torch.full_like(some, k)

@@ -39,7 +39,7 @@ class Chain:
     Every column is a float64 tensor of shape [K]; ``signal`` and ``noise`` are [K + 1] and mean
     s_k ≈ signal_k x + noise_k eps for a clean sample x (nan where the chain has no such level).
 
-    ``decoder`` says that the last row belongs to the prior: policy and prior share it, it carries no
+    ``decoder`` is the number of last rows that belong to the prior: policy and prior share them, they carry no
     log-ratio, and the tilted law is exact for the chain as it is run. ``clip`` is the bound of x_hat, or None.
 
     Errors: ValueError where a row is non-finite or an inner row has no noise, since a noiseless kernel has no density.
@@ -58,7 +58,7 @@ class Chain:
     noise: Tensor
     start_std: float
     clip: float | None = None
-    decoder: bool = False
+    decoder: int = 0
 
     def __post_init__(self) -> None:
         for name in ("timesteps", *Row._fields, "signal", "noise"):
@@ -92,8 +92,8 @@ class Chain:
 
     @property
     def num_kernels(self) -> int:
-        """Rows that carry a log-ratio: K, or K - 1 where the last one is a decoder."""
-        return self.num_steps - int(self.decoder)
+        """Rows that carry a log-ratio: all K but those of the decoder."""
+        return self.num_steps - self.decoder
 
     @cached_property
     def _floats(self) -> list[Row]:
@@ -276,7 +276,10 @@ class Chain:
                 verdict = "REMEMBERED: a tilt of this direction is partly lost"
             start = f"share of the start in a component of variance {variance:g}: {share:.2g} ({verdict})"
         if self.decoder:
-            last = f"the last step (sigma {self.sigma[-1].item():.2g}) belongs to the prior and carries no ratio"
+            sigmas = " and ".join(f"{sigma:.2g}" for sigma in self.sigma[self.num_kernels :].tolist())
+            which = "step" if self.decoder == 1 else f"{self.decoder} steps"
+            verbs = "belongs to the prior and carries" if self.decoder == 1 else "belong to the prior and carry"
+            last = f"the last {which} (sigma {sigmas}) {verbs} no ratio"
         else:
             last = f"the last step draws sigma {self.sigma[-1].item():.2g}, shared by prior and policy"
         return {

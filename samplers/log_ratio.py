@@ -45,7 +45,7 @@ def step_log_ratio(
     chain: Chain, prior: Denoiser, policy: Denoiser, trajectories: Trajectories, chunk: int | None = None
 ) -> Tensor:
     """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
-    chunk = chunk or rows_at_once(tuple(trajectories.states.shape[2:]))
+    chunk = chunk or rows_at_once(tuple(trajectories.states.shape[2:]), trajectories.states.device)
     total = chain.num_kernels * len(trajectories)
     ratios = []
     for first in range(0, total, chunk):

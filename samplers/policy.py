@@ -56,14 +56,14 @@ class Policy(nn.Module):
     ) -> Tensor:
         """[count, ...] samples as an energy sees them (`Prior.to_data`), ``batch`` at a time (`trajectory.rows_at_once`).
 
-        The law is that of the trained chain, the prior's last step included where it is a decoder. ``on_progress`` receives
+        The law is that of the trained chain, the prior's last steps included where they are a decoder. ``on_progress`` receives
         the number of samples just done. Samples depend on ``seed`` and ``batch``.
         """
-        from .rollout import decode_last
+        from .rollout import decoded
         from .trajectory import rows_at_once
 
         prior, chain = self.prior, self.prior.chain
-        batch = rows_at_once(prior.shape) if batch is None else batch
+        batch = rows_at_once(prior.shape, prior.device) if batch is None else batch
         generator = torch.Generator(device=prior.device).manual_seed(seed)
         samples = []
         for first in range(0, count, batch):
@@ -74,8 +74,7 @@ class Policy(nn.Module):
                 noise = torch.randn(shape, generator=generator, device=prior.device)
                 mean = chain.mean(state, step, evaluate(self, chain, state, step, None))
                 state = mean + chain.row(step, state).sigma * noise
-            if chain.decoder:
-                state = decode_last(prior, state, generator)
+            *_, state = state, *decoded(prior, state, generator)
             samples.append(prior.to_data(state))
             if on_progress:
                 on_progress(shape[0])

@@ -72,8 +72,9 @@ def rollout(
         state = mean + row.sigma * noise
         if keep:
             states[step + 1] = state
-    if chain.decoder:
-        state = decode_last(prior, state, generator, condition)
+    for step, state in enumerate(decoded(prior, state, generator, condition), chain.num_kernels + 1):
+        if keep:
+            states[step] = state
     states[-1] = state
     step_log_ratio = torch.stack(ratios) if ratios else None
     return Trajectories(
@@ -91,22 +92,23 @@ def _inflation(noise: Tensor, scale: float) -> Tensor:
 
 
 @torch.no_grad()
-def decode_last(prior: Prior, state: Tensor, generator: torch.Generator, condition: Tensor | None = None) -> Tensor:
-    """The chain's last row where it belongs to the prior: s_{K-1} [N, ...] → sample [N, ...]."""
-    chain, last = prior.chain, prior.chain.num_steps - 1
-    output = evaluate(prior.denoiser, chain, state, last, condition)
-    mean = chain.mean(state, last, output)
-    sigma = chain.row(last, state).sigma
-    if sigma < SIGMA_ZERO:
-        return mean
-    return mean + sigma * torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype)
+def decoded(prior: Prior, state: Tensor, generator: torch.Generator, condition: Tensor | None = None) -> list[Tensor]:
+    """The states that follow the last kernel's [N, ...], by the chain's rows that belong to the prior; the last is the sample."""
+    chain, states = prior.chain, []
+    for step in range(chain.num_kernels, chain.num_steps):
+        output = evaluate(prior.denoiser, chain, state, step, condition)
+        state, sigma = chain.mean(state, step, output), chain.row(step, state).sigma
+        if sigma >= SIGMA_ZERO:
+            state = state + sigma * torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype)
+        states.append(state)
+    return states
 
 
 @torch.no_grad()
 def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condition: Tensor | None = None) -> Trajectories:
     """Fresh trajectories that end at given samples [B, ...]: s_0 ~ N(a_0 x, b_0²), s_{k+1} = c s_k + d x + tau eps.
 
-    Where the last row is a decoder the trajectory ends at decode(s_{K-1}), not at the given sample, since that is the
+    Where the last rows are a decoder the trajectory ends at what they make, not at the given sample, since that is the
     sample the chain would give: evaluate the energy there. Their behavior density is unknown (None).
     """
     chain = prior.chain
@@ -125,6 +127,5 @@ def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condit
         if tau[step] > 0:
             state = state + tau[step] * gaussian()
         states.append(state)
-    if chain.decoder:
-        states.append(decode_last(prior, state, generator, condition))
+    states += decoded(prior, state, generator, condition)
     return Trajectories(states=torch.stack(states), condition=condition)

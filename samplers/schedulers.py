@@ -19,6 +19,8 @@ from torch import Tensor
 from .chain import SIGMA_ZERO, Chain
 
 LastStep = Literal["decoder"] | float
+FAINT = 0.02  # standard deviation of a kernel, where data have about 1: 2.5 gray levels of 255
+DELICATE = 4.0  # what a change of the network's output moves at a kernel, in sigmas, over the same at the kernel before
 # A row's misfit against scheduler.step, relative to the larger of 1 and the state's size (float32 schedules).
 MISFIT = 1e-6
 
@@ -150,7 +152,7 @@ def _ddpm(scheduler: Any, num_steps: int | None, timesteps: Sequence[float] | No
             noise=noise,
             start_std=float(scheduler.init_noise_sigma),
             clip=_clip(scheduler),
-            decoder=True,
+            decoder=1,
         ),
     )
 
@@ -202,7 +204,7 @@ def _ddim(scheduler: Any, num_steps: int | None, timesteps: Sequence[float] | No
             noise=levels[1],
             start_std=float(scheduler.init_noise_sigma),
             clip=clip,
-            decoder=True,
+            decoder=1,
         ),
     )
 
@@ -244,7 +246,7 @@ def _euler_ancestral(scheduler: Any, num_steps: int | None, timesteps: Sequence[
             signal=torch.ones_like(sigmas).double(),
             noise=sigmas.double(),
             start_std=float(scheduler.init_noise_sigma),
-            decoder=True,
+            decoder=1,
         ),
     )
 
@@ -309,7 +311,7 @@ def _flow(
         signal=1 - sigmas,
         noise=sigmas,
         start_std=1.0,
-        decoder=True,
+        decoder=1,
     )
     if step is None and not isinstance(last_step, str):
         raise ValueError("the last Euler-Maruyama step of a flow SDE always belongs to the prior; leave last_step='decoder'.")
@@ -353,7 +355,7 @@ def _finish(
     if isinstance(last_step, str):
         if last_step != "decoder":
             raise ValueError(f"last_step is {last_step!r}; it is 'decoder' or a positive standard deviation.")
-        return chain if quiet else replace(chain, decoder=False)
+        return _with_decoder(chain if quiet else replace(chain, decoder=0))
     if last_step < SIGMA_ZERO:
         raise ValueError(f"last_step={last_step:g} leaves the log-ratio undefined; give a positive sigma or 'decoder'.")
     if not quiet:
@@ -363,7 +365,20 @@ def _finish(
         )
     sigma = chain.sigma.clone()
     sigma[-1] = last_step
-    return replace(chain, sigma=sigma, decoder=False)
+    return replace(chain, sigma=sigma, decoder=0)
+
+
+def _with_decoder(chain: Chain) -> Chain:
+    """The same chain, its last kernels given to the prior too where they are hardly any noise.
+
+    A DDPM on 'leading' timesteps ends with sigma .01 after .15 (K = 20). Such a kernel has nothing to tell an energy, but every
+    change of the network, wherever it was wanted, costs nats there: a hundred times as many as at the kernel before.
+    """
+    rows = chain.num_kernels
+    moves = ((chain.d * chain.q + chain.e) / chain.sigma)[:rows].abs()
+    while rows > 1 and chain.sigma[rows - 1] < FAINT and moves[rows - 1] > DELICATE * moves[rows - 2]:
+        rows -= 1
+    return replace(chain, decoder=chain.num_steps - rows)
 
 
 def table_misfit(

@@ -89,7 +89,7 @@ def importance_resample(
             " or most of them would be copies."
         )
     prior = policy.prior
-    batch = rows_at_once(prior.shape) if batch is None else batch
+    batch = rows_at_once(prior.shape, prior.device) if batch is None else batch
     data, log_weights = [], []
     for first in range(0, proposals, batch):
         drawn = rollout(prior, policy, min(batch, proposals - first), generator, keep=False)

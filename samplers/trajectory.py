@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-MOST_AT_ONCE = 2048  # larger batches spill temporaries that the allocator returns to the system after every operation
+MOST_AT_ONCE = 2048
 NUMBERS_AT_ONCE = 2**19
+ON_A_CPU = 2**16  # from 32 MB on, a temporary is returned to the system after every operation, which halves the speed
 
 
-def rows_at_once(shape: tuple[int, ...]) -> int:
+def rows_at_once(shape: tuple[int, ...], device: torch.device) -> int:
     """How many states of this shape to run through a network at once: enough for speed, few enough for memory."""
-    return max(1, min(MOST_AT_ONCE, NUMBERS_AT_ONCE // math.prod(shape)))
+    numbers = ON_A_CPU if device.type == "cpu" else NUMBERS_AT_ONCE
+    return max(1, min(MOST_AT_ONCE, numbers // math.prod(shape)))
 
 
 @dataclass(frozen=True, eq=False)

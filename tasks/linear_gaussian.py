@@ -54,7 +54,7 @@ class LinearGaussian:
     def __post_init__(self) -> None:
         if self.chain.clip is not None:
             raise ValueError(f"{self.chain.name} clips x_hat, so its kernels are not linear; use clip_sample=False.")
-        if self.chain.decoder and self.chain.sigma[-1] >= SIGMA_ZERO:
+        if bool((self.chain.sigma[self.chain.num_kernels :] >= SIGMA_ZERO).any()):
             raise ValueError(
                 f"{self.chain.name} ends in a decoder that draws noise: the residual then keeps that noise and is zero for"
                 " no policy. Use a chain whose last row is noiseless or carries a ratio."

@@ -258,8 +258,8 @@ def same(first: Any, second: Any) -> bool:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bank of several chunks."""
-    assert rows_at_once((2,)) > 60
-    monkeypatch.setattr("tiltune.finetune.trainer.rows_at_once", lambda shape: 13)
+    assert rows_at_once((2,), torch.device("cpu")) > 60
+    monkeypatch.setattr("tiltune.finetune.trainer.rows_at_once", lambda shape, device: 13)
 
 
 @pytest.mark.usefixtures("small_chunks")

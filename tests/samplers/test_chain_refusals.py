@@ -16,10 +16,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from tiltune.samplers.chain import Chain
+from tiltune.samplers.chain import SIGMA_ZERO, Chain
 from tiltune.samplers.policy import Prior
 from tiltune.samplers.rollout import noise_back
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers import LastStep, brownian_chain, chain_from_scheduler
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -121,26 +121,36 @@ def test_noising_back_along_levels_that_do_not_meet_is_refused(spacing: str, num
         noise_back(prior, torch.zeros(4, 2), torch.Generator().manual_seed(0))
 
 
-def quiet(num_steps: int = 10, **options: Any) -> Chain:
-    return chain_from_scheduler(DDPMScheduler(clip_sample=False), num_steps, **options)
+def quiet(num_steps: int = 10, last_step: LastStep = "decoder", **config: Any) -> Chain:
+    return chain_from_scheduler(DDPMScheduler(clip_sample=False, **config), num_steps, last_step=last_step)
 
 
 def test_a_noiseless_last_step_belongs_to_the_prior_by_default_and_that_is_said() -> None:
-    chain = quiet()
-    assert (chain.decoder, chain.num_kernels) == (True, 9)
+    chain = quiet(variance_type="fixed_large")
+    assert (chain.decoder, chain.num_kernels) == (1, 9)
     assert "belongs to the prior and carries no ratio" in chain.conditions()["last_step"]
+
+
+def test_a_delicate_last_kernel_belongs_to_the_prior_too_and_that_is_said() -> None:
+    """Small variance on leading timesteps: sigma .01 after .15, where a change of the output counts 17 times as much."""
+    chain = quiet(20)
+    assert (chain.decoder, chain.num_kernels) == (2, 18)
+    assert "the last 2 steps (sigma 0.01 and 0) belong to the prior and carry no ratio" in chain.conditions()["last_step"]
+    # Not for small noise alone, as many small steps have it, nor where steps are as they should be.
+    assert quiet(500).decoder == 1 and quiet(500).sigma[-2] < 0.01
+    assert quiet(20, timestep_spacing="trailing").decoder == 1
 
 
 def test_a_clamp_is_not_a_noise() -> None:
     """Small variance with trailing, or leading and offset 1, ends with sigma 1e-10: a decoder, not a kernel."""
     for options in ({"timestep_spacing": "trailing"}, {"timestep_spacing": "leading", "steps_offset": 1}):
         chain = chain_from_scheduler(DDPMScheduler(clip_sample=False, **options), 10)
-        assert chain.decoder
+        assert chain.decoder and chain.sigma[-1] < SIGMA_ZERO
 
 
 def test_a_noiseless_last_step_can_get_a_sigma_of_its_own_and_that_is_said() -> None:
     chain = quiet(last_step=0.05)
-    assert (chain.decoder, chain.num_kernels, chain.sigma[-1].item()) == (False, 10, 0.05)
+    assert (chain.decoder, chain.num_kernels, chain.sigma[-1].item()) == (0, 10, 0.05)
     assert "draws sigma 0.05, shared by prior and policy" in chain.conditions()["last_step"]
     # Nothing else moved.
     assert torch.equal(chain.sigma[:-1], quiet().sigma[:-1])
@@ -149,7 +159,7 @@ def test_a_noiseless_last_step_can_get_a_sigma_of_its_own_and_that_is_said() -> 
 def test_a_noisy_last_step_carries_a_ratio() -> None:
     scheduler = DDPMScheduler(variance_type="fixed_large", timestep_spacing="leading", steps_offset=1)
     chain = chain_from_scheduler(scheduler, 10)
-    assert (chain.decoder, chain.num_kernels) == (False, 10)
+    assert (chain.decoder, chain.num_kernels) == (0, 10)
     assert "shared by prior and policy" in chain.conditions()["last_step"]
 
 

@@ -19,8 +19,10 @@ BEHAVIORS = ("policy", "prior", "inflated", "noised back", "arbitrary")
 
 
 def forgotten(num_steps: int) -> Chain:
-    """Each step noises x_hat anew, and the first one starts at signal 0: nothing of s_0 is left."""
-    return chain_from_scheduler(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=3.0), num_steps)
+    """Each step noises x_hat anew, and the first one starts at signal 0: nothing of s_0 is left. The last kernel, of little
+    noise, carries a ratio here too: no policy explains the noise of a decoder."""
+    chain = chain_from_scheduler(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=3.0), num_steps)
+    return replace(chain, decoder=1)
 
 
 CHAINS = {

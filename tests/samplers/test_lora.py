@@ -104,7 +104,7 @@ class Silent(nn.Module):
 
 def test_batches_follow_the_size_of_the_states() -> None:
     done: list[int] = []
-    for shape, expected in (((1, 512, 512), [2, 1]), ((2,), [3])):
+    for shape, expected in (((1, 256, 128), [2, 1]), ((2,), [3])):
         prior = Prior(Silent(), CHAIN, shape)
         policy = Policy(prior, Silent(), "residual")
         done.clear()

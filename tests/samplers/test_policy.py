@@ -16,12 +16,12 @@ from tiltune.samplers.denoiser import zero_output_layer_
 from tiltune.samplers.log_ratio import log_ratio_from_states, rows_of, step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
 from tiltune.samplers.policy import Prior, ResidualDenoiser, as_denoiser, evaluate, trainable_copy
-from tiltune.samplers.rollout import decode_last, noise_back, rollout
+from tiltune.samplers.rollout import decoded, noise_back, rollout
 from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
 
 
 def decoder_chain(num_steps: int = 6) -> Chain:
-    return chain_from_scheduler(DDPMScheduler(clip_sample=False), num_steps)
+    return chain_from_scheduler(DDPMScheduler(clip_sample=False, variance_type="fixed_large"), num_steps)
 
 
 def noisy_decoder_chain(num_steps: int = 6) -> Chain:
@@ -248,7 +248,7 @@ def test_a_decoder_chain_ends_at_the_priors_decoding(kind: str) -> None:
     samples = states(shape)
     for drawn in (rollout(prior, policy, 4, generator), noise_back(prior, samples, generator)):
         assert len(drawn.states) == prior.chain.num_steps + 1
-        assert torch.equal(drawn.terminal, decode_last(prior, drawn.states[-2], generator))
+        assert torch.equal(drawn.terminal, decoded(prior, drawn.states[prior.chain.num_kernels], generator)[-1])
     assert not torch.equal(drawn.terminal, samples)
 
 

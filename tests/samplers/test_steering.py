@@ -123,7 +123,7 @@ def test_batches_follow_the_size_of_the_states():
         def forward(self, state, timestep, condition=None):
             return 0 * state
 
-    for shape, expected in (((1, 512, 512), [2, 1]), ((2,), [3])):
+    for shape, expected in (((1, 256, 128), [2, 1]), ((2,), [3])):
         policy, steps = Policy(Prior(Silent(), brownian_chain(2), shape), Silent(), "residual"), []
         potential = lambda x: torch.zeros(len(x))  # noqa: E731
         importance_resample(policy, potential, 1, torch.Generator(), proposals=3, on_progress=steps.append)
