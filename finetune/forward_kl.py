@@ -24,7 +24,8 @@ from ..samplers.trajectory import rows_at_once
 from .behavior import PriorBank
 from .config import TrainConfig
 from .gradients import Around, backward_likelihood, backward_rows, chunk_rows
-from .soft_value import FRESH, SoftValue, bank_weight, states_of, stratified
+from .rows import stratified
+from .soft_value import FRESH, SoftValue, bank_weight, states_of
 
 SLOPE_PATHS = 1500
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..samplers.log_ratio import step_log_ratio
+from ..samplers.log_ratio import outputs, step_log_ratio
 from ..samplers.policy import Denoiser, Prior
 from ..samplers.trajectory import Trajectories
 from .behavior import PriorBank
 
-DRAWN = 192  # tilted paths among them that are watched: a systematic draw, so that a heavy path counts more and costs once
+DRAWN = 160  # tilted paths among them that are watched: a systematic draw, so that a heavy path counts more and costs once
 BETTER = 2.0  # standard errors above 0 from which on a policy is said to be closer than its prior
 
 
@@ -58,12 +58,16 @@ class Improvement:
 class HeldOut:
     """Tilted paths, with weights that sum to 1, out of prior paths that no phase learns from.
 
-    paths: the trajectories; weight [n]; eubo: the prior's, -E/alpha averaged over them.
+    paths: the trajectories; weight [n]; eubo: the prior's, -E/alpha averaged over them; prior_outputs: what the prior says at
+    their states, which every look needs.
     """
 
-    def __init__(self, prior: Prior, paths: Trajectories, weight: Tensor, alpha: float) -> None:
+    def __init__(
+        self, prior: Prior, paths: Trajectories, weight: Tensor, alpha: float, prior_outputs: Tensor | None = None
+    ) -> None:
         assert paths.energy is not None
         self.prior, self.paths, self.weight, self.alpha = prior, paths, weight, alpha
+        self.prior_outputs = outputs(prior.chain, prior.denoiser, paths) if prior_outputs is None else prior_outputs
         self.eubo = -(weight * paths.energy.double()).sum().item() / alpha
 
     @classmethod
@@ -72,17 +76,19 @@ class HeldOut:
         return cls(prior, bank.trajectories.select(index), times.double() / times.sum(), alpha)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"states": self.paths.states, "energy": self.paths.energy, "weight": self.weight}
+        paths = self.paths
+        return {"states": paths.states, "energy": paths.energy, "weight": self.weight, "outputs": self.prior_outputs}
 
     @classmethod
     def from_state(cls, prior: Prior, state: dict[str, Any], alpha: float) -> HeldOut:
         kept = {name: tensor.to(prior.device) for name, tensor in state.items()}
-        return cls(prior, Trajectories(kept["states"], energy=kept["energy"]), kept["weight"], alpha)
+        return cls(prior, Trajectories(kept["states"], energy=kept["energy"]), kept["weight"], alpha, kept["outputs"])
 
     @torch.no_grad()
     def gain(self, policy: Denoiser) -> tuple[float, float]:
         """(nats by which the policy's EUBO is below the prior's, its standard error)."""
-        ratio = step_log_ratio(self.prior.chain, self.prior.denoiser, policy, self.paths).sum(0).double()
+        prior, paths, known = self.prior, self.paths, self.prior_outputs
+        ratio = step_log_ratio(prior.chain, prior.denoiser, policy, paths, prior_outputs=known).sum(0).double()
         mean = (self.weight * ratio).sum()
         return mean.item(), math.sqrt((self.weight * (ratio - mean)).square().sum().item())
 

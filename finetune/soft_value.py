@@ -158,14 +158,6 @@ def states_of(chain: Chain, states: Tensor, path: Tensor, step: Tensor, fresh: f
     return torch.where(chosen.view(around), anew, stored)
 
 
-def stratified(probability: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Steps [count] drawn by ``probability`` [num_kernels]: one uniform draw, then equal strides."""
-    cumulative = probability.cumsum(0)
-    first = torch.rand((), generator=generator, device=cumulative.device)
-    points = (torch.arange(count, device=cumulative.device) + first) / count
-    return torch.searchsorted(cumulative, points).clamp(max=len(probability) - 1)
-
-
 def fit_soft_value(
     bank: PriorBank,
     chain: Chain,

@@ -4,8 +4,8 @@
 
 An Adam step has the size of the learning rate, whatever the gradient is, and a shift of the network's output counts d q / sigma
 times in delta. So one rate moves one prior by .01 nats and another one by 3000. The nats are what means the same everywhere. They
-are measured on a few states that stay the same for a phase, so that the outputs after one step are those before the next. The
-direction stays the optimizer's, and so do its moments.
+are measured on a few states that stay the same for a phase, so that the outputs after one step are those before the next. More
+of them lie at the steps where the same change moves more. The direction stays the optimizer's, and so do its moments.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..samplers.policy import Prior, evaluate
+from .rows import step_share, stratified
 
-ROWS = 40  # states that a step is measured on
+ROWS = 16  # states that a step is measured on
 AIM = 0.7  # share of the bound that a shortened step aims at, so that the next one, a little longer, is within it too
 GROWTH = 1.05  # of the share of the optimizer's step that is tried next
 TRIES = 12
@@ -30,29 +31,31 @@ class StepBound:
     """Shortens steps of ``policy``.
 
     share: of the optimizer's last step that was taken, where the search for the next one begins.
-    state [n, ...], step [n]: what steps are measured on; None until `look_at`.
+    state [n, ...], step [n], weight [n]: what steps are measured on, and for how many kernels each counts; None until `look_at`.
     """
 
     def __init__(self, prior: Prior, policy: nn.Module, agreed: Callable[[float], float]) -> None:
         self.prior, self.policy, self.agreed = prior, policy, agreed
         self.share = 1.0
         self.state: Tensor | None = None
-        self.step = torch.empty(0, dtype=torch.long)
+        self.step, self.weight = torch.empty(0, dtype=torch.long), torch.empty(0)
         self._output = torch.empty(0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"share": self.share, "state": self.state, "step": self.step}
+        return {"share": self.share, "state": self.state, "step": self.step, "weight": self.weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.share = state["share"]
         if state["state"] is not None:
-            self.state, self.step = state["state"].to(self.prior.device), state["step"].to(self.prior.device)
+            self.state, self.step, self.weight = (state[name].to(self.prior.device) for name in ("state", "step", "weight"))
 
     @torch.no_grad()
     def look_at(self, states: Tensor, generator: torch.Generator) -> None:
-        """Measure on states of the trajectories ``states`` [K + 1, B, ...] from now on, evenly over the steps."""
-        kernels, device = self.prior.chain.num_kernels, states.device
-        self.step = ((torch.arange(ROWS, device=device) + 0.5) * kernels / ROWS).long()
+        """Measure on states of the trajectories ``states`` [K + 1, B, ...] from now on, at steps drawn by `step_share`."""
+        device = states.device
+        share = step_share(self.prior.chain).to(device)
+        self.step = stratified(share, ROWS, generator)
+        self.weight = (1 / (ROWS * share[self.step])).double()
         path = torch.randint(states.shape[1], (ROWS,), generator=generator, device=device)
         self.state = states[self.step, path].clone()
 
@@ -67,11 +70,10 @@ class StepBound:
         return evaluate(self.policy, self.prior.chain, self.state, self.step, None)
 
     def _nats(self, output: Tensor) -> float:
-        """The mean over the processes; a step of the chain without a row here is counted by its neighbors."""
+        """The mean over the processes."""
         assert self.state is not None
-        chain = self.prior.chain
-        shift = chain.kernel_shift(self.state, self.step, output, self._output).double().flatten(1)
-        return self.agreed((0.5 * shift.square().sum(1)).mean().item() * chain.num_kernels)
+        shift = self.prior.chain.kernel_shift(self.state, self.step, output, self._output).double().flatten(1)
+        return self.agreed((0.5 * self.weight * shift.square().sum(1)).sum().item())
 
     @torch.no_grad()
     def shorten(self, before: list[Tensor], weights: list[Tensor], limit: float) -> float:

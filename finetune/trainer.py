@@ -49,7 +49,7 @@ EVERYWHERE = (FloatingPointError, EnergyError, ProcessError)  # raised for what 
 FALLS = 2  # looks in a row at which a warm start has fallen behind its best, and ends
 NORMS = 20  # gradients that a spike is compared with
 HELD_OUT = 1000  # prior paths at most that nothing is learned from, and a quarter of the bank's number
-WATCHES = 6  # looks at them in a warm start
+WATCHES = 5  # looks at them in a warm start
 JUDGED = 256  # rollouts that show what a phase has reached
 
 

@@ -24,7 +24,8 @@ from ..samplers.policy import Prior, evaluate
 from ..samplers.trajectory import rows_at_once
 from .behavior import PriorBank
 from .gradients import MAX_CHUNK, Around
-from .soft_value import SoftValue, bank_weight, stratified
+from .rows import sensitivity, step_share, stratified
+from .soft_value import SoftValue, bank_weight
 
 PATHS = 600  # tilted paths on which the factors are measured
 EXPECTED, SPREAD = 0.4, 0.3  # of each gradient's factor before anything is measured: Gaussian, per step too (around 1)
@@ -55,11 +56,7 @@ class ValueDrift:
         self.factor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
         self.explained = 0.0
         self._mixture = 0.5 * (bank_weight(bank, alpha) + 1)
-        # Half even, half by what a change of the network's output moves the shift: the narrow kernels at the end, where nothing
-        # is to be learned, hold nearly all of the gradient's noise, and with few rows drown what the others have to say.
-        chain, rows = prior.chain, slice(0, prior.chain.num_kernels)
-        moves = self._moves = ((chain.d * chain.q + chain.e) / chain.sigma)[rows].abs().float().to(prior.device)
-        self._probability = 0.5 * moves / moves.sum() + 0.5 / chain.num_kernels
+        self._moves, self._probability = (of(prior.chain).to(prior.device) for of in (sensitivity, step_share))
 
     def state_dict(self) -> dict[str, Any]:
         return {"factor": self.factor, "explained": self.explained}
@@ -67,8 +64,8 @@ class ValueDrift:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.factor, self.explained = state["factor"].to(self.factor), state["explained"]
 
-    def _gradients(self, mean: Tensor, step: Tensor, path: Tensor | None) -> Tensor:
-        """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates."""
+    def _gradients(self, mean: Tensor, step: Tensor, path: Tensor) -> Tensor:
+        """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates of the networks that ``path`` is new to."""
         with torch.enable_grad():
             state = mean.detach().requires_grad_(True)
             values = self.soft_value.estimates(state, step + 1, path).sum(0)
@@ -113,9 +110,11 @@ class ValueDrift:
     def target(self, state: Tensor, step: Tensor, prior_output: Tensor) -> Tensor:
         """[n, ...] the shift to learn at states of any path, as far as a clipped x_hat can follow."""
         chain = self.prior.chain
-        gradients = self._gradients(chain.mean(state, step, prior_output), step, None)
-        factor = self.factor[step].T.reshape(2, -1, *[1] * (state.ndim - 1))
-        return chain.reachable(state, step, prior_output, (factor * gradients).sum(0))
+        with torch.enable_grad():
+            mean = chain.mean(state, step, prior_output).detach().requires_grad_(True)
+            value = (self.factor[step] * self.soft_value.estimates(mean, step + 1, None)).sum()
+            shift = torch.autograd.grad(value, mean)[0] * chain.row(step, mean).sigma
+        return chain.reachable(state, step, prior_output, shift)
 
     def eased(self, progress: float) -> Tensor:
         """[num_kernels] what each step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.

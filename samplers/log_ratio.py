@@ -42,16 +42,37 @@ def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Tens
 
 @torch.no_grad()
 def step_log_ratio(
-    chain: Chain, prior: Denoiser, policy: Denoiser, trajectories: Trajectories, chunk: int | None = None
+    chain: Chain,
+    prior: Denoiser,
+    policy: Denoiser,
+    trajectories: Trajectories,
+    chunk: int | None = None,
+    prior_outputs: Tensor | None = None,
 ) -> Tensor:
-    """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
+    """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b).
+
+    prior_outputs: [num_kernels · B, ...] of the prior at these states (`outputs`), where it is not to be asked again.
+    """
     chunk = chunk or rows_at_once(tuple(trajectories.states.shape[2:]), trajectories.states.device)
     total = chain.num_kernels * len(trajectories)
     ratios = []
     for first in range(0, total, chunk):
         state, following, step, condition = rows_of(trajectories, chain, slice(first, first + chunk))
-        prior_output = evaluate(prior, chain, state, step, condition)
+        known = None if prior_outputs is None else prior_outputs[first : first + chunk]
+        prior_output = evaluate(prior, chain, state, step, condition) if known is None else known
         policy_output = evaluate(policy, chain, state, step, condition)
         z = chain.standardize(following, state, step, prior_output)
         ratios.append(log_ratio_from_states(z, chain.kernel_shift(state, step, policy_output, prior_output)))
     return torch.cat(ratios).reshape(chain.num_kernels, len(trajectories))
+
+
+@torch.no_grad()
+def outputs(chain: Chain, denoiser: Denoiser, trajectories: Trajectories) -> Tensor:
+    """[num_kernels · B, ...] of a network at the states of stored trajectories, step by step."""
+    total = chain.num_kernels * len(trajectories)
+    chunk = rows_at_once(tuple(trajectories.states.shape[2:]), trajectories.states.device)
+    found = []
+    for first in range(0, total, chunk):
+        state, _, step, condition = rows_of(trajectories, chain, slice(first, first + chunk))
+        found.append(evaluate(denoiser, chain, state, step, condition))
+    return torch.cat(found)

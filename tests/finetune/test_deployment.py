@@ -109,7 +109,7 @@ class Silent(torch.nn.Module):
 
 def test_large_states_come_in_small_batches() -> None:
     scheduler, done = DDPMScheduler(**NOISY_END), []
-    prior = Prior(Silent(), chain_from_scheduler(scheduler, 2), (1, 512, 512), scheduler=scheduler)
+    prior = Prior(Silent(), chain_from_scheduler(scheduler, 2), (1, 128, 256), scheduler=scheduler)
     draw_deployed(Policy(prior, Silent(), "residual"), Deployed("", scheduler, 2, {}), 3, seeded(), done.append)
     assert done == [1, 1, 0, 1]  # two samples, then one, over two steps each
 

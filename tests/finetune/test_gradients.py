@@ -90,7 +90,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_passes_are_the_naive_gradient(name: str, chain: str) -> None:
     prior, policy, trajectories = make_setting(CHAINS[chain]())
-    assert prior.chain.decoder == (chain != "brownian")
+    assert (prior.chain.decoder > 0) == (chain != "brownian")
     total = prior.chain.num_kernels * BATCH
     for huber in (None, 1.0):
         expected = naive_gradient(name, prior, policy, trajectories, huber)
