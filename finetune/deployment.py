@@ -154,7 +154,9 @@ def deployment_figures(
     ]
     for deployed in deployed_samplers(prior):
         data = prior.to_data(draw_deployed(policy, deployed, size, generator, on_progress))
-        energies = torch.cat([meter(part, **prior.context(len(part))) for part in data.split(rows_at_once(prior.shape, prior.device))])
+        energies = torch.cat(
+            [meter(part, **prior.context(len(part))) for part in data.split(rows_at_once(prior.shape, prior.device))]
+        )
         rows.append(row(deployed.name, deployed.steps, data, energies))
     return rows
 
