@@ -65,7 +65,7 @@ class ValueDrift:
         self.factor, self.explained = state["factor"].to(self.factor), state["explained"]
 
     def _gradients(self, mean: Tensor, step: Tensor, path: Tensor) -> Tensor:
-        """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates of the networks that ``path`` is new to."""
+        """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
         with torch.enable_grad():
             state = mean.detach().requires_grad_(True)
             values = self.soft_value.estimates(state, step + 1, path).sum(0)

@@ -72,7 +72,8 @@ def rollout(
         state = mean + row.sigma * noise
         if keep:
             states[step + 1] = state
-    for step, state in enumerate(decoded(prior, state, generator, condition), chain.num_kernels + 1):
+    for step, following in enumerate(decoded(prior, state, generator, condition), chain.num_kernels + 1):
+        state = following
         if keep:
             states[step] = state
     states[-1] = state

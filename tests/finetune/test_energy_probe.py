@@ -124,7 +124,8 @@ def test_of_a_sum_only_the_term_that_changed_is_named() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_in_other_processes_are_probed_too(workers: int, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "import time\ndef noisy(x):\n    return x.sum(1) + time.monotonic_ns() % 10**10 / 1e3\ndef plain(x):\n    return x.sum(1)\n"
+        "import time\n"
+        "def noisy(x):\n    return x.sum(1) + time.monotonic_ns() % 10**10 / 1e3\ndef plain(x):\n    return x.sum(1)\n"
     )
     said = pytest.raises(EnergyError, match=r"^energy noisy of mine.py answered differently for the same samples a second")
     with EnergyPool([f"{tmp_path}/mine.py:plain", f"2*{tmp_path}/mine.py:noisy"], workers) as pool, said:

@@ -105,7 +105,7 @@ def moved_by(task, policy, before, states):
 
 
 def test_a_constant_shift_has_the_nats_of_its_closed_form(task, states):
-    """½ Σ_k |(d_k q_k + e_k) Δ / sigma_k|²: every draw of rows is within a half of it, and their mean within 4 standard errors."""
+    """½ Σ_k |(d_k q_k + e_k) Δ / sigma_k|²: each draw of rows is within a half of it, their mean within 4 standard errors."""
     policy = Moved(task.prior().denoiser)
     bound, chain = bound_of(task, policy, states), task.chain
     move = torch.tensor([0.03, -0.02], dtype=torch.float64)
