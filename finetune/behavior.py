@@ -14,7 +14,9 @@ from ..samplers.rollout import noise_back, rollout
 from ..samplers.steering import systematic
 from ..samplers.trajectory import Trajectories
 from .config import TrainConfig
-from .estimators import ess
+from .estimators import adequate_alpha, ess
+
+ENOUGH = 0.025  # effective share of prior paths that can stand for a tilted law: 100 of 4000
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,12 @@ class PriorBank:
     def ess(self, alpha: float) -> float:
         """Effective number of samples of the tilted law."""
         return ess(self.log_weight(alpha)) * len(self.trajectories)
+
+    def reach(self, alpha: float) -> float:
+        """The temperature, from ``alpha`` up, at which enough paths (`ENOUGH`) are effective to stand for the tilted law."""
+        energy = self.trajectories.energy
+        assert energy is not None
+        return adequate_alpha(energy[~energy.isnan()], alpha, ENOUGH)
 
     def draw(self, count: int, alpha: float, generator: torch.Generator) -> Tensor:
         """Indices [count] drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights."""

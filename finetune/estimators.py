@@ -30,6 +30,21 @@ def ess(log_weight: Tensor) -> float:
     return (1 / (share.square().sum() * len(share))).item()
 
 
+def adequate_alpha(energy: Tensor, alpha: float, share: float, log_ratio: Tensor | float = 0.0) -> float:
+    """The smallest temperature, from ``alpha`` up, at which ``share`` of the samples is effective; energy [N], not NaN.
+
+    log_ratio [N]: log density of what drew them less the prior's.
+    """
+    if ess(-energy / alpha - log_ratio) >= share:
+        return alpha
+    low, high = math.log(alpha), math.log(alpha) + 12.0
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        enough = ess(-energy / math.exp(middle) - log_ratio) >= share
+        low, high = (low, middle) if enough else (middle, high)
+    return math.exp(high)
+
+
 def weighted_mean(value: Tensor, weight: Tensor) -> tuple[float, float]:
     """Self-normalized mean and its standard error; value, weight [N], weight sums to 1. Zero-weight values may be inf."""
     kept = weight > 0

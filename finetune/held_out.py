@@ -29,17 +29,25 @@ class Improvement:
     """How much closer to the target than the prior a policy is, in nats of the gap EUBO - ELBO over paths.
 
     nats, se: prior's gap less the policy's, and its standard error. gap_prior: the prior's own. reached: the phase whose end the
-    policy is of; "prior" where nothing that was tried was closer than the prior itself, which the policy then is again.
+    policy is of; "prior" where nothing that was tried was closer than the prior itself, which the policy then is again. reach:
+    the temperature that the held-out paths stand for, over the target's: above 1 where too few of them are effective at the target's
+    (`PriorBank.reach`). The policy's EUBO is then compared with the prior's at that temperature, and so is gap_prior.
     """
 
     nats: float
     se: float
     gap_prior: float
     reached: str
+    reach: float = 1.0
 
     @property
     def sentence(self) -> str:
         own = f"the prior's own gap to the target is {self.gap_prior:.2f} nats"
+        if self.reach > 1:
+            own = (
+                f"too few prior samples have weight at this alpha, so the target's side was seen at {self.reach:.2g} times alpha,"
+                f" where the prior's own gap is {self.gap_prior:.2f} nats"
+            )
         if self.reached == "prior" and self.nats == 0:
             return f"NOT BETTER THAN THE PRIOR: nothing that was tried came closer, so the policy is the prior again; {own}."
         if self.reached == "prior":
@@ -77,12 +85,13 @@ class HeldOut:
 
     def state_dict(self) -> dict[str, Any]:
         paths = self.paths
-        return {"states": paths.states, "energy": paths.energy, "weight": self.weight, "outputs": self.prior_outputs}
+        tensors = {"states": paths.states, "energy": paths.energy, "weight": self.weight, "outputs": self.prior_outputs}
+        return {"alpha": self.alpha, **tensors}
 
     @classmethod
-    def from_state(cls, prior: Prior, state: dict[str, Any], alpha: float) -> HeldOut:
-        kept = {name: tensor.to(prior.device) for name, tensor in state.items()}
-        return cls(prior, Trajectories(kept["states"], energy=kept["energy"]), kept["weight"], alpha, kept["outputs"])
+    def from_state(cls, prior: Prior, state: dict[str, Any]) -> HeldOut:
+        kept = {name: state[name].to(prior.device) for name in ("states", "energy", "weight", "outputs")}
+        return cls(prior, Trajectories(kept["states"], energy=kept["energy"]), kept["weight"], state["alpha"], kept["outputs"])
 
     @torch.no_grad()
     def gain(self, policy: Denoiser) -> tuple[float, float]:

@@ -72,9 +72,12 @@ class ValueNetwork(nn.Module):
     def forward(self, state: Tensor, step: Tensor) -> Tensor:
         return self.heads(state, step)[:, 0]
 
-    def estimates(self, state: Tensor, step: Tensor) -> Tensor:
+    def estimates(self, state: Tensor, step: Tensor, times: float = 1.0) -> Tensor:
+        """[N, 2] at a temperature lower by ``times`` than the one that was learned: log h grows with 1/alpha to first order, the
+        cumulants with its first and second power."""
         log_h, mean, variance = self.heads(state, step).unbind(1)
-        return torch.stack([log_h, self.spread * mean + 0.5 * self.spread.square() * variance], 1)
+        spread = times * self.spread
+        return torch.stack([times * log_h, spread * mean + 0.5 * spread.square() * variance], 1)
 
     def heads(self, state: Tensor, step: Tensor) -> Tensor:
         """[N, 3]: log h; mean and variance of -E/alpha given the state, in units of ``spread``."""
@@ -92,14 +95,18 @@ class ValueNetwork(nn.Module):
 
 
 class SoftValue:
-    """log h_k(s), by the mean of two networks; a path of the bank is judged by the one that has not seen it (``half``)."""
+    """log h_k(s), by the mean of two networks; a path of the bank is judged by the one that has not seen it (``half``).
 
-    def __init__(self, networks: tuple[nn.Module, nn.Module], half: Tensor) -> None:
-        self.networks, self.half = networks, half
+    times: the temperature at which the networks have learned, over the target's. It is above 1 where too few paths are effective
+    at the target's (`PriorBank.reach`), and what was learned is then continued to it.
+    """
+
+    def __init__(self, networks: tuple[nn.Module, nn.Module], half: Tensor, times: float = 1.0) -> None:
+        self.networks, self.half, self.times = networks, half, times
 
     def state(self) -> dict[str, Any]:
         """Tensors, for `from_state`."""
-        return {"networks": [network.state_dict() for network in self.networks], "half": self.half}
+        return {"networks": [network.state_dict() for network in self.networks], "half": self.half, "times": self.times}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], shape: tuple[int, ...], steps: int, device: torch.device) -> SoftValue:
@@ -110,23 +117,26 @@ class SoftValue:
                 network = ValueNetwork(shape, steps)
             network.load_state_dict(weights)
             networks.append(network.to(device).eval().requires_grad_(False))
-        return cls((networks[0], networks[1]), state["half"].to(device))
+        return cls((networks[0], networks[1]), state["half"].to(device), state["times"])
 
     @torch.no_grad()
     def __call__(self, state: Tensor, step: Tensor) -> Tensor:
         """States [N, ...] at steps [N] → [N] nats, for states that no bank path passes through."""
         values = [network(state, step) for network in self.networks]
-        return (0.5 * (values[0] + values[1])).clamp(max=LARGEST)
+        return (0.5 * self.times * (values[0] + values[1])).clamp(max=LARGEST)
 
     @torch.no_grad()
     def of_paths(self, state: Tensor, step: Tensor, path: Tensor) -> Tensor:
         """The same for states of (or noised from the end of) the bank's paths ``path`` [N]."""
         values = [network(state, step) for network in self.networks]
-        return torch.where(self.half[path] == 0, values[1], values[0]).clamp(max=LARGEST)
+        return (self.times * torch.where(self.half[path] == 0, values[1], values[0])).clamp(max=LARGEST)
 
-    def estimates(self, state: Tensor, step: Tensor, path: Tensor | None) -> Tensor:
-        """[N, 2]: log h by classification and by cumulants (up to a constant), with a graph; ``path`` as in `of_paths`."""
-        first, second = (network.estimates(state, step) for network in self.networks)  # pyright: ignore[reportCallIssue]
+    def estimates(self, state: Tensor, step: Tensor, path: Tensor | None, times: float) -> Tensor:
+        """[N, 2]: log h by classification and by cumulants (up to a constant), with a graph; ``path`` as in `of_paths`.
+
+        times: 1 for the temperature at which the networks have learned, ``self.times`` for the target's.
+        """
+        first, second = (network.estimates(state, step, times) for network in self.networks)  # pyright: ignore[reportCallIssue]
         if path is None:
             return 0.5 * (first + second)
         return torch.where((self.half[path] == 0)[:, None], second, first)
@@ -165,8 +175,12 @@ def fit_soft_value(
     updates: int,
     generator: torch.Generator,
     on_progress: Callable[[], None] | None = None,
+    times: float = 1.0,
 ) -> SoftValue:
-    """Train both networks for ``updates`` steps each; ``on_progress`` is called after each step."""
+    """Train both networks for ``updates`` steps each; ``on_progress`` is called after each step.
+
+    alpha: the temperature to learn at, ``times`` the target's.
+    """
     states, weight = bank.trajectories.states, bank_weight(bank, alpha)
     device, count = states.device, states.shape[1]
     half = torch.zeros(count, dtype=torch.long, device=device)
@@ -200,4 +214,4 @@ def fit_soft_value(
                 if on_progress:
                     on_progress()
             networks.append(network.eval().requires_grad_(False))
-    return SoftValue((networks[0], networks[1]), half)
+    return SoftValue((networks[0], networks[1]), half, times)

@@ -25,7 +25,7 @@ from .config import TrainConfig
 from .energy import Energy, EnergyError, EnergyMeter, overlaps
 from .energy_cache import CachedEnergy
 from .energy_probe import probe_energy
-from .estimators import ess, log_mean_exp
+from .estimators import adequate_alpha, ess, log_mean_exp
 from .forward_kl import ForwardKL
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
 from .held_out import HeldOut, Improvement, Kept
@@ -297,7 +297,8 @@ class Trainer:
         assert paths.energy is not None
         if not torch.isfinite(PriorBank(paths).log_weight(self.config.alpha)).any():
             return None
-        return HeldOut.draw(self.prior, PriorBank(paths), self.config.alpha, self.generator)
+        kept = PriorBank(paths)
+        return HeldOut.draw(self.prior, kept, self._agreed(kept.reach(self.config.alpha)), self.generator)
 
     def _check_energy(self) -> None:
         probe = rollout(self.prior, None, 4, self.generator, keep=False, on_step=self.processes.poll)
@@ -359,9 +360,16 @@ class Trainer:
 
     def _fit_soft_value(self, bank: PriorBank) -> SoftValue:
         config = self.config
+        alpha = self._agreed(bank.reach(config.alpha))
         with self._bar(2 * config.soft_value_updates, "soft value") as bar:
             return fit_soft_value(
-                bank, self.prior.chain, config.alpha, config.soft_value_updates, self.generator, lambda: bar.update(1)
+                bank,
+                self.prior.chain,
+                alpha,
+                config.soft_value_updates,
+                self.generator,
+                lambda: bar.update(1),
+                alpha / config.alpha,
             )
 
     @contextmanager
@@ -473,10 +481,11 @@ class Trainer:
         held_out, bank, alpha = self.held_out, self.bank, self.config.alpha
         assert held_out is not None and bank is not None and bank.trajectories.energy is not None
         own = -self._of_all(*self.capped(bank.trajectories.energy)).double() / alpha
-        gap_prior = self._agreed(held_out.eubo) - own.mean().item()
+        reach = held_out.alpha / alpha
+        gap_prior = self._agreed(held_out.eubo) - own.mean().item() / reach
         pairs = zip(self._trained(), self.closest.weights, strict=True)
         if self._agreed(float(all(torch.equal(weight, kept) for weight, kept in pairs))) == 1.0:
-            self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior")
+            self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior", reach)
             self._judged = self.taken
             return
         count = max(2, JUDGED // self.processes.count)
@@ -494,9 +503,9 @@ class Trainer:
         nats = nats if math.isfinite(nats) else -math.inf
         se = math.hypot(error / math.sqrt(self.processes.count), log_weight.std().item() / math.sqrt(len(log_weight)))
         if nats > self.closest.nats:
-            self.improvement = Improvement(nats, se, gap_prior, phase)
+            self.improvement = Improvement(nats, se, gap_prior, phase, reach)
         elif self.improvement is None or self.improvement.nats < nats < 0:
-            self.improvement = Improvement(nats, se, gap_prior, "prior")
+            self.improvement = Improvement(nats, se, gap_prior, "prior", reach)
         self.closest.offer(nats, self._trained())
         self._judged = self.taken
 
@@ -710,7 +719,7 @@ class Trainer:
             kept = {name: tensor.to(device) for name, tensor in own["bank"].items()}
             self.bank = PriorBank(Trajectories(kept["states"], energy=kept["energy"]))
             if own["held_out"] is not None:
-                self.held_out = HeldOut.from_state(self.prior, own["held_out"], self.config.alpha)
+                self.held_out = HeldOut.from_state(self.prior, own["held_out"])
             if own["soft_value"] is not None:
                 shape, steps = self.prior.shape, self.prior.chain.num_kernels
                 self.soft_value = SoftValue.from_state(own["soft_value"], shape, steps, device)
@@ -792,14 +801,7 @@ class Trainer:
         alpha, target = self.config.alpha, self.config.tempering_ess
         own = batch.valid[:on_policy]  # a masked energy is a placeholder, which could outweigh every real one
         ratio, energy = batch.log_ratio[:on_policy][own].detach(), batch.energy[:on_policy][own]
-        if target is None or not on_policy or ess(-energy / alpha - ratio) >= target:
-            return alpha
-        low, high = math.log(alpha), math.log(alpha) + 12.0
-        for _ in range(30):
-            middle = 0.5 * (low + high)
-            enough = ess(-energy / math.exp(middle) - ratio) >= target
-            low, high = (low, middle) if enough else (middle, high)
-        return math.exp(high)
+        return alpha if target is None or not on_policy else adequate_alpha(energy, alpha, target, ratio)
 
     def _gather(self, value: Tensor) -> Tensor:
         return self.processes.gather(value)

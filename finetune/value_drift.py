@@ -52,10 +52,10 @@ class ValueDrift:
     ) -> None:
         self.held, self.chunk = held, MAX_CHUNK
         self.prior, self.bank, self.soft_value = prior, bank, soft_value
-        self.alpha, self.generator = alpha, generator
+        self.alpha, self.generator = alpha * soft_value.times, generator
         self.factor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
         self.explained = 0.0
-        self._mixture = 0.5 * (bank_weight(bank, alpha) + 1)
+        self._mixture = 0.5 * (bank_weight(bank, self.alpha) + 1)
         self._moves, self._probability = (of(prior.chain).to(prior.device) for of in (sensitivity, step_share))
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class ValueDrift:
         """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
         with torch.enable_grad():
             state = mean.detach().requires_grad_(True)
-            values = self.soft_value.estimates(state, step + 1, path).sum(0)
+            values = self.soft_value.estimates(state, step + 1, path, 1.0).sum(0)
             gradients = [torch.autograd.grad(value, state, retain_graph=True)[0] for value in values]
         return torch.stack(gradients) * self.prior.chain.row(step, mean).sigma
 
@@ -112,7 +112,7 @@ class ValueDrift:
         chain = self.prior.chain
         with torch.enable_grad():
             mean = chain.mean(state, step, prior_output).detach().requires_grad_(True)
-            value = (self.factor[step] * self.soft_value.estimates(mean, step + 1, None)).sum()
+            value = (self.factor[step] * self.soft_value.estimates(mean, step + 1, None, self.soft_value.times)).sum()
             shift = torch.autograd.grad(value, mean)[0] * chain.row(step, mean).sigma
         return chain.reachable(state, step, prior_output, shift)
 

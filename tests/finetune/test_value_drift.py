@@ -46,9 +46,10 @@ class Estimates(SoftValue):
     """Two estimates of log h that are given, functions (state, step, path) → [N], in place of the networks'."""
 
     def __init__(self, first, second):
-        self.both = first, second
+        self.both, self.times = (first, second), 1.0
 
-    def estimates(self, state, step, path):
+    def estimates(self, state, step, path, times):
+        assert times == 1.0
         return torch.stack([one(state, step, path) for one in self.both], 1)
 
 
@@ -219,7 +220,7 @@ class Constant(nn.Module):
         super().__init__()
         self.a = torch.tensor(a)
 
-    def estimates(self, state, step):
+    def estimates(self, state, step, times):
         return (state @ self.a)[:, None].expand(-1, 2)
 
 
@@ -243,7 +244,7 @@ class Memory(nn.Module):
         super().__init__()
         self.means, self.noise, self.sigma = means, noise, sigma
 
-    def estimates(self, state, step):
+    def estimates(self, state, step, times):
         k = int(step[0]) - 1  # one step at a time, as `measure` asks
         nearest = torch.cdist(state.detach(), self.means[k]).argmin(1)
         return (state * self.noise[k][nearest] / self.sigma[k]).sum(1, keepdim=True).expand(-1, 2)
