@@ -30,7 +30,7 @@ class Improvement:
 
     nats, se: prior's gap less the policy's, and its standard error. gap_prior: the prior's own. reached: the phase whose end the
     policy is of; "prior" where nothing that was tried was closer than the prior itself, which the policy then is again. reach:
-    the temperature that the held-out paths stand for, over the target's: above 1 where too few of them are effective at the target's
+    the temperature that the held-out paths stand for, over the target's: above 1 where too few of them are effective there
     (`PriorBank.reach`). The policy's EUBO is then compared with the prior's at that temperature, and so is gap_prior.
     """
 

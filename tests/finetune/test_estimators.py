@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiltune.finetune.estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
+from tiltune.finetune.estimators import adequate_alpha, ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
 
 
 def log_weights(count: int = 500, seed: int = 0) -> torch.Tensor:
@@ -33,6 +33,15 @@ def test_ess_against_numpy() -> None:
     assert ess(lw - 900) == pytest.approx(ess(lw), rel=1e-9)
     assert ess(torch.zeros(7)) == pytest.approx(1.0)
     assert ess(torch.tensor([0.0, -math.inf, -math.inf, -math.inf])) == pytest.approx(0.25)
+
+
+def test_the_adequate_temperature_has_the_share_of_its_closed_form() -> None:
+    """Energies spread evenly over (0, L): at low temperature the weights are exponential, (sum w)² / sum w² is 2 alpha, and a
+    share of 2 alpha/L is effective; where they were drawn tilted, 1/alpha less that tilt counts."""
+    energy = 40 * (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    assert adequate_alpha(energy, 0.1, 0.025) == pytest.approx(40 * 0.025 / 2, rel=0.01)
+    assert adequate_alpha(energy, 0.6, 0.025) == 0.6  # enough already
+    assert adequate_alpha(energy, 0.1, 0.025, log_ratio=-energy / 0.5) == pytest.approx(1 / (1 / 0.5 + 1 / 0.5), rel=0.01)
 
 
 def test_weighted_mean_against_numpy() -> None:

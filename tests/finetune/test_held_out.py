@@ -275,3 +275,21 @@ def test_updates_that_ruin_a_policy_end_at_the_warm_start(task, monkeypatch):
         ends.append((weights_of(result.policy), result.improvement))
     assert ends[1][1].reached == "the warm start" and ends[0][1] == ends[1][1]
     assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_target_beyond_the_paths_is_seen_from_a_milder_one_and_that_is_said(task, monkeypatch, reached):
+    """Few of 500 held-out paths are effective. They stand for one where 1 in 40 is, and the sentence says it. What was
+    learned there and continued takes more than half of log Z - ELBO. The control may use any share, and says nothing."""
+    steep = LinearGaussian(task.chain, torch.zeros(2, dtype=torch.float64), torch.tensor([3.4, -1.7], dtype=torch.float64))
+    if reached:
+        monkeypatch.setattr("tiltune.finetune.behavior.ENOUGH", 0.0)
+    config = replace(SMALL, warm_start="value_drift", warm_start_updates=120, soft_value_updates=100, updates=0)
+    trainer = Trainer(steep.prior(), steep.energy, config, policy=policy_of(steep.prior()), progress=False)
+    result = trainer.train()
+    said = result.improvement
+    assert (said.reach == 1) == reached == ("too few prior samples have weight at this alpha" not in said.sentence)
+    assert trainer.held_out.alpha == pytest.approx(said.reach * steep.alpha)
+    own = rollout(steep.prior(), result.policy, 3000, torch.Generator().manual_seed(50))
+    elbo = (-steep.energy(own.terminal).double() / steep.alpha - own.step_log_ratio.sum(0).double()).mean().item()
+    assert steep.log_z - elbo < 0.5 * steep.log_z  # of the prior itself ELBO is 0

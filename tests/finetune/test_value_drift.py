@@ -348,7 +348,8 @@ class Told(ValueNetwork):
 
 def test_mean_and_half_of_the_variance_are_log_h_where_the_energy_is_gaussian(task):
     """-E/alpha of 20000 paths from each of 12 states of 4 steps: m + v/2 is log h up to one constant, within 5 standard errors of
-    their moments; without v/2 it is not."""
+    their moments; without v/2 it is not. Continued to half the temperature they are that of twice the tilt; a linear continuation
+    is not."""
     chain, generator = task.chain, torch.Generator().manual_seed(8)
     step = torch.tensor([1, 3, 5, 7]).repeat_interleave(3)
     start = torch.randn(12, 2, generator=generator)
@@ -371,6 +372,10 @@ def test_mean_and_half_of_the_variance_are_log_h_where_the_energy_is_gaussian(ta
     error = (v / 20000 + 0.5 * v.square() / 20000).sqrt()
     assert ((found - closed).abs() < 5 * error + 1e-4).all()
     assert ((m - closed).abs() > 5 * error + 0.05)[:6].all()
+    colder = LinearGaussian(chain, torch.zeros(2, dtype=torch.float64), torch.tensor([2.0, -1.0], dtype=torch.float64))
+    continued = network.estimates(start, step, 2.0)[:, 1].detach() + 2 * offset
+    assert ((continued - exact(colder, start, step)).abs() < 5 * (4 * v / 20000 + 8 * v.square() / 20000).sqrt() + 1e-4).all()
+    assert ((2 * found - exact(colder, start, step)).abs() > 0.1)[:6].all()
 
 
 def test_the_cumulants_learn_the_optimal_drift(task, bank):
