@@ -8,18 +8,13 @@ from torch import Tensor
 from ..samplers.chain import Chain
 
 
-def sensitivity(chain: Chain) -> Tensor:
-    """[num_kernels] by how many of its standard deviations a kernel's mean moves where the network's output moves by 1."""
-    return ((chain.d * chain.q + chain.e) / chain.sigma)[: chain.num_kernels].abs().float()
-
-
 def step_share(chain: Chain) -> Tensor:
-    """[num_kernels] the share of rows at each step: half even, half by `sensitivity`.
+    """[num_kernels] the share of rows at each step: half even, half by `Chain.sensitivity`.
 
     The narrow kernels at the end, where little is to be learned, hold nearly all of what a change of the network moves, in nats,
     and so nearly all of the noise of a gradient. With few rows there they drown what the others have to say.
     """
-    moves = sensitivity(chain)
+    moves = chain.sensitivity.float()
     return 0.5 * moves / moves.sum() + 0.5 / chain.num_kernels
 
 

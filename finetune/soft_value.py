@@ -179,15 +179,16 @@ def fit_soft_value(
 ) -> SoftValue:
     """Train both networks for ``updates`` steps each; ``on_progress`` is called after each step.
 
-    alpha: the temperature to learn at, ``times`` the target's.
+    alpha: the target's temperature; they learn at ``times`` of it.
     """
-    states, weight = bank.trajectories.states, bank_weight(bank, alpha)
+    learned = times * alpha
+    states, weight = bank.trajectories.states, bank_weight(bank, learned)
     device, count = states.device, states.shape[1]
     half = torch.zeros(count, dtype=torch.long, device=device)
     half[torch.randperm(count, generator=generator, device=device)[count // 2 :]] = 1
     fresh = FRESH if chain.forgets_given_next else 0.0
     scale = states.flatten(1).std(1).clamp(min=1e-6)
-    reward, spread = standardized(bank, alpha)
+    reward, spread = standardized(bank, learned)
     networks = []
     # Initial weights and dropout come from the global generator: forked, so that the caller's is left alone.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -295,9 +295,9 @@ class Trainer:
             return None
         paths = self._prior_paths(size, "held-out samples")
         assert paths.energy is not None
-        if not torch.isfinite(PriorBank(paths).log_weight(self.config.alpha)).any():
-            return None
         kept = PriorBank(paths)
+        if not torch.isfinite(kept.log_weight(self.config.alpha)).any():
+            return None
         return HeldOut.draw(self.prior, kept, self._agreed(kept.reach(self.config.alpha)), self.generator)
 
     def _check_energy(self) -> None:
@@ -360,16 +360,10 @@ class Trainer:
 
     def _fit_soft_value(self, bank: PriorBank) -> SoftValue:
         config = self.config
-        alpha = self._agreed(bank.reach(config.alpha))
-        with self._bar(2 * config.soft_value_updates, "soft value") as bar:
+        updates, times = config.soft_value_updates, self._agreed(bank.reach(config.alpha)) / config.alpha
+        with self._bar(2 * updates, "soft value") as bar:
             return fit_soft_value(
-                bank,
-                self.prior.chain,
-                alpha,
-                config.soft_value_updates,
-                self.generator,
-                lambda: bar.update(1),
-                alpha / config.alpha,
+                bank, self.prior.chain, config.alpha, updates, self.generator, lambda: bar.update(1), times=times
             )
 
     @contextmanager

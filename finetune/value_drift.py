@@ -24,7 +24,7 @@ from ..samplers.policy import Prior, evaluate
 from ..samplers.trajectory import rows_at_once
 from .behavior import PriorBank
 from .gradients import MAX_CHUNK, Around
-from .rows import sensitivity, step_share, stratified
+from .rows import step_share, stratified
 from .soft_value import SoftValue, bank_weight
 
 PATHS = 600  # tilted paths on which the factors are measured
@@ -56,7 +56,8 @@ class ValueDrift:
         self.factor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
         self.explained = 0.0
         self._mixture = 0.5 * (bank_weight(bank, self.alpha) + 1)
-        self._moves, self._probability = (of(prior.chain).to(prior.device) for of in (sensitivity, step_share))
+        self._moves = prior.chain.sensitivity.float().to(prior.device)
+        self._probability = step_share(prior.chain).to(prior.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"factor": self.factor, "explained": self.explained}

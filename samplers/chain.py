@@ -95,6 +95,12 @@ class Chain:
         """Rows that carry a log-ratio: all K but those of the decoder."""
         return self.num_steps - self.decoder
 
+    @property
+    def sensitivity(self) -> Tensor:
+        """[num_kernels] by how many of its standard deviations a kernel's mean moves where the network's output moves by 1."""
+        rows = slice(0, self.num_kernels)
+        return ((self.d * self.q + self.e)[rows] / self.sigma[rows]).abs()
+
     @cached_property
     def _floats(self) -> list[Row]:
         columns = [getattr(self, name).tolist() for name in Row._fields]

@@ -8,6 +8,8 @@ Two log-densities are never subtracted. With z = (s' - mu_prior) / sigma and del
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -53,12 +55,10 @@ def step_log_ratio(
 
     prior_outputs: [num_kernels · B, ...] of the prior at these states (`outputs`), where it is not to be asked again.
     """
-    chunk = chunk or rows_at_once(tuple(trajectories.states.shape[2:]), trajectories.states.device)
-    total = chain.num_kernels * len(trajectories)
     ratios = []
-    for first in range(0, total, chunk):
-        state, following, step, condition = rows_of(trajectories, chain, slice(first, first + chunk))
-        known = None if prior_outputs is None else prior_outputs[first : first + chunk]
+    for rows in _chunks(trajectories, chain, chunk):
+        state, following, step, condition = rows_of(trajectories, chain, rows)
+        known = None if prior_outputs is None else prior_outputs[rows]
         prior_output = evaluate(prior, chain, state, step, condition) if known is None else known
         policy_output = evaluate(policy, chain, state, step, condition)
         z = chain.standardize(following, state, step, prior_output)
@@ -69,10 +69,15 @@ def step_log_ratio(
 @torch.no_grad()
 def outputs(chain: Chain, denoiser: Denoiser, trajectories: Trajectories) -> Tensor:
     """[num_kernels · B, ...] of a network at the states of stored trajectories, step by step."""
-    total = chain.num_kernels * len(trajectories)
-    chunk = rows_at_once(tuple(trajectories.states.shape[2:]), trajectories.states.device)
     found = []
-    for first in range(0, total, chunk):
-        state, _, step, condition = rows_of(trajectories, chain, slice(first, first + chunk))
+    for rows in _chunks(trajectories, chain):
+        state, _, step, condition = rows_of(trajectories, chain, rows)
         found.append(evaluate(denoiser, chain, state, step, condition))
     return torch.cat(found)
+
+
+def _chunks(trajectories: Trajectories, chain: Chain, size: int | None = None) -> Iterator[slice]:
+    """Slices of the flat (k, b) rows, of ``size`` or of as many as pass a network at once."""
+    size = size or rows_at_once(tuple(trajectories.states.shape[2:]), trajectories.states.device)
+    for first in range(0, chain.num_kernels * len(trajectories), size):
+        yield slice(first, first + size)

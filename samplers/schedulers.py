@@ -374,8 +374,7 @@ def _with_decoder(chain: Chain) -> Chain:
     A DDPM on 'leading' timesteps ends with sigma .01 after .15 (K = 20). Such a kernel has nothing to tell an energy, but every
     change of the network, wherever it was wanted, costs nats there: a hundred times as many as at the kernel before.
     """
-    rows = chain.num_kernels
-    moves = ((chain.d * chain.q + chain.e) / chain.sigma)[:rows].abs()
+    rows, moves = chain.num_kernels, chain.sensitivity
     while rows > 1 and chain.sigma[rows - 1] < FAINT and moves[rows - 1] > DELICATE * moves[rows - 2]:
         rows -= 1
     return replace(chain, decoder=chain.num_steps - rows)
