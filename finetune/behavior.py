@@ -17,6 +17,7 @@ from .config import TrainConfig
 from .estimators import adequate_alpha, ess
 
 ENOUGH = 0.025  # effective share of prior paths that can stand for a tilted law: 100 of 4000
+FURTHEST = 4.0  # times alpha up to which what is learned at a milder temperature may be continued from it
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +47,14 @@ class PriorBank:
         return ess(self.log_weight(alpha)) * len(self.trajectories)
 
     def reach(self, alpha: float) -> float:
-        """The temperature, from ``alpha`` up, at which enough paths (`ENOUGH`) are effective to stand for the tilted law."""
+        """The temperature, from ``alpha`` up, at which enough paths (`ENOUGH`) are effective to stand for the tilted law.
+
+        ``alpha`` itself where that is beyond `FURTHEST` times it: few meet a strict constraint, at any temperature.
+        """
         energy = self.trajectories.energy
         assert energy is not None
-        return adequate_alpha(energy[~energy.isnan()], alpha, ENOUGH)
+        found = adequate_alpha(energy[~energy.isnan()], alpha, ENOUGH)
+        return found if found <= FURTHEST * alpha else alpha
 
     def draw(self, count: int, alpha: float, generator: torch.Generator) -> Tensor:
         """Indices [count] drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights."""
