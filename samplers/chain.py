@@ -162,8 +162,9 @@ class Chain:
         """delta_k = (mu_policy - mu_prior) / sigma_k, from the difference of the outputs where x_hat is not clipped.
 
         The means themselves are never subtracted: at 16384 dimensions and 1000 steps that costs nats in float32.
-        straight: gradients pass through the clipping of the policy's x_hat as if it were not there, so that a pixel that lies
-        beyond the bound can be called back. The value is the same.
+        straight: where the mean takes nothing of the output but x_hat, gradients pass through the clipping of the policy's x_hat
+        as if it were not there, so that a pixel that lies beyond the bound can be called back. The value is the same. DDIM needs
+        no such help, and must not have it: beyond the bound its mean follows the output itself (e), the other way.
         """
         row = self.row(step, state)
         difference = policy_output - prior_output
@@ -172,7 +173,8 @@ class Chain:
         clean = self._clean(row, state, policy_output)
         if straight:
             loose = row.p * state + row.q * policy_output
-            clean = loose + (clean - loose).detach()
+            passed = torch.where(torch.as_tensor(row.e) == 0, loose, clean)
+            clean = passed + (clean - passed).detach()
         return (row.d * (clean - self._clean(row, state, prior_output)) + row.e * difference) / row.sigma
 
     def reachable(self, state: Tensor, step: int | Tensor, prior_output: Tensor, shift: Tensor) -> Tensor:
@@ -180,10 +182,12 @@ class Chain:
         if self.clip is None:
             return shift
         row = self.row(step, state)
-        clean = self._clean(row, state, prior_output)
-        per_clean = row.d / row.sigma  # what the clipped x_hat itself moves; a raw output beside it (e) is left out
-        wanted = (clean + shift / per_clean).clamp(-self.clip, self.clip)
-        return per_clean * (wanted - clean)
+        # The shifts at both bounds; a raw output beside x_hat (e) moves with it.
+        ends = [
+            self.kernel_shift(state, step, (bound - row.p * state) / row.q, prior_output) for bound in (-self.clip, self.clip)
+        ]
+        lowest, highest = torch.minimum(*ends).clamp(max=0), torch.maximum(*ends).clamp(min=0)
+        return shift.clamp(lowest, highest)
 
     def standardize(self, following: Tensor, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
         """z_k = (s_{k+1} - mu) / sigma_k, taken from the increment s_{k+1} - s_k; shape of ``state``.

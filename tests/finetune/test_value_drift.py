@@ -1,10 +1,11 @@
 """The soft value's drift as teacher: targets against closed forms, factors that find out what an estimate is worth."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from tiltune.finetune.behavior import PriorBank
@@ -34,6 +35,12 @@ def bank(task):
 @pytest.fixture(scope="module")
 def clipped():
     return chain_from_scheduler(DDPMScheduler(variance_type="fixed_large", clip_sample=True, **VP), STEPS)
+
+
+@pytest.fixture(scope="module")
+def clipped_ddim():
+    """Beyond the bound its mean follows the output itself, the other way."""
+    return chain_from_scheduler(DDIMScheduler(clip_sample=True, **VP), STEPS, eta=1.0)
 
 
 def exact(task, state, step):
@@ -87,10 +94,10 @@ def outputs_for(chain, state, step, clean):
     return (clean - row.p * state) / row.q
 
 
-def rows(seed=0, count=400):
+def rows(seed=0, count=400, kernels=STEPS - 1):
     generator = torch.Generator().manual_seed(seed)
     state = torch.randn(count, 3, generator=generator)
-    step = torch.randint(STEPS - 1, (count,), generator=generator)
+    step = torch.randint(kernels, (count,), generator=generator)
     return state, step, generator
 
 
@@ -144,6 +151,52 @@ def test_a_reachable_target_is_one_that_x_hat_can_take(clipped):
     # The control: what was asked for beyond the bound is no policy's shift.
     assert ((asked - reachable).abs() > 0.1)[there.abs() > 2].float().mean() > 0.9
     assert 0.2 < inside.float().mean() < 0.5
+
+
+@pytest.mark.parametrize("name", ["clipped", "clipped_ddim"])
+def test_reachable_is_the_nearest_shift_of_all_outputs_between_the_bounds(name, request):
+    """Brute force: 201 values of x_hat between the bounds, and the prior's own, which may lie beyond them."""
+    chain = request.getfixturevalue(name)
+    state, step, generator = rows(seed=2, kernels=chain.num_kernels)
+    prior_output = outputs_for(chain, state, step, 3.0 * (2 * torch.rand(state.shape, generator=generator) - 1))
+    size = (chain.sensitivity.float()[step][:, None] / chain.row(step, state).q).abs()
+    asked = size * torch.randn(state.shape, generator=generator)
+    candidates = [chain.kernel_shift(state, step, prior_output, prior_output)]
+    for clean in torch.linspace(-1, 1, 201):
+        output = outputs_for(chain, state, step, clean * torch.ones_like(state))
+        candidates.append(chain.kernel_shift(state, step, output, prior_output))
+    lowest, highest = torch.stack(candidates).aminmax(dim=0)
+    expected = asked.clamp(lowest, highest)
+    assert torch.allclose(chain.reachable(state, step, prior_output, asked), expected, rtol=1e-3, atol=1e-4)
+    # Not all is reachable, and not nothing.
+    changed = ((expected - asked).abs() > 0.1 * size).float().mean()
+    assert 0.1 < changed < 0.9
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_on_a_clipped_ddim_chain_the_target_is_found_from_beyond_the_bound(clipped_ddim, held):
+    """Outputs, free for each row, descend to a target from an x_hat of 1.5: they reach it. Control: as if there were no
+    clipping (``held`` False) they run away from it."""
+    chain = clipped_ddim
+    state, step, generator = rows(seed=3, kernels=chain.num_kernels)
+    prior_output = outputs_for(chain, state, step, torch.full_like(state, 1.5))
+    size = chain.sensitivity.float()[step][:, None]
+    target = chain.reachable(state, step, prior_output, 0.2 * size * torch.randn(state.shape, generator=generator))
+    output = prior_output.clone().requires_grad_(True)
+
+    def loss():
+        shift = chain.kernel_shift(state, step, output, prior_output, straight=True)
+        if not held:
+            loose = replace(chain, clip=None).kernel_shift(state, step, output, prior_output)
+            shift = loose + (shift - loose).detach()
+        return (0.5 * ((shift - target) / size) ** 2).sum()
+
+    first = loss().item()
+    for _ in range(2000):
+        (gradient,) = torch.autograd.grad(loss(), output)
+        output.data -= 0.2 * gradient
+    last = loss().item()
+    assert last < 0.05 * first if held else not last <= 100 * first
 
 
 def test_without_clipping_every_target_is_reachable(task):
