@@ -315,7 +315,7 @@ def pretrained_recipe(source: str | None = None, *terms: str) -> RunConfig:
     """
     train = TrainConfig(
         objective="reinforce_kl",
-        soft_value_updates=400,
+        soft_value_updates=1000,
         bank_size=4000,
         warm_start="value_drift",
         warm_start_updates=250,

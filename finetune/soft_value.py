@@ -186,7 +186,7 @@ def fit_soft_value(
     device, count = states.device, states.shape[1]
     half = torch.zeros(count, dtype=torch.long, device=device)
     half[torch.randperm(count, generator=generator, device=device)[count // 2 :]] = 1
-    fresh = FRESH if chain.forgets_given_next else 0.0
+    fresh = FRESH if chain.forgets_start else 0.0
     scale = states.flatten(1).std(1).clamp(min=1e-6)
     reward, spread = standardized(bank, learned)
     networks = []

@@ -18,6 +18,7 @@ from torch import Tensor
 
 # Below this a standard deviation is a clamp of the scheduler (DDPM's 1e-10), not a noise.
 SIGMA_ZERO = 1e-6
+FORGOTTEN = 0.01  # share of the end that the start explains, at most, where it counts as forgotten
 
 
 class Row(NamedTuple):
@@ -251,6 +252,11 @@ class Chain:
         left = c * self.noise[here] ** 2 * self.signal[following]
         return bool((left - self.signal[here] * self.noise[following] ** 2).abs().max() < 1e-4 * self.noise.max() ** 2)
 
+    @property
+    def forgets_start(self) -> bool:
+        """Whether next to nothing of the start is left in the end: a state is then about an end of its own path, noised."""
+        return self.remembered_share(1.0) <= FORGOTTEN
+
     def remembered_share(self, variance: float) -> float:
         """rho²: the share of s_K's variance that the start still explains, for Gaussian data of this variance.
 
@@ -278,7 +284,7 @@ class Chain:
             start = "fixed start: exact"
         else:
             share = self.remembered_share(variance)
-            if share <= 0.01:
+            if share <= FORGOTTEN:
                 verdict = "forgotten"
             elif share <= 0.1:
                 verdict = "faintly remembered: the certificate measures what it costs"
