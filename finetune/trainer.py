@@ -35,7 +35,7 @@ from .processes import Processes
 from .soft_value import SoftValue, fit_soft_value
 from .step_bound import FLOOR, StepBound
 from .strict_json import strict_json
-from .value_drift import ValueDrift
+from .value_drift import SCALED_AT, ValueDrift
 
 MAX_OVERFLOWS = 20  # a scaler starts far too high and needs about that many to come down
 SHARED = ("batch_size", "bank_size", "warm_start_rows", "forward_rows")  # the processes split these
@@ -438,6 +438,8 @@ class Trainer:
                         if update == first > 0:
                             forward.measure_slope()
                         if drift is not None:
+                            if update == round(SCALED_AT * total):
+                                drift.rescale(self._gather)
                             loss = drift.backward(self.policy, rows, self.scaler.scale, update / total)
                         else:
                             loss = forward.backward(rows, self.scaler.scale)
@@ -633,12 +635,11 @@ class Trainer:
         return {
             "bank": None if bank is None else {"states": bank.trajectories.states, "energy": bank.trajectories.energy},
             "held_out": None if self.held_out is None else self.held_out.state_dict(),
-            "value_drift": None if self.value_drift is None else self.value_drift.state_dict(),
             "bound": self.bound.state_dict(),
             "soft_value": None if value is None else value.state(),
             "forward_kl": None if forward is None else forward.state(),
             "energy_cache": energy.state() if isinstance(energy, CachedEnergy) else None,
-            **{name: self._boundary[name] for name in ("generator", "meter")},
+            **{name: self._boundary[name] for name in ("generator", "meter", "value_drift")},
         }
 
     def _between_steps(self) -> dict[str, Any]:
@@ -653,6 +654,7 @@ class Trainer:
             "alpha_start": self._alpha_start,
             "ceiling": self._ceiling,
             "meter": {name: getattr(meter, name) for name in COUNTED},
+            "value_drift": None if self.value_drift is None else self.value_drift.state_dict(),
         }
 
     def restore(self, state: dict[str, Any], own: dict[str, Any]) -> None:

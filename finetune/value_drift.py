@@ -9,6 +9,9 @@ there, and by networks that have not seen the path,
 
 is quadratic in the factors of the gradients. So an estimate of log h that is wrong, in size or altogether, is learned less or
 not at all.
+
+A policy learns what its targets have in common and leaves out what changes from state to state for no reason. So halfway, what is
+left of the targets is measured once more, on the policy's own shift (`rescale`).
 """
 
 from __future__ import annotations
@@ -30,6 +33,11 @@ from .soft_value import SoftValue, bank_weight
 PATHS = 600  # tilted paths on which the factors are measured
 EXPECTED, SPREAD = 0.4, 0.3  # of each gradient's factor before anything is measured: Gaussian, per step too (around 1)
 LARGEST = 1.5  # factor of one step over that of all
+RESCALED, MOST = (
+    0.6,
+    3.0,
+)  # spread, around 1, of what the policy's own shift adds to that before it is measured; its largest value
+SCALED_FROM, SCALED_AT = 0.2, 0.5  # shares of the warm start: when the policy's shift is compared with the noise, and to what use
 EASED, EVEN_FROM = 0.8, 0.7  # power to which narrow kernels count less at first; share of the warm start where all count in nats
 
 
@@ -37,8 +45,8 @@ class ValueDrift:
     """Targets for the policy's shift, and the gradient of learning them.
 
     held: what goes around a forward and backward of the policy that another one will follow. chunk: rows at once.
-    factor [num_kernels, 2]: of the two gradients at each step. explained: nats of KL(tilted || prior) that the target takes away,
-    estimated on the paths that the factors were fitted to.
+    factor [num_kernels, 2]: of the two gradients at each step; scale: of their sum (`rescale`). explained: nats of
+    KL(tilted || prior) that the target takes away before it is rescaled, estimated on the paths that the factors were fitted to.
     """
 
     def __init__(
@@ -54,16 +62,19 @@ class ValueDrift:
         self.prior, self.bank, self.soft_value = prior, bank, soft_value
         self.alpha, self.generator = alpha * soft_value.times, generator
         self.factor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
-        self.explained = 0.0
-        self._mixture = 0.5 * (bank_weight(bank, self.alpha) + 1)
+        self.explained, self.scale = 0.0, 1.0
+        self._weight = bank_weight(bank, self.alpha)
+        self._mixture = 0.5 * (self._weight + 1)
+        self._followed = torch.zeros(3, dtype=torch.float64, device=prior.device)
         self._moves = prior.chain.sensitivity.float().to(prior.device)
         self._probability = step_share(prior.chain).to(prior.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"factor": self.factor, "explained": self.explained}
+        return {"factor": self.factor, "explained": self.explained, "scale": self.scale, "followed": self._followed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.factor, self.explained = state["factor"].to(self.factor), state["explained"]
+        self.scale, self._followed = state["scale"], state["followed"].to(self._followed)
 
     def _gradients(self, mean: Tensor, step: Tensor, path: Tensor) -> Tensor:
         """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
@@ -113,7 +124,9 @@ class ValueDrift:
         chain = self.prior.chain
         with torch.enable_grad():
             mean = chain.mean(state, step, prior_output).detach().requires_grad_(True)
-            value = (self.factor[step] * self.soft_value.estimates(mean, step + 1, None, self.soft_value.times)).sum()
+            value = (
+                self.scale * self.factor[step] * self.soft_value.estimates(mean, step + 1, None, self.soft_value.times)
+            ).sum()
             shift = torch.autograd.grad(value, mean)[0] * chain.row(step, mean).sigma
         return chain.reachable(state, step, prior_output, shift)
 
@@ -137,16 +150,38 @@ class ValueDrift:
         path = torch.multinomial(self._mixture, count, replacement=True, generator=self.generator)
         state = states[step, path]
         total = torch.zeros((), device=states.device)
-        parts = list(zip(state.split(self.chunk), step.split(self.chunk), strict=True))
-        for some, at in parts:
+        following = states[step + 1, path]
+        tilted = self._weight[path] / (self._mixture[path] * self._probability[step])
+        parts = list(zip(*(rows.split(self.chunk) for rows in (state, step, following, tilted)), strict=True))
+        for some, at, after, weight in parts:
             with torch.no_grad():
                 prior_output = evaluate(self.prior.denoiser, chain, some, at, None)
             target = self.target(some, at, prior_output)
             with nullcontext() if some is parts[-1][0] else self.held():
                 output = evaluate(policy, chain, some, at, None)
-                miss = chain.kernel_shift(some, at, output, prior_output, straight=True) - target
+                shift = chain.kernel_shift(some, at, output, prior_output, straight=True)
+                miss = shift - target
                 share = eased[at] / (count * self._probability[at])
                 loss = scale((0.5 * share * miss.flatten(1).square().sum(1)).sum())
                 loss.backward()
             total += loss.detach()
+            if SCALED_FROM <= progress < SCALED_AT:
+                z = chain.standardize(after, some, at, prior_output)
+                self._follow(weight, shift.detach(), z, target)
         return total
+
+    def _follow(self, weight: Tensor, shift: Tensor, z: Tensor, target: Tensor) -> None:
+        """Rows of the sums that `rescale` needs; weight [n]: what makes them rows of the tilted law, all steps alike."""
+        along, asked = (weight.double() * (shift * other).flatten(1).sum(1).double() for other in (z, target))
+        self._followed = self._followed + torch.stack([along.sum(), asked.sum(), along.square().sum()])
+
+    def rescale(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Multiply the targets by c with E<delta_policy, z> = c E<delta_policy, target>, over tilted rows.
+
+        Where the policy has learned a part of the target only, c is what that part is worth; where it has not yet learned as much
+        as it will, both sides are smaller alike. Shrunk toward 1 by as much as the rows leave open. gather: one row a process.
+        """
+        along, asked, squares = gather(self._followed[None]).sum(0).tolist()
+        certainty = asked**2 / max(squares, 1e-30)
+        c = (along * asked / max(squares, 1e-30) + RESCALED**-2) / (certainty + RESCALED**-2)
+        self.scale = min(max(c, 0.0), MOST)

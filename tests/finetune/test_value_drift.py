@@ -376,13 +376,57 @@ def test_half_of_the_rows_are_of_the_tilted_law(task, bank):
     assert (drawn.mean() - tilted).abs() > 5 * error and (drawn.mean() - energy.mean()).abs() > 5 * error
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(1.0, 1.0), (0.5, 2.0), (-1.0, 0.0)])
+@pytest.mark.parametrize("learned", [1.0, 0.3])
+def test_targets_are_rescaled_to_what_the_policys_shift_is_worth(task, bank, asked, expected, learned):
+    """Targets of ``asked`` times the optimal shift get the factor 1/asked, however much of them the policy has learned so far;
+    ones that point away are dropped. To 4 standard errors of the rows (about .03; p < 1e-4), shrinkage below that."""
+    policy = Shift(task)
+    with torch.no_grad():
+        policy.theta += learned * best_shift(task).float()
+    drift = drift_of(task, bank, truth(task), truth(task))
+    drift.factor = torch.tensor([[asked, 0.0]]).repeat(task.chain.num_kernels, 1)
+    for _ in range(5):
+        drift.backward(policy, 4000, lambda value: value, progress=0.3)
+    drift.rescale(lambda sums: sums)
+    assert drift.scale == pytest.approx(expected, abs=0.12)
+    state, step = bank.trajectories.states[3, :5], torch.full((5,), 3)
+    output = task.prior().denoiser(state, task.chain.timestep(step, state))
+    scaled = drift.target(state, step, output)
+    again, drift.scale = drift.scale, 1.0
+    assert torch.allclose(scaled, again * drift.target(state, step, output))
+
+
+def test_rows_outside_of_the_window_and_too_few_of_them_leave_the_scale_at_1(task, bank):
+    policy = Shift(task)
+    with torch.no_grad():
+        policy.theta += 0.01 * torch.randn(policy.theta.shape, generator=torch.Generator().manual_seed(7))
+    drift = drift_of(task, bank, truth(task), noise(4))
+    for progress in (0.0, 0.19, 0.5, 1.0):
+        drift.backward(policy, 400, lambda value: value, progress=progress)
+    drift.rescale(lambda sums: sums)
+    assert drift.scale == 1.0
+    drift.backward(policy, 20, lambda value: value, progress=0.3)
+    drift.rescale(lambda sums: sums)
+    assert drift.scale != 1.0 and drift.scale == pytest.approx(1.0, abs=0.3)
+
+
 def test_factors_are_kept(task, bank):
     drift = drift_of(task, bank, truth(task), noise(4))
     drift.measure()
+    policy = Shift(task)
+    with torch.no_grad():
+        policy.theta += best_shift(task).float()
+    drift.backward(policy, 100, lambda value: value, progress=0.3)
+    drift.rescale(lambda sums: sums)
     other = drift_of(task, bank, truth(task), noise(4))
     assert not torch.equal(other.factor, drift.factor)
     other.load_state_dict(drift.state_dict())
     assert torch.equal(other.factor, drift.factor) and other.explained == drift.explained
+    assert other.scale == drift.scale != 1.0
+    other.scale = 0.0
+    other.rescale(lambda sums: sums)  # from the sums that were kept
+    assert other.scale == drift.scale
 
 
 # --- cumulants ------------------------------------------------------------------------------------------------------------
