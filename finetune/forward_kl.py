@@ -5,7 +5,8 @@
     controlled   with a soft value, which takes out most of the noise: docs/theory.md
 
 The log-ratio is linear in s_{k+1}, so that c s_k + d x for the path's end x (`Chain.bridged`) puts its mean in its place. Where
-the chain does not allow it (`Chain.forgets_given_next`) the stored next state itself is used.
+the chain does not allow it (`Chain.forgets_given_next`), or the prior's network is too far from an exact denoiser (`bridge_bias`), the
+stored next state itself is used.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from torch.nn import functional
 from ..samplers.policy import Prior, evaluate
 from ..samplers.trajectory import rows_at_once
 from .behavior import PriorBank
+from .bridge_check import bridge_bias
 from .config import TrainConfig
 from .gradients import Around, backward_likelihood, backward_rows, chunk_rows
 from .rows import stratified
 from .soft_value import FRESH, SoftValue, bank_weight, states_of
 
 SLOPE_PATHS = 1500
+UNBIASED = 0.1  # nats that bridged next states may move a policy at E = 0
 
 
 class ForwardKL:
@@ -35,6 +38,7 @@ class ForwardKL:
 
     held: what goes around a forward and backward of the policy that another one will follow, before its gradients are used.
     slope [num_kernels]: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
+    bridged: whether plain rows take the mean of s_{k+1} given the path's end; until `check_bridge`, wherever the chain allows it.
     """
 
     def __init__(
@@ -50,13 +54,14 @@ class ForwardKL:
         self.prior, self.policy, self.bank, self.soft_value = prior, policy, bank, soft_value
         self.config, self.generator, self.held = config, generator, held
         self.slope = torch.ones(prior.chain.num_kernels, device=bank.trajectories.states.device)
+        self.bridged = prior.chain.forgets_given_next
 
     def state(self) -> dict[str, Tensor | None]:
         """What was measured, for `restore`."""
-        return {"slope": self.slope, "step_probability": self.__dict__.get("_step_probability")}
+        return {"slope": self.slope, "bridged": self.bridged, "step_probability": self.__dict__.get("_step_probability")}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.slope = state["slope"].to(self.slope)
+        self.slope, self.bridged = state["slope"].to(self.slope), state["bridged"]
         if state["step_probability"] is not None:
             self._step_probability = state["step_probability"].to(self.slope)
 
@@ -88,9 +93,19 @@ class ForwardKL:
         chain, states = self.prior.chain, self.bank.trajectories.states
         index = self.bank.draw(len(step), self.config.alpha, self.generator)
         state = states[step, index]
-        if not chain.forgets_given_next:
+        if not self.bridged:
             return state, states[step + 1, index]
         return state, chain.bridged(state, states[-1, index], step)
+
+    def check_bridge(self, agreed: Callable[[float], float]) -> float:
+        """Use bridged next states only where the bank's paths at E = 0 show that they may be; returns `bridge_bias`, nats.
+
+        For plain rows. Controlled ones have w - h in place of w, which is 0 at E = 0, and their shift is measured
+        (`measure_slope`). agreed: the mean over the processes.
+        """
+        nats = agreed(bridge_bias(self.prior, self.bank.trajectories))
+        self.bridged = nats < UNBIASED
+        return nats
 
     @torch.no_grad()
     def measure_slope(self) -> None:

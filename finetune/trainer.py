@@ -266,6 +266,8 @@ class Trainer:
             if config.soft_value_updates:
                 self.soft_value = self._fit_soft_value(self.bank)
             self.forward_kl = self._forward_kl_on(self.bank)
+            if config.warm_start == "tlm" and self.soft_value is None and self.forward_kl.bridged:
+                self._check_bridge(self.forward_kl)
             self.value_drift = self._value_drift_on(self.bank)
             if self.value_drift is not None:
                 with self._bar(self.prior.chain.num_kernels, "worth of the soft value") as bar:
@@ -276,6 +278,16 @@ class Trainer:
 
     def _forward_kl_on(self, bank: PriorBank) -> ForwardKL:
         return ForwardKL(self.prior, self.policy, bank, self.soft_value, self.config, self.generator, self._hold)
+
+    def _check_bridge(self, forward: ForwardKL) -> None:
+        nats = forward.check_bridge(self._agreed)
+        if not forward.bridged and self.processes.main:
+            warnings.warn(
+                f"the prior's network is not the exact denoiser of its own samples: next states that are computed from a path's end"
+                f" would move the policy by {nats:.2f} nats or more without any energy. The warm start takes stored ones, which are"
+                " noisier. --warm-start value_drift, with --soft-value-updates 1000, needs neither.",
+                stacklevel=2,
+            )
 
     def _value_drift_on(self, bank: PriorBank) -> ValueDrift | None:
         if self.config.warm_start != "value_drift":
