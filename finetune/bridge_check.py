@@ -1,8 +1,8 @@
 """Whether a path's own end may stand in for its next state: what the prior's own paths say at E = 0.
 
-The mean of s_{k+1} given s_k and the path's end, c s_k + d x, has the kernel's own mean on average only as far as the network is the
-exact denoiser of the chain's ends. Where it is not, a likelihood of such next states moves the policy away from the prior even at
-E = 0, where it should stay.
+The mean of s_{k+1} given s_k and the path's end, c s_k + d x, has the kernel's own mean on average only as far as the network is
+the exact denoiser of the chain's ends. Where it is not, a likelihood of such next states moves the policy away from the prior even
+at E = 0, where it should stay.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ PATHS = 400  # prior paths that are asked
 
 @torch.no_grad()
 def bridge_bias(prior: Prior, paths: Trajectories) -> float:
-    """Nats of KL(prior || policy) by which bridged next states are sure to move a policy at E = 0; about 0 where they may be used.
+    """Nats of KL(prior || policy) by which bridged next states are sure to move a policy at E = 0; about 0 where none do.
 
-    z = (c s_k + d x - mu) / sigma should be 0 on average at every state. At each step it is regressed on x_hat, on the state and on
-    a constant, on each half of ``paths``; sum_k E[<r, z> - ½ |r|²] of that regression r on the other half is the gain in likelihood
-    of a policy that follows it. It is a lower bound, since r is only linear, and below 0 by its noise where there is nothing to find.
+    z = (c s_k + d x - mu) / sigma should be 0 on average at every state. At each step it is regressed on x_hat, on the state and
+    on a constant, on each half of ``paths``; sum_k E[<r, z> - ½ |r|²] of that regression r on the other half is the gain in
+    likelihood of a policy that follows it. It is a lower bound, since r is only linear, and below 0 by its noise where there is
+    nothing to find.
     """
     chain, states = prior.chain, paths.states[:, :PATHS]
     count = states.shape[1]

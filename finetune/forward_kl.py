@@ -5,8 +5,8 @@
     controlled   with a soft value, which takes out most of the noise: docs/theory.md
 
 The log-ratio is linear in s_{k+1}, so that c s_k + d x for the path's end x (`Chain.bridged`) puts its mean in its place. Where
-the chain does not allow it (`Chain.forgets_given_next`), or the prior's network is too far from an exact denoiser (`bridge_bias`), the
-stored next state itself is used.
+the chain does not allow it (`Chain.forgets_given_next`), or the prior's network is too far from an exact denoiser
+(`bridge_bias`), the stored next state itself is used.
 """
 
 from __future__ import annotations
