@@ -1,8 +1,8 @@
 """Whether a path's own end may stand in for its next state: what the prior's own paths say at E = 0.
 
 The mean of s_{k+1} given s_k and the path's end, c s_k + d x, has the kernel's own mean on average only as far as the network is
-the exact denoiser of the chain's ends. Where it is not, a likelihood of such next states moves the policy away from the prior even
-at E = 0, where it should stay.
+the exact denoiser of the chain's ends. Where it is not, a likelihood of such next states moves the policy away from the prior
+even at E = 0, where it should stay.
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ class Trainer:
         nats = forward.check_bridge(self._agreed)
         if not forward.bridged and self.processes.main:
             warnings.warn(
-                "the prior's network is not the exact denoiser of its own samples: next states that are computed from a path's end"
+                "the prior's network is not the exact denoiser of its own samples: next states computed from a path's end"
                 f" would move the policy by {nats:.2f} nats or more without any energy. The warm start takes stored ones, which"
                 " are noisier. --warm-start value_drift, with --soft-value-updates 1000, needs neither.",
                 stacklevel=2,
