@@ -20,6 +20,16 @@ ENOUGH = 0.025  # effective share of prior paths that can stand for a tilted law
 FURTHEST = 4.0  # times alpha up to which what is learned at a milder temperature may be continued from it
 
 
+def temperature_within_reach(energy: Tensor, alpha: float) -> float:
+    """The temperature, from ``alpha`` up, at which enough prior samples (`ENOUGH`) are effective to stand for the tilted law.
+
+    ``alpha`` itself where that is beyond `FURTHEST` times it: few meet a strict constraint, at any temperature. energy [N] of
+    prior samples, NaN where invalid.
+    """
+    found = adequate_alpha(energy[~energy.isnan()], alpha, ENOUGH)
+    return found if found <= FURTHEST * alpha else alpha
+
+
 @dataclass(frozen=True, eq=False)
 class PriorBank:
     """N prior trajectories with their energies: reweighted by exp(-E/alpha) they are the tilted path law.
@@ -45,16 +55,6 @@ class PriorBank:
     def ess(self, alpha: float) -> float:
         """Effective number of samples of the tilted law."""
         return ess(self.log_weight(alpha)) * len(self.trajectories)
-
-    def reach(self, alpha: float) -> float:
-        """The temperature, from ``alpha`` up, at which enough paths (`ENOUGH`) are effective to stand for the tilted law.
-
-        ``alpha`` itself where that is beyond `FURTHEST` times it: few meet a strict constraint, at any temperature.
-        """
-        energy = self.trajectories.energy
-        assert energy is not None
-        found = adequate_alpha(energy[~energy.isnan()], alpha, ENOUGH)
-        return found if found <= FURTHEST * alpha else alpha
 
     def draw(self, count: int, alpha: float, generator: torch.Generator) -> Tensor:
         """Indices [count] drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights."""

@@ -56,7 +56,7 @@ class ForwardKL:
         self.slope = torch.ones(prior.chain.num_kernels, device=bank.trajectories.states.device)
         self.bridged = prior.chain.forgets_given_next
 
-    def state(self) -> dict[str, Tensor | None]:
+    def state(self) -> dict[str, Any]:
         """What was measured, for `restore`."""
         return {"slope": self.slope, "bridged": self.bridged, "step_probability": self.__dict__.get("_step_probability")}
 

@@ -9,13 +9,14 @@ denoiser. With fresh rollouts on the other side it is the nats by which the gap 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..samplers.log_ratio import outputs, step_log_ratio
+from ..samplers.log_ratio import outputs, shift_moments
 from ..samplers.policy import Denoiser, Prior
 from ..samplers.trajectory import Trajectories
 from .behavior import PriorBank
@@ -30,8 +31,9 @@ class Improvement:
 
     nats, se: prior's gap less the policy's, and its standard error. gap_prior: the prior's own. reached: the phase whose end the
     policy is of; "prior" where nothing that was tried was closer than the prior itself, which the policy then is again. reach:
-    the temperature that the held-out paths stand for, over the target's: above 1 where too few of them are effective there
-    (`PriorBank.reach`). The policy's EUBO is then compared with the prior's at that temperature, and so is gap_prior.
+    the temperature that the held-out paths stand for, over the target's: above 1 where too few prior samples are effective there
+    (`temperature_within_reach`). The target's side is then continued from it, as if log h were linear. Energies are those that
+    the training sees, cut at ``max_energy``.
     """
 
     nats: float
@@ -45,8 +47,8 @@ class Improvement:
         own = f"the prior's own gap to the target is {self.gap_prior:.2f} nats"
         if self.reach > 1:
             own = (
-                f"too few prior samples have weight at this alpha, so the target's side was seen at {self.reach:.2g} times alpha,"
-                f" where the prior's own gap is {self.gap_prior:.2f} nats"
+                f"too few prior samples have weight at this alpha, so the target's side was seen at {self.reach:.2g} times alpha"
+                f" and continued; so continued, the prior's own gap to the target is {self.gap_prior:.2f} nats"
             )
         if self.reached == "prior" and self.nats == 0:
             return f"NOT BETTER THAN THE PRIOR: nothing that was tried came closer, so the policy is the prior again; {own}."
@@ -63,43 +65,65 @@ class Improvement:
         return {**asdict(self), "sentence": self.sentence}
 
 
+class Look(NamedTuple):
+    """What the held-out paths say of a policy: its EUBO, at their temperature; the nats of KL(tilted || prior) that it takes
+    away at the target's, and their standard error."""
+
+    eubo: float
+    gain: float
+    error: float
+
+
 class HeldOut:
     """Tilted paths, with weights that sum to 1, out of prior paths that no phase learns from.
 
-    paths: the trajectories; weight [n]; eubo: the prior's, -E/alpha averaged over them; prior_outputs: what the prior says at
-    their states, which every look needs.
+    paths: the trajectories; weight [n]; eubo: the prior's, -E/alpha averaged over them; times: their temperature ``alpha`` over
+    the target's; prior_outputs: what the prior says at their states, which every look needs.
     """
 
     def __init__(
-        self, prior: Prior, paths: Trajectories, weight: Tensor, alpha: float, prior_outputs: Tensor | None = None
+        self,
+        prior: Prior,
+        paths: Trajectories,
+        weight: Tensor,
+        alpha: float,
+        times: float = 1.0,
+        prior_outputs: Tensor | None = None,
     ) -> None:
         assert paths.energy is not None
-        self.prior, self.paths, self.weight, self.alpha = prior, paths, weight, alpha
+        self.prior, self.paths, self.weight, self.alpha, self.times = prior, paths, weight, alpha, times
         self.prior_outputs = outputs(prior.chain, prior.denoiser, paths) if prior_outputs is None else prior_outputs
         self.eubo = -(weight * paths.energy.double()).sum().item() / alpha
 
     @classmethod
-    def draw(cls, prior: Prior, bank: PriorBank, alpha: float, generator: torch.Generator) -> HeldOut:
-        index, times = bank.draw(DRAWN, alpha, generator).unique(return_counts=True)
-        return cls(prior, bank.trajectories.select(index), times.double() / times.sum(), alpha)
+    def draw(cls, prior: Prior, bank: PriorBank, alpha: float, times: float, generator: torch.Generator) -> HeldOut:
+        """Paths of the bank by their weight at ``times`` the target's temperature ``alpha``."""
+        index, count = bank.draw(DRAWN, times * alpha, generator).unique(return_counts=True)
+        return cls(prior, bank.trajectories.select(index), count.double() / count.sum(), times * alpha, times)
 
     def state_dict(self) -> dict[str, Any]:
         paths = self.paths
         tensors = {"states": paths.states, "energy": paths.energy, "weight": self.weight, "outputs": self.prior_outputs}
-        return {"alpha": self.alpha, **tensors}
+        return {"alpha": self.alpha, "times": self.times, **tensors}
 
     @classmethod
     def from_state(cls, prior: Prior, state: dict[str, Any]) -> HeldOut:
         kept = {name: state[name].to(prior.device) for name in ("states", "energy", "weight", "outputs")}
-        return cls(prior, Trajectories(kept["states"], energy=kept["energy"]), kept["weight"], state["alpha"], kept["outputs"])
+        paths = Trajectories(kept["states"], energy=kept["energy"])
+        return cls(prior, paths, kept["weight"], state["alpha"], state["times"], kept["outputs"])
 
-    @torch.no_grad()
-    def gain(self, policy: Denoiser) -> tuple[float, float]:
-        """(nats by which the policy's EUBO is below the prior's, its standard error)."""
-        prior, paths, known = self.prior, self.paths, self.prior_outputs
-        ratio = step_log_ratio(prior.chain, prior.denoiser, policy, paths, prior_outputs=known).sum(0).double()
-        mean = (self.weight * ratio).sum()
-        return mean.item(), math.sqrt((self.weight * (ratio - mean)).square().sum().item())
+    def moments(self, policy: Denoiser, target: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """[2 or 3, n] `shift_moments` of the policy on these paths."""
+        return shift_moments(self.prior.chain, policy, self.paths, self.prior_outputs, target)
+
+    def look(self, policy: Denoiser) -> Look:
+        """With delta the policy's shift, E<z, delta> - E ½|delta|² is what its EUBO is below the prior's. Where the paths are of
+        a milder law than the target, E<z, delta> grows from there by ``times``, if log h is linear."""
+        along, size = self.moments(policy)
+        eubo = self.eubo - (self.weight * (along - size)).sum().item()
+        nats = self.times * along - size
+        mean = (self.weight * nats).sum()
+        return Look(eubo, mean.item(), math.sqrt((self.weight * (nats - mean)).square().sum().item()))
 
 
 class Kept:

@@ -30,6 +30,7 @@ WIDTH, CHANNELS, DROPOUT = 96, 24, 0.3
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 512, 2e-3, 0.3
 VARIANCE_SHARE = 0.3  # of the squared error of the variance beside that of the mean
 FRESH = 0.7  # share of states noised anew from a path's end
+DEEPEST = 30.0  # nats below the best path of the bank, beyond which one is as bad as another
 LARGEST = math.log(60.0)  # h is bounded above: where it is larger the bank holds too few states to know it
 
 
@@ -98,7 +99,7 @@ class SoftValue:
     """log h_k(s), by the mean of two networks; a path of the bank is judged by the one that has not seen it (``half``).
 
     times: the temperature at which the networks have learned, over the target's. It is above 1 where too few paths are effective
-    at the target's (`PriorBank.reach`), and what was learned is then continued to it.
+    at the target's (`temperature_within_reach`), and what was learned is then continued to it.
     """
 
     def __init__(self, networks: tuple[nn.Module, nn.Module], half: Tensor, times: float = 1.0) -> None:
@@ -150,10 +151,12 @@ def bank_weight(bank: PriorBank, alpha: float) -> Tensor:
 def standardized(bank: PriorBank, alpha: float) -> tuple[Tensor, float]:
     """(-E/alpha of the bank's paths [N] with mean 0 and standard deviation 1, that deviation in nats).
 
-    What has no finite energy counts as the worst that has one.
+    Cut at `DEEPEST` nats below the best: a few huge penalties would otherwise be all that there is to regress on. What has no
+    finite energy counts as the worst that has one.
     """
     reward = bank.log_weight(alpha)
-    reward = reward.clamp(min=reward[reward.isfinite()].min())
+    finite = reward[reward.isfinite()]
+    reward = reward.clamp(min=max(finite.min().item(), finite.max().item() - DEEPEST))
     spread = max(reward.std().item(), 1e-6) if len(reward) > 1 else 1.0
     return (reward - reward.mean()) / spread, spread
 

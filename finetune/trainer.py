@@ -20,7 +20,7 @@ from ..samplers.log_ratio import step_log_ratio
 from ..samplers.policy import Policy, Prior, trainable_copy
 from ..samplers.rollout import rollout
 from ..samplers.trajectory import Trajectories, concatenate, rows_at_once
-from .behavior import Context, PriorBank, draw, needs_bank
+from .behavior import Context, PriorBank, draw, needs_bank, temperature_within_reach
 from .config import TrainConfig
 from .energy import Energy, EnergyError, EnergyMeter, overlaps
 from .energy_cache import CachedEnergy
@@ -35,7 +35,7 @@ from .processes import Processes
 from .soft_value import SoftValue, fit_soft_value
 from .step_bound import FLOOR, StepBound
 from .strict_json import strict_json
-from .value_drift import SCALED_AT, ValueDrift
+from .value_drift import RESCALED_AT, ValueDrift
 
 MAX_OVERFLOWS = 20  # a scaler starts far too high and needs about that many to come down
 SHARED = ("batch_size", "bank_size", "warm_start_rows", "forward_rows")  # the processes split these
@@ -120,6 +120,7 @@ class Trainer:
         self.forward_kl: ForwardKL | None = None
         self.value_drift: ValueDrift | None = None
         self.held_out: HeldOut | None = None
+        self._reach = 1.0
         self.bound = StepBound(prior, self.policy, self._agreed)
         # Half precision rounds small gradients to zero; scaled ones survive.
         half = getattr(prior.denoiser, "autocast", None) == torch.float16
@@ -261,6 +262,7 @@ class Trainer:
             # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
             with torch.no_grad():
                 self.log_z.fill_(self._agreed(self.bank.log_z(config.alpha)))
+            self._reach = self._temperature_within_reach(self.bank) / config.alpha
             self.held_out = self._hold_out()
             self.bank_ess = ess(self._gather(self.bank.log_weight(config.alpha))) * config.bank_size
             if config.soft_value_updates:
@@ -308,9 +310,15 @@ class Trainer:
         paths = self._prior_paths(size, "held-out samples")
         assert paths.energy is not None
         kept = PriorBank(paths)
-        if not torch.isfinite(kept.log_weight(self.config.alpha)).any():
+        usable = torch.isfinite(kept.log_weight(self.config.alpha)).any()
+        if not self._gather(usable[None]).all():  # all have some, or none of them
             return None
-        return HeldOut.draw(self.prior, kept, self._agreed(kept.reach(self.config.alpha)), self.generator)
+        return HeldOut.draw(self.prior, kept, self.config.alpha, self._reach, self.generator)
+
+    def _temperature_within_reach(self, bank: PriorBank) -> float:
+        """One for all processes, by all of their paths: that of the soft value and of the held-out paths."""
+        assert bank.trajectories.energy is not None
+        return temperature_within_reach(self._gather(bank.trajectories.energy), self.config.alpha)
 
     def _check_energy(self) -> None:
         probe = rollout(self.prior, None, 4, self.generator, keep=False, on_step=self.processes.poll)
@@ -372,10 +380,10 @@ class Trainer:
 
     def _fit_soft_value(self, bank: PriorBank) -> SoftValue:
         config = self.config
-        updates, times = config.soft_value_updates, self._agreed(bank.reach(config.alpha)) / config.alpha
+        updates = config.soft_value_updates
         with self._bar(2 * updates, "soft value") as bar:
             return fit_soft_value(
-                bank, self.prior.chain, config.alpha, updates, self.generator, lambda: bar.update(1), times=times
+                bank, self.prior.chain, config.alpha, updates, self.generator, lambda: bar.update(1), times=self._reach
             )
 
     @contextmanager
@@ -450,8 +458,8 @@ class Trainer:
                         if update == first > 0:
                             forward.measure_slope()
                         if drift is not None:
-                            if update == round(SCALED_AT * total):
-                                drift.rescale(self._gather)
+                            if update == round(RESCALED_AT * total) and self.held_out is not None:
+                                drift.rescale(self.policy, self.held_out, self._gather)
                             loss = drift.backward(self.policy, rows, self.scaler.scale, update / total)
                         else:
                             loss = forward.backward(rows, self.scaler.scale)
@@ -477,8 +485,7 @@ class Trainer:
         with self.averaged():
             found = self._monitor()
             if self.held_out is not None:
-                nats = self._agreed(self.held_out.eubo) - found["eubo"]
-                self.watched.offer(nats, self._trained(), slack=found["eubo_se"])
+                self.watched.offer(found["gain"], self._trained(), slack=found["eubo_se"])
         return found
 
     def _judge(self, phase: str) -> None:
@@ -489,8 +496,9 @@ class Trainer:
         held_out, bank, alpha = self.held_out, self.bank, self.config.alpha
         assert held_out is not None and bank is not None and bank.trajectories.energy is not None
         own = -self._of_all(*self.capped(bank.trajectories.energy)).double() / alpha
-        reach = held_out.alpha / alpha
-        gap_prior = self._agreed(held_out.eubo) - own.mean().item() / reach
+        # A tilt that is steeper by the reach has a gap that is larger by its square, if log h is linear.
+        reach = held_out.times
+        gap_prior = reach**2 * (self._agreed(held_out.eubo) - own.mean().item() / reach)
         pairs = zip(self._trained(), self.closest.weights, strict=True)
         if self._agreed(float(all(torch.equal(weight, kept) for weight, kept in pairs))) == 1.0:
             self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior", reach)
@@ -506,10 +514,11 @@ class Trainer:
         assert drawn.energy is not None and drawn.step_log_ratio is not None
         energy, valid = self.capped(drawn.energy)
         log_weight = self._of_all(-energy / alpha - drawn.step_log_ratio.sum(0), valid).double()
-        gain, error = (self._agreed(value) for value in held_out.gain(self.policy))
+        _, gain, error = (self._agreed(value) for value in held_out.look(self.policy))
         nats = gain + (log_weight.mean() - own.mean()).item()
         nats = nats if math.isfinite(nats) else -math.inf
-        se = math.hypot(error / math.sqrt(self.processes.count), log_weight.std().item() / math.sqrt(len(log_weight)))
+        sides = [side.std().item() / math.sqrt(len(side)) for side in (log_weight, own)]
+        se = math.hypot(error / math.sqrt(self.processes.count), *sides)
         if nats > self.closest.nats:
             self.improvement = Improvement(nats, se, gap_prior, phase, reach)
         elif self.improvement is None or self.improvement.nats < nats < 0:
@@ -630,7 +639,7 @@ class Trainer:
             "log_z_optimizer": self._log_z_optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "overflows": self._overflows,
-            "skipped": self._skipped,
+            "skipped": self._boundary["skipped"],
             "norms": self._norms,
             "bank_ess": self.bank_ess,
             "watched": self._kept_best(self.watched),
@@ -647,11 +656,12 @@ class Trainer:
         return {
             "bank": None if bank is None else {"states": bank.trajectories.states, "energy": bank.trajectories.energy},
             "held_out": None if self.held_out is None else self.held_out.state_dict(),
+            "value_drift": None if self.value_drift is None else self.value_drift.state_dict(),
             "bound": self.bound.state_dict(),
             "soft_value": None if value is None else value.state(),
             "forward_kl": None if forward is None else forward.state(),
             "energy_cache": energy.state() if isinstance(energy, CachedEnergy) else None,
-            **{name: self._boundary[name] for name in ("generator", "meter", "value_drift")},
+            **{name: self._boundary[name] for name in ("generator", "meter")},
         }
 
     def _between_steps(self) -> dict[str, Any]:
@@ -666,7 +676,7 @@ class Trainer:
             "alpha_start": self._alpha_start,
             "ceiling": self._ceiling,
             "meter": {name: getattr(meter, name) for name in COUNTED},
-            "value_drift": None if self.value_drift is None else self.value_drift.state_dict(),
+            "skipped": self._skipped,
         }
 
     def restore(self, state: dict[str, Any], own: dict[str, Any]) -> None:
@@ -845,12 +855,12 @@ class Trainer:
 
     @torch.no_grad()
     def _monitor(self) -> dict[str, float]:
-        """EUBO on the held-out paths, with the standard error of what it differs from the prior's; no energy calls."""
+        """Of the held-out paths (`Look`): EUBO and gain, with the standard error of the gain; no energy calls."""
         self.processes.refuse_other_weights(self._trained())
         if self.held_out is None:
             return {}
-        gain, error = self.held_out.gain(self.policy)
-        return {"eubo": self._agreed(self.held_out.eubo - gain), "eubo_se": self._agreed(error)}
+        eubo, gain, error = (self._agreed(value) for value in self.held_out.look(self.policy))
+        return {"eubo": eubo, "gain": gain, "eubo_se": error / math.sqrt(self.processes.count)}
 
     def _optimizer_for(self, learning_rate: float, updates: int) -> tuple[Any, Any]:
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]

@@ -16,6 +16,7 @@ left of the targets is measured once more, on the policy's own shift (`rescale`)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -27,17 +28,15 @@ from ..samplers.policy import Prior, evaluate
 from ..samplers.trajectory import rows_at_once
 from .behavior import PriorBank
 from .gradients import MAX_CHUNK, Around
+from .held_out import HeldOut
 from .rows import step_share, stratified
 from .soft_value import SoftValue, bank_weight
 
 PATHS = 600  # tilted paths on which the factors are measured
 EXPECTED, SPREAD = 0.4, 0.3  # of each gradient's factor before anything is measured: Gaussian, per step too (around 1)
 LARGEST = 1.5  # factor of one step over that of all
-RESCALED, MOST = (
-    0.6,
-    3.0,
-)  # spread, around 1, of what the policy's own shift adds to that before it is measured; its largest value
-SCALED_FROM, SCALED_AT = 0.2, 0.5  # shares of the warm start: when the policy's shift is compared with the noise, and to what use
+RESCALED_AT = 0.5  # share of the warm start after which the policy's own shift says what the targets are worth
+RESCALED, MOST = 0.6, 3.0  # the factor from that: Gaussian around 1, with this spread before it is measured; its largest value
 EASED, EVEN_FROM = 0.8, 0.7  # power to which narrow kernels count less at first; share of the warm start where all count in nats
 
 
@@ -46,7 +45,8 @@ class ValueDrift:
 
     held: what goes around a forward and backward of the policy that another one will follow. chunk: rows at once.
     factor [num_kernels, 2]: of the two gradients at each step; scale: of their sum (`rescale`). explained: nats of
-    KL(tilted || prior) that the target takes away before it is rescaled, estimated on the paths that the factors were fitted to.
+    KL(tilted || prior) that the target takes away before it is rescaled, at the temperature that was learned at, estimated on
+    the paths that the factors were fitted to.
     """
 
     def __init__(
@@ -63,18 +63,15 @@ class ValueDrift:
         self.alpha, self.generator = alpha * soft_value.times, generator
         self.factor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
         self.explained, self.scale = 0.0, 1.0
-        self._weight = bank_weight(bank, self.alpha)
-        self._mixture = 0.5 * (self._weight + 1)
-        self._followed = torch.zeros(3, dtype=torch.float64, device=prior.device)
+        self._mixture = 0.5 * (bank_weight(bank, self.alpha) + 1)
         self._moves = prior.chain.sensitivity.float().to(prior.device)
         self._probability = step_share(prior.chain).to(prior.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"factor": self.factor, "explained": self.explained, "scale": self.scale, "followed": self._followed}
+        return {"factor": self.factor, "explained": self.explained, "scale": self.scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.factor, self.explained = state["factor"].to(self.factor), state["explained"]
-        self.scale, self._followed = state["scale"], state["followed"].to(self._followed)
+        self.factor, self.explained, self.scale = state["factor"].to(self.factor), state["explained"], state["scale"]
 
     def _gradients(self, mean: Tensor, step: Tensor, path: Tensor) -> Tensor:
         """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
@@ -121,14 +118,39 @@ class ValueDrift:
     @torch.no_grad()
     def target(self, state: Tensor, step: Tensor, prior_output: Tensor) -> Tensor:
         """[n, ...] the shift to learn at states of any path, as far as a clipped x_hat can follow."""
+        return self._shift(state, step, prior_output, self.soft_value.times, self.scale)
+
+    def _shift(self, state: Tensor, step: Tensor, prior_output: Tensor, times: float, scale: float) -> Tensor:
+        """The same, at a temperature lower by ``times`` than the one that was learned at."""
         chain = self.prior.chain
         with torch.enable_grad():
             mean = chain.mean(state, step, prior_output).detach().requires_grad_(True)
-            value = (
-                self.scale * self.factor[step] * self.soft_value.estimates(mean, step + 1, None, self.soft_value.times)
-            ).sum()
+            value = (scale * self.factor[step] * self.soft_value.estimates(mean, step + 1, None, times)).sum()
             shift = torch.autograd.grad(value, mean)[0] * chain.row(step, mean).sigma
         return chain.reachable(state, step, prior_output, shift)
+
+    @torch.no_grad()
+    def rescale(self, policy: nn.Module, held_out: HeldOut, gather: Callable[[Tensor], Tensor]) -> None:
+        """Multiply the targets by c with E<delta_policy, z> = c E<delta_policy, delta_target>, on the held-out paths.
+
+        Where the policy has learned a part of the target only, c is what that part is worth; where it has not yet learned as much
+        as it will, both sides are smaller alike. The target here is that of the paths' own temperature, which z is of. c is
+        shrunk toward 1 by as much as so many paths leave open. gather: one row a process.
+        """
+
+        def claimed(state: Tensor, step: Tensor, prior_output: Tensor) -> Tensor:
+            return self._shift(state, step, prior_output, self.alpha / held_out.alpha, 1.0)
+
+        along, _, asked = held_out.moments(policy, claimed)
+        weight = held_out.weight
+        drawn, expected = (weight * along).sum(), (weight * asked).sum()
+        error = (weight * (along - drawn / expected * asked)).square().sum()
+        every = gather(torch.stack([drawn, expected, error])[None])
+        mean_drawn, mean_expected, variance = (every.mean(0) / torch.tensor([1, 1, len(every)]).to(every)).tolist()
+        c = mean_drawn * mean_expected / variance if variance > 0 else math.nan
+        certainty = mean_expected**2 / variance if variance > 0 else math.nan
+        c = (c + RESCALED**-2) / (certainty + RESCALED**-2)
+        self.scale = min(max(c, 0.0), MOST) if math.isfinite(c) else 1.0
 
     def eased(self, progress: float) -> Tensor:
         """[num_kernels] what each step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.
@@ -150,38 +172,16 @@ class ValueDrift:
         path = torch.multinomial(self._mixture, count, replacement=True, generator=self.generator)
         state = states[step, path]
         total = torch.zeros((), device=states.device)
-        following = states[step + 1, path]
-        tilted = self._weight[path] / (self._mixture[path] * self._probability[step])
-        parts = list(zip(*(rows.split(self.chunk) for rows in (state, step, following, tilted)), strict=True))
-        for some, at, after, weight in parts:
+        parts = list(zip(state.split(self.chunk), step.split(self.chunk), strict=True))
+        for some, at in parts:
             with torch.no_grad():
                 prior_output = evaluate(self.prior.denoiser, chain, some, at, None)
             target = self.target(some, at, prior_output)
             with nullcontext() if some is parts[-1][0] else self.held():
                 output = evaluate(policy, chain, some, at, None)
-                shift = chain.kernel_shift(some, at, output, prior_output, straight=True)
-                miss = shift - target
+                miss = chain.kernel_shift(some, at, output, prior_output, straight=True) - target
                 share = eased[at] / (count * self._probability[at])
                 loss = scale((0.5 * share * miss.flatten(1).square().sum(1)).sum())
                 loss.backward()
             total += loss.detach()
-            if SCALED_FROM <= progress < SCALED_AT:
-                z = chain.standardize(after, some, at, prior_output)
-                self._follow(weight, shift.detach(), z, target)
         return total
-
-    def _follow(self, weight: Tensor, shift: Tensor, z: Tensor, target: Tensor) -> None:
-        """Rows of the sums that `rescale` needs; weight [n]: what makes them rows of the tilted law, all steps alike."""
-        along, asked = (weight.double() * (shift * other).flatten(1).sum(1).double() for other in (z, target))
-        self._followed = self._followed + torch.stack([along.sum(), asked.sum(), along.square().sum()])
-
-    def rescale(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Multiply the targets by c with E<delta_policy, z> = c E<delta_policy, target>, over tilted rows.
-
-        Where the policy has learned a part of the target only, c is what that part is worth; where it has not yet learned as much
-        as it will, both sides are smaller alike. Shrunk toward 1 by as much as the rows leave open. gather: one row a process.
-        """
-        along, asked, squares = gather(self._followed[None]).sum(0).tolist()
-        certainty = asked**2 / max(squares, 1e-30)
-        c = (along * asked / max(squares, 1e-30) + RESCALED**-2) / (certainty + RESCALED**-2)
-        self.scale = min(max(c, 0.0), MOST)

@@ -254,7 +254,11 @@ class Chain:
 
     @property
     def forgets_start(self) -> bool:
-        """Whether next to nothing of the start is left in the end: a state is then about an end of its own path, noised."""
+        """Whether next to nothing of the start is left in the end.
+
+        Only then may an end that is noised anew stand for a state of its path: where the end follows from the start, it does not.
+        It is a stand-in, not the chain's own law, which `forgets_given_next` is about.
+        """
         return self.remembered_share(1.0) <= FORGOTTEN
 
     def remembered_share(self, variance: float) -> float:

@@ -8,7 +8,7 @@ Two log-densities are never subtracted. With z = (s' - mu_prior) / sigma and del
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from einops import rearrange
@@ -49,21 +49,40 @@ def step_log_ratio(
     policy: Denoiser,
     trajectories: Trajectories,
     chunk: int | None = None,
-    prior_outputs: Tensor | None = None,
 ) -> Tensor:
-    """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b).
-
-    prior_outputs: [num_kernels · B, ...] of the prior at these states (`outputs`), where it is not to be asked again.
-    """
+    """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
     ratios = []
     for rows in _chunks(trajectories, chain, chunk):
         state, following, step, condition = rows_of(trajectories, chain, rows)
-        known = None if prior_outputs is None else prior_outputs[rows]
-        prior_output = evaluate(prior, chain, state, step, condition) if known is None else known
+        prior_output = evaluate(prior, chain, state, step, condition)
         policy_output = evaluate(policy, chain, state, step, condition)
         z = chain.standardize(following, state, step, prior_output)
         ratios.append(log_ratio_from_states(z, chain.kernel_shift(state, step, policy_output, prior_output)))
     return torch.cat(ratios).reshape(chain.num_kernels, len(trajectories))
+
+
+@torch.no_grad()
+def shift_moments(
+    chain: Chain,
+    policy: Denoiser,
+    trajectories: Trajectories,
+    prior_outputs: Tensor,
+    target: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """[2 or 3, B] of stored trajectories, summed over their kernels: <z, delta>, ½ ||delta||² and <delta_target, delta>.
+
+    prior_outputs: [num_kernels · B, ...] of the prior at their states (`outputs`). target: (state, step, prior output) → a shift.
+    """
+    found = []
+    for rows in _chunks(trajectories, chain):
+        state, following, step, condition = rows_of(trajectories, chain, rows)
+        prior_output = prior_outputs[rows]
+        shift = chain.kernel_shift(state, step, evaluate(policy, chain, state, step, condition), prior_output)
+        others = [chain.standardize(following, state, step, prior_output), 0.5 * shift]
+        if target is not None:
+            others.append(target(state, step, prior_output))
+        found.append(torch.stack([(shift * other).flatten(1).sum(1) for other in others]))
+    return torch.cat(found, 1).reshape(-1, chain.num_kernels, len(trajectories)).double().sum(1)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 from torch.distributions import Normal
 
-from tiltune.finetune.behavior import BEHAVIORS, NEEDS_BANK, Context, PriorBank, draw
+from tiltune.finetune.behavior import BEHAVIORS, NEEDS_BANK, Context, PriorBank, draw, temperature_within_reach
 from tiltune.finetune.estimators import weighted_mean
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.log_ratio import step_log_ratio
@@ -157,16 +157,13 @@ def test_systematic_resampling_is_unbiased() -> None:
 def test_a_constraint_that_few_meet_keeps_its_temperature(others: float) -> None:
     """1% of 1000 samples: no temperature makes more of them effective but one at which the constraint is none."""
 
-    def bank(energy: torch.Tensor) -> PriorBank:
-        return PriorBank(Trajectories(states=torch.zeros(2, len(energy), 1), energy=energy))
-
     energy = torch.linspace(0, 1, 1000)
     energy[10:] = others
-    assert bank(energy).reach(ALPHA) == ALPHA
+    assert temperature_within_reach(energy, ALPHA) == ALPHA
     # The control: energies that spread evenly, 2 alpha/L of which are effective, and one that is invalid.
     spread = torch.cat([torch.linspace(0, 160, 1000) * ALPHA, torch.tensor([math.nan])])
-    assert bank(spread).reach(ALPHA) == pytest.approx(160 * 0.025 / 2 * ALPHA, rel=0.02)
-    assert bank(4 * spread).reach(ALPHA) == ALPHA  # too far to be continued from
+    assert temperature_within_reach(spread, ALPHA) == pytest.approx(160 * 0.025 / 2 * ALPHA, rel=0.02)
+    assert temperature_within_reach(4 * spread, ALPHA) == ALPHA  # too far to be continued from
 
 
 def test_invalid_and_forbidden_samples_are_never_drawn() -> None:

@@ -71,7 +71,7 @@ def test_the_gain_is_what_the_eubo_falls_by(task, factor):
     prior = likelihood(task, task.prior().denoiser, paths.states)
     eubo = (weight * (reward - likelihood(task, policy, paths.states) + prior)).sum().item()
     held_out = HeldOut(task.prior(), paths, weight, task.alpha)
-    gain, _ = held_out.gain(policy)
+    _, gain, _ = held_out.look(policy)
     assert held_out.eubo == pytest.approx((weight * reward).sum().item(), abs=1e-6)
     assert held_out.eubo - gain == pytest.approx(eubo, abs=1e-4)
     assert math.copysign(1.0, gain) == math.copysign(1.0, closed) and abs(closed) > 0.2
@@ -81,13 +81,13 @@ def test_the_drawn_paths_stand_for_all(task):
     """The systematic draw has the gain of all weighted paths within 4 of its standard errors, and weights that sum to 1."""
     paths = paths_of(task, 1000)
     whole = HeldOut(task.prior(), paths, PriorBank(paths).log_weight(task.alpha).double().softmax(0), task.alpha)
-    drawn = HeldOut.draw(task.prior(), PriorBank(paths), task.alpha, torch.Generator().manual_seed(1))
+    drawn = HeldOut.draw(task.prior(), PriorBank(paths), task.alpha, 1.0, torch.Generator().manual_seed(1))
     assert len(drawn.paths) <= DRAWN and drawn.weight.sum().item() == pytest.approx(1.0)
     policy, _ = moved(task, 1.0)
-    gain, error = drawn.gain(policy)
-    assert gain == pytest.approx(whole.gain(policy)[0], abs=4 * error)
+    _, gain, error = drawn.look(policy)
+    assert gain == pytest.approx(whole.look(policy).gain, abs=4 * error)
     even = HeldOut(task.prior(), paths, torch.full((1000,), 1e-3, dtype=torch.float64), task.alpha)
-    assert even.gain(policy)[0] < gain - 5 * error  # the control: the prior's paths, not the tilted law's
+    assert even.look(policy).gain < gain - 5 * error  # the control: the prior's paths, not the tilted law's
 
 
 def test_the_standard_error_is_the_spread_over_independent_sets(task):
@@ -97,8 +97,8 @@ def test_the_standard_error_is_the_spread_over_independent_sets(task):
     gains, errors = [], []
     for seed in range(40):
         generator = torch.Generator().manual_seed(100 + seed)
-        drawn = HeldOut.draw(task.prior(), PriorBank(paths_of(task, 400, seed)), task.alpha, generator)
-        gain, error = drawn.gain(policy)
+        drawn = HeldOut.draw(task.prior(), PriorBank(paths_of(task, 400, seed)), task.alpha, 1.0, generator)
+        _, gain, error = drawn.look(policy)
         gains.append(gain)
         errors.append(error)
     spread, claimed = torch.tensor(gains).std().item(), sum(errors) / 40
@@ -108,10 +108,10 @@ def test_the_standard_error_is_the_spread_over_independent_sets(task):
 
 
 def test_a_restored_set_is_the_same(task):
-    held_out = HeldOut.draw(task.prior(), PriorBank(paths_of(task, 300)), task.alpha, torch.Generator().manual_seed(1))
+    held_out = HeldOut.draw(task.prior(), PriorBank(paths_of(task, 300)), task.alpha, 1.0, torch.Generator().manual_seed(1))
     again = HeldOut.from_state(task.prior(), held_out.state_dict())
     policy, _ = moved(task, 1.0)
-    assert again.gain(policy) == held_out.gain(policy) and again.eubo == held_out.eubo
+    assert again.look(policy) == held_out.look(policy) and again.eubo == held_out.eubo
 
 
 def at(value):

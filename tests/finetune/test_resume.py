@@ -122,15 +122,19 @@ def test_a_state_that_forgets_something_is_caught(lost, task):
     assert not same(ended(resumed), whole)
 
 
-@pytest.mark.parametrize("lost", ["factor", "followed", "share", "held_out"])
+@pytest.mark.parametrize("lost", ["factor", "scale", "share", "held_out"])
 def test_a_state_that_forgets_something_of_the_value_drift_is_caught(lost, task):
     """The control, in the warm start."""
-    config = CASES["short steps" if lost == "share" else "value drift"]
+    config, at = CASES["short steps" if lost == "share" else "value drift"], 2
+    if lost == "scale":
+        config, at = replace(config, warm_start_updates=8), 5  # after half of them, where it is set
     states: dict[int, Any] = {}
     whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.taken: both(trainer)})))
-    common, own = states[2]
-    if lost in ("factor", "followed"):
-        own["value_drift"][lost] = torch.zeros_like(own["value_drift"][lost])
+    common, own = states[at]
+    if lost == "factor":
+        own["value_drift"]["factor"] = torch.zeros_like(own["value_drift"]["factor"])
+    elif lost == "scale":
+        own["value_drift"]["scale"] = 0.0
     elif lost == "share":
         assert own["bound"]["share"] < 0.5
         own["bound"]["share"] = 1.0

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from tiltune.finetune.behavior import PriorBank
+from tiltune.finetune.held_out import HeldOut
 from tiltune.finetune.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value
 from tiltune.finetune.value_drift import ValueDrift
 from tiltune.samplers.policy import evaluate
@@ -376,57 +377,72 @@ def test_half_of_the_rows_are_of_the_tilted_law(task, bank):
     assert (drawn.mean() - tilted).abs() > 5 * error and (drawn.mean() - energy.mean()).abs() > 5 * error
 
 
+def held_out_of(task, count=4000, times=1.0):
+    """All of so many new prior paths, by their weight at ``times`` the target's temperature."""
+    drawn = rollout(task.prior(), None, count, torch.Generator().manual_seed(20))
+    paths = PriorBank(drawn.with_(energy=task.energy(drawn.terminal)))
+    weight = paths.log_weight(times * task.alpha).double().softmax(0)
+    return HeldOut(task.prior(), paths.trajectories, weight, times * task.alpha, times)
+
+
+class Milder(Estimates):
+    """The exact log h, said to be learned at ``times`` the target's temperature: there it is smaller by as much."""
+
+    def __init__(self, task, times):
+        super().__init__(truth(task), truth(task))
+        self.own, self.times = times, times
+
+    def estimates(self, state, step, path, times):
+        return torch.stack([one(state, step, path) for one in self.both], 1) * times / self.own
+
+
 @pytest.mark.parametrize(("asked", "expected"), [(1.0, 1.0), (0.5, 2.0), (-1.0, 0.0)])
 @pytest.mark.parametrize("learned", [1.0, 0.3])
-def test_targets_are_rescaled_to_what_the_policys_shift_is_worth(task, bank, asked, expected, learned):
-    """Targets of ``asked`` times the optimal shift get the factor 1/asked, however much of them the policy has learned so far;
-    ones that point away are dropped. To 4 standard errors of the rows (about .03; p < 1e-4), shrinkage below that."""
+@pytest.mark.parametrize("times", [1.0, 2.0])
+def test_targets_are_rescaled_to_what_the_policys_shift_is_worth(task, bank, asked, expected, learned, times):
+    """Targets of ``asked`` times the optimal shift get the factor 1/asked, however much of them the policy has learned so far,
+    and at whatever temperature they were learned; ones that point away are dropped. To about 4 standard errors (p < 1e-4)."""
     policy = Shift(task)
     with torch.no_grad():
         policy.theta += learned * best_shift(task).float()
-    drift = drift_of(task, bank, truth(task), truth(task))
+    drift = ValueDrift(task.prior(), bank, Milder(task, times), task.alpha, torch.Generator().manual_seed(3))
     drift.factor = torch.tensor([[asked, 0.0]]).repeat(task.chain.num_kernels, 1)
-    for _ in range(5):
-        drift.backward(policy, 4000, lambda value: value, progress=0.3)
-    drift.rescale(lambda sums: sums)
-    assert drift.scale == pytest.approx(expected, abs=0.12)
+    drift.rescale(policy, held_out_of(task, times=times), lambda sums: sums)
+    assert drift.scale == pytest.approx(expected, abs=0.1 / abs(asked))
     state, step = bank.trajectories.states[3, :5], torch.full((5,), 3)
     output = task.prior().denoiser(state, task.chain.timestep(step, state))
     scaled = drift.target(state, step, output)
-    again, drift.scale = drift.scale, 1.0
-    assert torch.allclose(scaled, again * drift.target(state, step, output))
+    assert torch.allclose(scaled, drift.scale * asked * best_shift(task)[3].float().expand_as(scaled), rtol=1e-4, atol=1e-6)
 
 
-def test_rows_outside_of_the_window_and_too_few_of_them_leave_the_scale_at_1(task, bank):
+def test_few_paths_leave_the_scale_near_1_and_what_is_no_number_at_1(task, bank):
     policy = Shift(task)
-    with torch.no_grad():
-        policy.theta += 0.01 * torch.randn(policy.theta.shape, generator=torch.Generator().manual_seed(7))
-    drift = drift_of(task, bank, truth(task), noise(4))
-    for progress in (0.0, 0.19, 0.5, 1.0):
-        drift.backward(policy, 400, lambda value: value, progress=progress)
-    drift.rescale(lambda sums: sums)
+    drift = drift_of(task, bank, truth(task), truth(task))
+    drift.rescale(policy, held_out_of(task, 8), lambda sums: sums)  # a policy at the prior: 0/0
     assert drift.scale == 1.0
-    drift.backward(policy, 20, lambda value: value, progress=0.3)
-    drift.rescale(lambda sums: sums)
-    assert drift.scale != 1.0 and drift.scale == pytest.approx(1.0, abs=0.3)
+    with torch.no_grad():
+        policy.theta += best_shift(task).float()
+    drift.factor = torch.tensor([[0.25, 0.0]]).repeat(task.chain.num_kernels, 1)
+    scales = []
+    for count in (8, 4000):
+        drift.rescale(policy, held_out_of(task, count), lambda sums: sums)
+        scales.append(drift.scale)
+    assert scales[0] < 2.0 and scales[1] == 3.0  # 4 is more than there may be
+    with torch.no_grad():
+        policy.theta[0] = math.nan
+    drift.rescale(policy, held_out_of(task, 8), lambda sums: sums)
+    assert drift.scale == 1.0
 
 
 def test_factors_are_kept(task, bank):
     drift = drift_of(task, bank, truth(task), noise(4))
     drift.measure()
-    policy = Shift(task)
-    with torch.no_grad():
-        policy.theta += best_shift(task).float()
-    drift.backward(policy, 100, lambda value: value, progress=0.3)
-    drift.rescale(lambda sums: sums)
+    drift.scale = 1.5
     other = drift_of(task, bank, truth(task), noise(4))
     assert not torch.equal(other.factor, drift.factor)
     other.load_state_dict(drift.state_dict())
     assert torch.equal(other.factor, drift.factor) and other.explained == drift.explained
-    assert other.scale == drift.scale != 1.0
-    other.scale = 0.0
-    other.rescale(lambda sums: sums)  # from the sums that were kept
-    assert other.scale == drift.scale
+    assert other.scale == 1.5
 
 
 # --- cumulants ------------------------------------------------------------------------------------------------------------
