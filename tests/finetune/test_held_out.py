@@ -142,6 +142,20 @@ def test_the_best_is_kept_and_falls_are_counted():
     assert (other.nats, other.weights[0][0].item(), other.weights[1].item(), other.falls) == (0.5, 6.0, -6.0, 0)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_the_gain_is_continued_from_a_milder_temperature(task, factor):
+    """Paths at twice the target's: the closed form at the target's own within 4 standard errors (p < 1e-4), log h being linear.
+    The control: as if they were of the target, the optimal policy is seen to gain nothing, its half to gain most."""
+    policy, closed = moved(task, factor)
+    paths = PriorBank(paths_of(task, 3000))
+    weight = paths.log_weight(2 * task.alpha).double().softmax(0)
+    look = HeldOut(task.prior(), paths.trajectories, weight, 2 * task.alpha, 2.0).look(policy)
+    assert look.gain == pytest.approx(closed, abs=4 * look.error)
+    plain = HeldOut(task.prior(), paths.trajectories, weight, 2 * task.alpha).look(policy)
+    assert plain.eubo == look.eubo
+    assert plain.gain < look.gain - 5 * plain.error
+
+
 @pytest.mark.parametrize(
     ("nats", "se", "reached", "said"),
     [

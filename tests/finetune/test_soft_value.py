@@ -12,12 +12,13 @@ from tiltune.finetune.config import TrainConfig
 from tiltune.finetune.forward_kl import ForwardKL
 from tiltune.finetune.gradients import backward_likelihood
 from tiltune.finetune.objectives import Batch, reinforce_kl
-from tiltune.finetune.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value, states_of
+from tiltune.finetune.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value, standardized, states_of
 from tiltune.finetune.trainer import Trainer
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.policy import ResidualDenoiser, evaluate
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.samplers.trajectory import Trajectories
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
@@ -334,3 +335,18 @@ def test_a_trainer_trains_once(task):
     trainer.train()
     with pytest.raises(ValueError, match="make a new one"):
         trainer.train()
+
+
+def test_a_few_huge_penalties_do_not_fill_the_scale_that_is_regressed_on():
+    """1% of the paths at 1e20: the others keep most of the spread. Forbidden ones count as the worst that has an energy."""
+    energy = torch.linspace(0, 3, 1000)
+    usual, spread = standardized(PriorBank(Trajectories(torch.zeros(2, 1000, 1), energy=energy)), 1.0)
+    energy[::100] = 1e20
+    reward, wide = standardized(PriorBank(Trajectories(torch.zeros(2, 1000, 1), energy=energy)), 1.0)
+    assert wide < 5 * spread and reward.isfinite().all()
+    ordinary = torch.ones(1000, dtype=torch.bool)
+    ordinary[::100] = False
+    assert (reward[ordinary].max() - reward[ordinary].min()) * wide == pytest.approx(3.0, abs=0.02)
+    energy[::100] = math.inf
+    forbidden, _ = standardized(PriorBank(Trajectories(torch.zeros(2, 1000, 1), energy=energy)), 1.0)
+    assert torch.allclose(forbidden[::100], forbidden[ordinary].min()) and usual.std() == pytest.approx(1.0, abs=1e-5)
