@@ -74,7 +74,7 @@ class TrainConfig:
     max_invalid: float = 0.05
     """Share of NaN or -inf energies above which the run stops."""
     monitor_every: int = 20
-    """Updates between two EUBO points, on a fixed draw of the bank; no energy calls."""
+    """Updates between two EUBO points, on the held-out paths; no energy calls."""
     checkpoint_every: int = 25
     """Steps of warm start and updates between two checkpoints of a run folder; 0 for none."""
     process_timeout: float = 600.0

@@ -465,7 +465,8 @@ class Trainer:
                             loss = forward.backward(rows, self.scaler.scale)
                         loss_scale = self.scaler.get_scale()
                         with uninterrupted():
-                            nats = self._step(config.warm_start_step_nats, config.warm_start_learning_rate)
+                            trust = 1.0 if drift is None else self._agreed(drift.trust)
+                            nats = self._step(trust * config.warm_start_step_nats, config.warm_start_learning_rate)
                             record: dict[str, Any] = {"loss": self._agreed(loss.item() / loss_scale), "step_nats": nats}
                             if nats is None:
                                 record["skipped"] = True
@@ -656,12 +657,11 @@ class Trainer:
         return {
             "bank": None if bank is None else {"states": bank.trajectories.states, "energy": bank.trajectories.energy},
             "held_out": None if self.held_out is None else self.held_out.state_dict(),
-            "value_drift": None if self.value_drift is None else self.value_drift.state_dict(),
             "bound": self.bound.state_dict(),
             "soft_value": None if value is None else value.state(),
             "forward_kl": None if forward is None else forward.state(),
             "energy_cache": energy.state() if isinstance(energy, CachedEnergy) else None,
-            **{name: self._boundary[name] for name in ("generator", "meter")},
+            **{name: self._boundary[name] for name in ("generator", "meter", "value_drift")},
         }
 
     def _between_steps(self) -> dict[str, Any]:
@@ -677,6 +677,7 @@ class Trainer:
             "ceiling": self._ceiling,
             "meter": {name: getattr(meter, name) for name in COUNTED},
             "skipped": self._skipped,
+            "value_drift": None if self.value_drift is None else self.value_drift.state_dict(),
         }
 
     def restore(self, state: dict[str, Any], own: dict[str, Any]) -> None:

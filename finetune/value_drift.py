@@ -37,6 +37,8 @@ EXPECTED, SPREAD = 0.4, 0.3  # of each gradient's factor before anything is meas
 LARGEST = 1.5  # factor of one step over that of all
 RESCALED_AT = 0.5  # share of the warm start after which the policy's own shift says what the targets are worth
 RESCALED, MOST = 0.6, 3.0  # the factor from that: Gaussian around 1, with this spread before it is measured; its largest value
+SHRUNK, GROWN = 0.9, 1.02  # an update's bound, after one by which the policy is further from its targets than the prior, or not
+RECENT = 0.9  # decay of the averages that tell
 EASED, EVEN_FROM = 0.8, 0.7  # power to which narrow kernels count less at first; share of the warm start where all count in nats
 
 
@@ -44,6 +46,7 @@ class ValueDrift:
     """Targets for the policy's shift, and the gradient of learning them.
 
     held: what goes around a forward and backward of the policy that another one will follow. chunk: rows at once.
+    trust: share of an update's bound in nats that the noise of its gradient leaves.
     factor [num_kernels, 2]: of the two gradients at each step; scale: of their sum (`rescale`). explained: nats of
     KL(tilted || prior) that the target takes away before it is rescaled, at the temperature that was learned at, estimated on
     the paths that the factors were fitted to.
@@ -62,16 +65,19 @@ class ValueDrift:
         self.prior, self.bank, self.soft_value = prior, bank, soft_value
         self.alpha, self.generator = alpha * soft_value.times, generator
         self.factor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
-        self.explained, self.scale = 0.0, 1.0
+        self.explained, self.scale, self.trust = 0.0, 1.0, 1.0
+        self._misses = torch.zeros(2, dtype=torch.float64, device=prior.device)
         self._mixture = 0.5 * (bank_weight(bank, self.alpha) + 1)
         self._moves = prior.chain.sensitivity.float().to(prior.device)
         self._probability = step_share(prior.chain).to(prior.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"factor": self.factor, "explained": self.explained, "scale": self.scale}
+        learned = {"factor": self.factor, "explained": self.explained, "scale": self.scale}
+        return {**learned, "trust": self.trust, "misses": self._misses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.factor, self.explained, self.scale = state["factor"].to(self.factor), state["explained"], state["scale"]
+        self.trust, self._misses = state["trust"], state["misses"].to(self._misses)
 
     def _gradients(self, mean: Tensor, step: Tensor, path: Tensor) -> Tensor:
         """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
@@ -172,6 +178,7 @@ class ValueDrift:
         path = torch.multinomial(self._mixture, count, replacement=True, generator=self.generator)
         state = states[step, path]
         total = torch.zeros((), device=states.device)
+        misses = torch.zeros_like(self._misses)
         parts = list(zip(state.split(self.chunk), step.split(self.chunk), strict=True))
         for some, at in parts:
             with torch.no_grad():
@@ -184,4 +191,16 @@ class ValueDrift:
                 loss = scale((0.5 * share * miss.flatten(1).square().sum(1)).sum())
                 loss.backward()
             total += loss.detach()
+            sizes = torch.stack([side.detach().flatten(1).square().sum(1) for side in (miss, target)])
+            misses += (0.5 * share * sizes).double().sum(1)
+        self._believe(misses)
         return total
+
+    def _believe(self, misses: Tensor) -> None:
+        """Set ``trust`` by the losses of policy and prior on the same rows [2].
+
+        An update that is too long for the noise of its gradient leaves the policy further from its targets than the prior is.
+        """
+        self._misses = RECENT * self._misses + (1 - RECENT) * misses
+        policy, prior = self._misses.tolist()
+        self.trust = self.trust * SHRUNK if policy > prior else min(1.0, self.trust * GROWN)

@@ -9,8 +9,11 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from tiltune.finetune.behavior import PriorBank
+from tiltune.finetune.config import TrainConfig
 from tiltune.finetune.held_out import HeldOut
 from tiltune.finetune.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value
+from tiltune.finetune.step_bound import StepBound
+from tiltune.finetune.trainer import Trainer
 from tiltune.finetune.value_drift import ValueDrift
 from tiltune.samplers.policy import evaluate
 from tiltune.samplers.rollout import rollout
@@ -432,6 +435,48 @@ def test_few_paths_leave_the_scale_near_1_and_what_is_no_number_at_1(task, bank)
         policy.theta[0] = math.nan
     drift.rescale(policy, held_out_of(task, 8), lambda sums: sums)
     assert drift.scale == 1.0
+
+
+def test_bounds_shrink_while_the_policy_is_further_from_its_targets_than_the_prior(task, bank):
+    """And come back once it is not; the prior itself, no further than the prior, keeps its trust."""
+    policy = Shift(task)
+    drift = drift_of(task, bank, truth(task), truth(task))
+    drift.factor = torch.tensor([[1.0, 0.0]]).repeat(task.chain.num_kernels, 1)
+
+    def trust_after(updates, factor):
+        with torch.no_grad():
+            policy.theta.copy_(factor * best_shift(task).float())
+        for _ in range(updates):
+            drift.backward(policy, 200, lambda value: 8 * value)
+        return drift.trust
+
+    assert trust_after(5, 0.0) == 1.0
+    shrunk = trust_after(5, 2.5)  # |2.5 - 1| > 1
+    assert shrunk < 0.9**3
+    assert trust_after(30, 0.5) > shrunk
+    other = drift_of(task, bank, truth(task), truth(task))
+    other.load_state_dict(drift.state_dict())
+    assert other.trust == drift.trust and torch.equal(other._misses, drift._misses)
+
+
+def test_a_warm_start_takes_shorter_steps_where_it_trusts_less(task, bank, monkeypatch):
+    limits = []
+    shorten = StepBound.shorten
+
+    def watched(self, before, weights, limit):
+        limits[-1].append(limit)
+        return shorten(self, before, weights, limit)
+
+    monkeypatch.setattr(StepBound, "shorten", watched)
+    for trust in (1.0, 0.1):
+        limits.append([])
+        monkeypatch.setattr(ValueDrift, "_believe", lambda self, misses, trust=trust: setattr(self, "trust", trust))
+        config = TrainConfig(
+            bank_size=60, soft_value_updates=2, warm_start="value_drift", warm_start_updates=6, warm_start_rows=16
+        )
+        Trainer(task.prior(), task.energy, replace(config, updates=0), policy=Shift(task), progress=False).train()
+    assert len(limits[0]) == len(limits[1]) > 2
+    assert limits[1] == pytest.approx([0.1 * limit for limit in limits[0]])
 
 
 def test_factors_are_kept(task, bank):
