@@ -1,4 +1,6 @@
-"""Prior paths that nothing is learned from: they tell whether the policy learns the target, or its bank by heart.
+"""Held-out prior paths: they tell whether the policy learns the target, or its bank by heart.
+
+Nothing is learned from them but one factor (`ValueDrift.rescale`).
 
     EUBO(prior) - EUBO(policy) = E_tilted[log-ratio] = KL(tilted || prior) - KL(tilted || policy)
 
