@@ -16,17 +16,20 @@ from ..samplers.trajectory import Trajectories
 from .config import TrainConfig
 from .estimators import adequate_alpha, ess
 
-ENOUGH = 0.025  # effective share of prior paths that can stand for a tilted law: 100 of 4000
+ENOUGH, FEWEST = 0.025, 25  # effective prior paths that can stand for a tilted law: their share, 100 of 4000; their number
 FURTHEST = 4.0  # times alpha up to which what is learned at a milder temperature may be continued from it
 
 
 def temperature_within_reach(energy: Tensor, alpha: float) -> float:
-    """The temperature, from ``alpha`` up, at which enough prior samples (`ENOUGH`) are effective to stand for the tilted law.
+    """The temperature, from ``alpha`` up, at which enough prior samples (`ENOUGH`, `FEWEST`) are effective to stand for the
+    tilted law.
 
     ``alpha`` itself where that is beyond `FURTHEST` times it: few meet a strict constraint, at any temperature. energy [N] of
     prior samples, NaN where invalid.
     """
-    found = adequate_alpha(energy[~energy.isnan()], alpha, ENOUGH)
+    valid = energy[~energy.isnan()]
+    share = max(ENOUGH, FEWEST / len(valid)) if len(valid) > FEWEST else 1.0
+    found = adequate_alpha(valid, alpha, share)
     return found if found <= FURTHEST * alpha else alpha
 
 

@@ -166,6 +166,24 @@ def test_a_constraint_that_few_meet_keeps_its_temperature(others: float) -> None
     assert temperature_within_reach(4 * spread, ALPHA) == ALPHA  # too far to be continued from
 
 
+def test_a_share_of_few_samples_is_not_enough() -> None:
+    """25 of 100 or of 50, where the share alone would ask for one or two; of 20 samples there are no 25 at any temperature."""
+    for count in (100, 50):
+        spread = torch.linspace(0, 10 * ALPHA, count)  # 2 alpha/L effective of energies that spread evenly over L: 20, 10
+        found = temperature_within_reach(spread, ALPHA)
+        assert found == pytest.approx(_alpha_for(spread, 25), rel=1e-3) and found > 1.1 * ALPHA
+    assert temperature_within_reach(torch.linspace(0, 40 * ALPHA, 20), ALPHA) == ALPHA
+
+
+def _alpha_for(energy: torch.Tensor, effective: float) -> float:
+    """By a fine search of its own, from alpha up."""
+    for alpha in (ALPHA * 1.0005**i for i in range(4000)):
+        weight = (-energy.double() / alpha).softmax(0)
+        if 1 / weight.square().sum() >= effective:
+            return alpha
+    raise AssertionError
+
+
 def test_invalid_and_forbidden_samples_are_never_drawn() -> None:
     bank = make_bank()
     drawn = bank.draw(2000, ALPHA, torch.Generator().manual_seed(0))

@@ -298,6 +298,7 @@ def test_a_target_beyond_the_paths_is_seen_from_a_milder_one_and_that_is_said(ta
     steep = LinearGaussian(task.chain, torch.zeros(2, dtype=torch.float64), torch.tensor([3.4, -1.7], dtype=torch.float64))
     if reached:
         monkeypatch.setattr("tiltune.finetune.behavior.ENOUGH", 0.0)
+        monkeypatch.setattr("tiltune.finetune.behavior.FEWEST", 0)
     config = replace(SMALL, warm_start="value_drift", warm_start_updates=120, soft_value_updates=100, updates=0)
     trainer = Trainer(steep.prior(), steep.energy, config, policy=policy_of(steep.prior()), progress=False)
     result = trainer.train()
