@@ -61,7 +61,8 @@ class Improvement:
             )
         if self.nats < BETTER * self.se:
             return f"not shown to be better than the prior: {self.nats:+.2f} ± {self.se:.2f} nats; {own}."
-        return f"closer to the target than the prior by {self.nats:.2f} ± {self.se:.2f} nats; {own}."
+        left = self.gap_prior - self.nats
+        return f"closer to the target than the prior by {self.nats:.2f} ± {self.se:.2f} nats; {own}, and {left:.2f} are left."
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "sentence": self.sentence}

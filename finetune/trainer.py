@@ -22,7 +22,7 @@ from ..samplers.rollout import rollout
 from ..samplers.trajectory import Trajectories, concatenate, rows_at_once
 from .behavior import Context, PriorBank, draw, needs_bank, temperature_within_reach
 from .config import TrainConfig
-from .energy import Energy, EnergyError, EnergyMeter, overlaps
+from .energy import Energy, EnergyError, EnergyMeter, energy_name, overlaps
 from .energy_cache import CachedEnergy
 from .energy_probe import probe_energy
 from .estimators import adequate_alpha, ess, log_mean_exp
@@ -326,7 +326,10 @@ class Trainer:
         with self.processes.together():
             assert energy is not None
             if energy.isnan().all():
-                raise EnergyError("the energy is NaN or -inf on all of four prior samples; it cannot guide anything.")
+                raise EnergyError(
+                    f"energy {energy_name(self.meter.energy)} is NaN or -inf on all of four prior samples. Look at what it divides"
+                    " by and takes logarithms of, and return +inf for what must not occur."
+                )
             samples = self.prior.to_data(probe.terminal)
             probe_energy(self.meter, samples, energy, self.prior.context(len(samples)), self.config.alpha)
 

@@ -82,7 +82,8 @@ def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = No
     if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
         return 0 if not trained.record["interrupted"] else REQUEUE if trained.record["preempted"] else 130
     seconds, calls = trained.record["seconds"], trained.record["energy_calls"]
-    print(f"{trained.record['updates']} updates, {calls:,} energy calls, {seconds:.0f} s; written to {out}")
+    warm = "" if config.train.warm_start == "none" else "warm start and "
+    print(f"{warm}{trained.record['updates']} updates, {calls:,} energy calls, {seconds:.0f} s; written to {out}")
     if trained.record["interrupted"]:
         again = "--resume auto goes on" if config.train.checkpoint_every else "--overwrite starts again"
         print(

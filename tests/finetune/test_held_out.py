@@ -168,6 +168,7 @@ def test_the_gain_is_continued_from_a_milder_temperature(task, factor):
 def test_the_sentence_says_which_of_three_it_is(nats, se, reached, said):
     improvement = Improvement(nats, se, 1.65, reached)
     assert improvement.sentence.startswith(said) and "own gap to the target is 1.65 nats" in improvement.sentence
+    assert improvement.sentence.endswith(", and 1.15 are left.") == said.startswith("closer")
     assert improvement.to_dict() == {
         "nats": nats,
         "se": se,

@@ -104,7 +104,7 @@ def test_what_train_prints_and_writes(tiltune: Callable[..., Any], here: Path, s
     assert "K = 3" in out[1]
     assert str(prior) in out[0]
     assert out[-1] == f"next: tiltune evaluate runs/pipeline --energy {here}/my_energy.py:ink"
-    assert re.match(r"2 updates, \d+ energy calls", out[-3])
+    assert re.match(r"warm start and 2 updates, \d+ energy calls", out[-3])
     assert "the prior" in out[-2]  # how much it helped
     assert "reinforce_kl" in shown.err  # the bar
     assert (here / "runs" / "pipeline" / "policy" / "policy.json").exists()
