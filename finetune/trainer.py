@@ -327,8 +327,8 @@ class Trainer:
             assert energy is not None
             if energy.isnan().all():
                 raise EnergyError(
-                    f"energy {energy_name(self.meter.energy)} is NaN or -inf on all of four prior samples. Look at what it divides"
-                    " by and takes logarithms of, and return +inf for what must not occur."
+                    f"energy {energy_name(self.meter.energy)} is NaN or -inf on all of four prior samples. Look at what it"
+                    " divides by and takes logarithms of, and return +inf for what must not occur."
                 )
             samples = self.prior.to_data(probe.terminal)
             probe_energy(self.meter, samples, energy, self.prior.context(len(samples)), self.config.alpha)
