@@ -120,7 +120,6 @@ class Trainer:
         self.forward_kl: ForwardKL | None = None
         self.value_drift: ValueDrift | None = None
         self.held_out: HeldOut | None = None
-        self._reach = 1.0
         self.bound = StepBound(prior, self.policy, self._agreed)
         # Half precision rounds small gradients to zero; scaled ones survive.
         half = getattr(prior.denoiser, "autocast", None) == torch.float16
@@ -262,11 +261,13 @@ class Trainer:
             # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
             with torch.no_grad():
                 self.log_z.fill_(self._agreed(self.bank.log_z(config.alpha)))
-            self._reach = self._temperature_within_reach(self.bank) / config.alpha
-            self.held_out = self._hold_out()
+            # One temperature for all processes, by all of their paths: that of the soft value and of the held-out paths.
+            assert self.bank.trajectories.energy is not None
+            times = temperature_within_reach(self._gather(self.bank.trajectories.energy), config.alpha) / config.alpha
+            self.held_out = self._hold_out(times)
             self.bank_ess = ess(self._gather(self.bank.log_weight(config.alpha))) * config.bank_size
             if config.soft_value_updates:
-                self.soft_value = self._fit_soft_value(self.bank)
+                self.soft_value = self._fit_soft_value(self.bank, times)
             self.forward_kl = self._forward_kl_on(self.bank)
             if config.warm_start == "tlm" and self.soft_value is None and self.forward_kl.bridged:
                 self._check_bridge(self.forward_kl)
@@ -302,8 +303,9 @@ class Trainer:
             drift.chunk = chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, rows, total=rows)
         return drift
 
-    def _hold_out(self) -> HeldOut | None:
-        """Prior paths for watching what is learned from the bank's, or None where their energies say nothing."""
+    def _hold_out(self, times: float) -> HeldOut | None:
+        """Prior paths for watching what is learned from the bank's, at ``times`` the target's temperature; None where their
+        energies say nothing."""
         size = min(HELD_OUT // self.processes.count, self._sizes["bank_size"] // 4)
         if size < 2:
             return None
@@ -313,12 +315,7 @@ class Trainer:
         usable = torch.isfinite(kept.log_weight(self.config.alpha)).any()
         if not self._gather(usable[None]).all():  # all have some, or none of them
             return None
-        return HeldOut.draw(self.prior, kept, self.config.alpha, self._reach, self.generator)
-
-    def _temperature_within_reach(self, bank: PriorBank) -> float:
-        """One for all processes, by all of their paths: that of the soft value and of the held-out paths."""
-        assert bank.trajectories.energy is not None
-        return temperature_within_reach(self._gather(bank.trajectories.energy), self.config.alpha)
+        return HeldOut.draw(self.prior, kept, self.config.alpha, times, self.generator)
 
     def _check_energy(self) -> None:
         probe = rollout(self.prior, None, 4, self.generator, keep=False, on_step=self.processes.poll)
@@ -381,12 +378,12 @@ class Trainer:
                 " warm_start none, soft_value_updates 0, forward_rows 0, behavior on_policy 1."
             )
 
-    def _fit_soft_value(self, bank: PriorBank) -> SoftValue:
+    def _fit_soft_value(self, bank: PriorBank, times: float) -> SoftValue:
         config = self.config
         updates = config.soft_value_updates
         with self._bar(2 * updates, "soft value") as bar:
             return fit_soft_value(
-                bank, self.prior.chain, config.alpha, updates, self.generator, lambda: bar.update(1), times=self._reach
+                bank, self.prior.chain, config.alpha, updates, self.generator, lambda: bar.update(1), times=times
             )
 
     @contextmanager

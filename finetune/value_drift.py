@@ -153,10 +153,11 @@ class ValueDrift:
         error = (weight * (along - drawn / expected * asked)).square().sum()
         every = gather(torch.stack([drawn, expected, error])[None])
         mean_drawn, mean_expected, variance = (every.mean(0) / torch.tensor([1, 1, len(every)]).to(every)).tolist()
-        c = mean_drawn * mean_expected / variance if variance > 0 else math.nan
-        certainty = mean_expected**2 / variance if variance > 0 else math.nan
-        c = (c + RESCALED**-2) / (certainty + RESCALED**-2)
-        self.scale = min(max(c, 0.0), MOST) if math.isfinite(c) else 1.0
+        self.scale = 1.0
+        if 0 < variance < math.inf:  # false for one path alone, and for what is no number
+            doubt = variance * RESCALED**-2
+            c = (mean_drawn * mean_expected + doubt) / (mean_expected**2 + doubt)
+            self.scale = min(max(c, 0.0), MOST)
 
     def eased(self, progress: float) -> Tensor:
         """[num_kernels] what each step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.
@@ -188,11 +189,11 @@ class ValueDrift:
                 output = evaluate(policy, chain, some, at, None)
                 miss = chain.kernel_shift(some, at, output, prior_output, straight=True) - target
                 share = eased[at] / (count * self._probability[at])
-                loss = scale((0.5 * share * miss.flatten(1).square().sum(1)).sum())
+                missed, asked = (0.5 * share * side.flatten(1).square().sum(1) for side in (miss, target))
+                loss = scale(missed.sum())
                 loss.backward()
             total += loss.detach()
-            sizes = torch.stack([side.detach().flatten(1).square().sum(1) for side in (miss, target)])
-            misses += (0.5 * share * sizes).double().sum(1)
+            misses += torch.stack([missed.detach(), asked]).double().sum(1)
         self._believe(misses)
         return total
 

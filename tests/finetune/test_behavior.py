@@ -156,7 +156,6 @@ def test_systematic_resampling_is_unbiased() -> None:
 @pytest.mark.parametrize("others", [math.inf, 1e6])
 def test_a_constraint_that_few_meet_keeps_its_temperature(others: float) -> None:
     """1% of 1000 samples: no temperature makes more of them effective but one at which the constraint is none."""
-
     energy = torch.linspace(0, 1, 1000)
     energy[10:] = others
     assert temperature_within_reach(energy, ALPHA) == ALPHA
