@@ -66,17 +66,27 @@ def pareto_k(log_weight: Tensor) -> float:
 
     The tail is min(N/5, 3 sqrt(N)) weights (Vehtari et al. 2024, arXiv 1507.02646); the fit is Zhang and Stephens 2009
     with the weak prior of the former. Fewer than 5 tail points, or a flat tail, give inf and -inf.
+
+    Energies of few values, a count of bytes for one, give tied weights, and a tail cannot begin inside a tie: it begins above
+    it, or where fewer than 5 are above, below it. Its foot is halfway between the last value below and the first one in it.
     """
     finite = log_weight[torch.isfinite(log_weight)].double().cpu()
     tail_size = int(min(len(finite) / 5, 3 * math.sqrt(len(finite))))
     if tail_size < 5:
         return math.inf
     ordered = (finite - finite.max()).exp().sort().values
-    excess = ordered[-tail_size:] - ordered[-tail_size - 1]
+    tie = ordered[-tail_size - 1]
     # Nearly equal largest weights (an energy that is flat in its best mode) are no tail at all.
-    if excess[-1] <= 1e-3 * ordered[-tail_size - 1]:
+    if ordered[-1] - tie <= 1e-3 * tie:
         return -math.inf
-    excess = excess.clamp(min=1e-9 * excess[-1].item())
+    inside = ordered - tie > 1e-9 * (ordered[-1] - tie)
+    if inside.sum() < 5:
+        inside = ordered >= tie
+    tail, below = ordered[inside], ordered[~inside]
+    if len(below) == 0:
+        return math.inf
+    excess = tail - 0.5 * (below[-1] + tail[0])
+    tail_size = len(tail)
     count = 30 + int(math.sqrt(tail_size))
     quartile = excess[int(tail_size / 4 + 0.5) - 1]
     grid = torch.arange(1, count + 1, dtype=torch.float64)

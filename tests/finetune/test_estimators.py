@@ -105,6 +105,29 @@ def test_pareto_k_recovers_a_known_tail(shape: float) -> None:
     assert float(np.std(found)) < 1.4 * (1 + shape) / math.sqrt(424)
 
 
+@pytest.mark.parametrize("stride", [0.05, 0.25])
+@pytest.mark.parametrize("shape", [0.3, 1.0])
+def test_pareto_k_of_energies_in_few_values(shape: float, stride: float) -> None:
+    """Log-weights cut to multiples of a stride are a Pareto law in steps, many tied weights each; 20 draws.
+
+    The mean is within .1 of the shape: at the coarse stride a light tail holds some eight values, and their foot is a guess.
+    """
+    generator = torch.Generator().manual_seed(4)
+    found = []
+    for _ in range(20):
+        exponential = -torch.rand(20_000, generator=generator, dtype=torch.float64).log()
+        found.append(pareto_k((exponential * shape / stride).floor() * stride))
+    assert max(abs(k - shape) for k in found) < 0.3, "a tie at the tail's foot gave up to 15"
+    assert float(np.mean(found)) == pytest.approx(shape, abs=0.1)
+
+
+def test_pareto_k_of_two_values() -> None:
+    number = torch.arange(20_000)
+    assert pareto_k(torch.where(number < 2000, 3.0, 0.0)) == -math.inf, "the larger weights are all equal"
+    assert pareto_k(torch.where(number < 50, 3.0, 0.0)) < 0.7
+    assert pareto_k(torch.where(number < 3, 3.0, 0.0)) == math.inf, "three weights are no tail"
+
+
 def test_pareto_k_of_little_data_light_tails_and_zero_weights() -> None:
     generator = torch.Generator().manual_seed(0)
     assert pareto_k(torch.randn(20, generator=generator)) == math.inf
