@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..samplers.policy import Denoiser, Prior
-from ..samplers.rollout import rollout
+from ..samplers.rollout import in_parts, rollout
 from ..samplers.trajectory import rows_at_once
 from .energy import Energy, EnergyMeter
 from .estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
@@ -146,18 +146,6 @@ def gather_evidence(
         start_log_weight,
         meter.calls,
     )
-
-
-def in_parts(count: int, steps: int, on_progress: Callable[[int], None] | None) -> Callable[[], None]:
-    """What to call with every one of ``steps`` steps, so that ``on_progress`` receives ``count`` in all."""
-    taken = iter(range(steps))
-
-    def step() -> None:
-        if on_progress is not None:
-            k = next(taken)
-            on_progress(count * (k + 1) // steps - count * k // steps)
-
-    return step
 
 
 def path_figures(evidence: Evidence) -> dict[str, Any]:

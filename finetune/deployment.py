@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..samplers.policy import Policy, Prior
+from ..samplers.rollout import in_parts
 from ..samplers.trajectory import rows_at_once
-from .certificate import Evidence, in_parts
+from .certificate import Evidence
 from .energy import Energy, EnergyMeter
 from .estimators import mean, weighted_mean
 from .partition import BINS, CELLS, filled, k_means, nearest, share_distance, weighted_quantiles

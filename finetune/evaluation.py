@@ -86,9 +86,8 @@ def certify(
             wanted = min(until_decided, max(more, 5 * wanted // 4))
     notes = ["training was interrupted; this is what it had reached"] if run.record["interrupted"] else []
     notes += [f"training stopped early: {run.record['stopped']}"] if run.record["stopped"] else []
-    notes += energy_flags(run, terms)
     figures |= {
-        "flags": worse_than_prior(figures) + flags(figures) + notes,
+        "flags": energy_flags(run, terms) + worse_than_prior(figures) + flags(figures) + notes,
         "exit_status": EXIT_STATUS[figures["verdict"]],
         "energy_calls": run.record["energy_calls"],
         "certificate_energy_calls": evidence.energy_calls,

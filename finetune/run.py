@@ -31,6 +31,7 @@ from .config import PriorConfig, RunConfig
 from .config_file import from_mapping, read_yaml, to_mapping, to_yaml
 from .energy_loading import combine, parse_energy
 from .interrupts import Preempted, deferred, preemptible, uninterrupted
+from .loading import loading
 from .manifest import replace_file
 from .run_folder import new_run, refuse_occupied
 from .run_lock import RunLock
@@ -184,9 +185,10 @@ def train(
     listening = deferred() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else preemptible()
     with ExitStack() as around:
         around.enter_context(listening)
-        with uninterrupted():  # libraries make errors of their own out of a Ctrl-C in their imports
+        # Libraries make errors of their own out of a Ctrl-C in their imports.
+        with uninterrupted(), loading("torch and diffusers") if speaks else nullcontext():
             import accelerate  # noqa: F401
-            from diffusers import UNet2DModel  # noqa: F401
+            from diffusers import DiffusionPipeline  # noqa: F401
 
             from ..samplers.hints import widest_variance
             from .state_file import read_state, write_state

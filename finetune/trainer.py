@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..samplers.log_ratio import step_log_ratio
 from ..samplers.policy import Policy, Prior, trainable_copy
-from ..samplers.rollout import rollout
+from ..samplers.rollout import in_parts, rollout
 from ..samplers.trajectory import Trajectories, concatenate, rows_at_once
 from .behavior import Context, PriorBank, draw, needs_bank, temperature_within_reach
 from .config import TrainConfig
@@ -351,19 +351,31 @@ class Trainer:
         energy = torch.empty(size, device=self.prior.device)
         chunk = rows_at_once(self.prior.shape, self.prior.device)
         counts = [min(chunk, size - first) for first in range(0, size, chunk)]
-        drawn = (("", rollout(self.prior, None, count, self.generator, on_step=self.processes.poll)) for count in counts)
         with self._bar(size, name) as bar:
+            drawn = (
+                ("", rollout(self.prior, None, count, self.generator, on_step=self._moving(bar, count // 2))) for count in counts
+            )
             first = 0
             for _, part in self.evaluated(drawn):
                 assert part.energy is not None
                 rows = slice(first, first + len(part))
                 states[:, rows], energy[rows] = part.states, part.energy
                 first = rows.stop
-                bar.update(len(part))
+                bar.update(len(part) - len(part) // 2)  # the other half moved with the rollout
             paths = Trajectories(states, energy=energy)
             # What says whether alpha is within reach.
             bar.set_postfix(effective=f"{PriorBank(paths).ess(self.config.alpha):,.0f}")
         return paths
+
+    def _moving(self, bar: Any, count: int) -> Callable[[], None]:
+        """What to call at every step of a rollout: it listens to the other processes, and moves the bar by ``count`` in all."""
+        move = in_parts(count, self.prior.chain.num_kernels, bar.update)
+
+        def step() -> None:
+            self.processes.poll()
+            move()
+
+        return step
 
     def _refuse_oversized(self, wanted: int) -> None:
         import psutil
@@ -381,7 +393,7 @@ class Trainer:
     def _fit_soft_value(self, bank: PriorBank, times: float) -> SoftValue:
         config = self.config
         updates = config.soft_value_updates
-        with self._bar(2 * updates, "soft value") as bar:
+        with self._bar(2 * updates, "soft value, two networks") as bar:
             return fit_soft_value(
                 bank, self.prior.chain, config.alpha, updates, self.generator, lambda: bar.update(1), times=times
             )

@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
         print(f"{signal}: nothing of this was saved; run the same command again.", file=sys.stderr)
         return REQUEUE
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted: what {verb} had not written yet is lost", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader had enough, as in `tiltune tasks | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ..tasks.task import TASKS, load_task
 from . import flags
-from .loading import say_loading
 
 if TYPE_CHECKING:
     from ..finetune.run import Run
@@ -37,12 +36,13 @@ def main(argv: list[str]) -> int:
 
 def open_with_task(folder: Path) -> Run:
     """The run in ``folder``, with its task, and torch set to its number of threads."""
+    from ..finetune.loading import loading
     from ..finetune.run import open_run, read_config
 
     config = read_config(folder)
-    say_loading("the run")
-    task = None if config.task is None else load_task(config.task)
-    import torch
+    with loading("torch and the run"):
+        task = None if config.task is None else load_task(config.task)
+        import torch
 
-    torch.set_num_threads(config.threads)
-    return open_run(folder, task)
+        torch.set_num_threads(config.threads)
+        return open_run(folder, task)

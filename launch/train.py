@@ -13,7 +13,6 @@ from ..finetune.config import RunConfig, pretrained_recipe
 from ..finetune.config_file import from_mapping, read_yaml, to_yaml
 from ..tasks.task import TASKS, load_task
 from . import flags
-from .loading import say_loading
 from .torchrun import REQUEUE
 
 if TYPE_CHECKING:
@@ -74,8 +73,6 @@ def said_again(trained: Run) -> str:
 
 def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = None) -> int:
     from ..finetune import run
-
-    say_loading("the prior")
 
     task = None if config.task is None else load_task(config.task)
     trained = run.train(config, out, task=task, overwrite=overwrite, resume=resume)

@@ -305,6 +305,6 @@ class Chain:
         return {
             "start": start,
             "last_step": last,
-            "sigma": f"sigma_k is fixed and shared over {self.num_kernels} kernels: judge against the reference figures",
+            "sigma": f"a policy moves the means of {self.num_kernels} kernels and no sigma: what that cannot reach stays a gap",
             "sum": "log-ratios are sums over dimensions, never means",
         }

@@ -86,6 +86,18 @@ def rollout(
     )
 
 
+def in_parts(count: int, steps: int, on_progress: Callable[[int], None] | None) -> Callable[[], None]:
+    """What to call with every one of ``steps`` steps, so that ``on_progress`` receives ``count`` in all."""
+    taken = iter(range(steps))
+
+    def step() -> None:
+        if on_progress is not None:
+            k = next(taken)
+            on_progress(count * (k + 1) // steps - count * k // steps)
+
+    return step
+
+
 def _inflation(noise: Tensor, scale: float) -> Tensor:
     """log N(noise; 0, scale²) - log N(noise; 0, 1), [N]."""
     flat = noise.flatten(1)
