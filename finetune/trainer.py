@@ -51,6 +51,7 @@ NORMS = 20  # gradients that a spike is compared with
 HELD_OUT = 1000  # prior paths at most that nothing is learned from, and a quarter of the bank's number
 WATCHES = 5  # looks at them in a warm start
 JUDGED = 256  # rollouts that show what a phase has reached
+JUDGING_SEED = 2**60  # of their noise: far from what the training draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -504,7 +505,8 @@ class Trainer:
     def _judge(self, phase: str) -> None:
         """How much closer than the prior the policy is by held-out paths and fresh rollouts; kept if nothing was closer.
 
-        What is the closest already, the prior itself at first, is not judged again: only the noise would be new.
+        All policies of a run are judged by the same noise, so that of two that hardly differ neither has the luckier rollouts.
+        What is the closest already, the prior itself at first, is not judged again.
         """
         held_out, bank, alpha = self.held_out, self.bank, self.config.alpha
         assert held_out is not None and bank is not None and bank.trajectories.energy is not None
@@ -518,8 +520,9 @@ class Trainer:
             self._judged = self.taken
             return
         count = max(2, JUDGED // self.processes.count)
+        noise = torch.Generator(self.processes.device).manual_seed(self._seed + JUDGING_SEED)
         try:
-            drawn = rollout(self.prior, self.policy, count, self.generator, keep=False, on_step=self.processes.poll)
+            drawn = rollout(self.prior, self.policy, count, noise, keep=False, on_step=self.processes.poll)
             drawn = self.evaluate_energy(drawn)
         except BaseException as error:
             self._leave_checkpoint(error)

@@ -292,6 +292,26 @@ def test_updates_that_ruin_a_policy_end_at_the_warm_start(task, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_warm_start_and_updates_are_judged_by_the_same_noise(task, monkeypatch, seed):
+    """Updates that change next to nothing are judged alike to .001 nats; rollouts of another noise differ by some .1."""
+    judged, offer = [], Kept.offer
+
+    def noted(self, nats, weights, slack=None):
+        if slack is None:  # the watch gives its own
+            judged.append(nats)
+        return offer(self, nats, weights, slack or 0.0)
+
+    monkeypatch.setattr(Kept, "offer", noted)
+    config = replace(SMALL, learning_rate=1e-6, seed=seed)
+    Trainer(task.prior(), task.energy, config, policy=policy_of(task.prior()), progress=False).train()
+    monkeypatch.setattr(trainer_module, "JUDGING_SEED", trainer_module.JUDGING_SEED + 7)
+    Trainer(task.prior(), task.energy, replace(config, updates=0), policy=policy_of(task.prior()), progress=False).train()
+    before, after, other = judged
+    assert before != after and after == pytest.approx(before, abs=1e-3)
+    assert abs(other - before) > 5e-3, "the control: the same warm start by other rollouts"
+
+
 @pytest.mark.parametrize("reached", [True, False])
 def test_a_target_beyond_the_paths_is_seen_from_a_milder_one_and_that_is_said(task, monkeypatch, reached):
     """Few of 500 held-out paths are effective. They stand for one where 1 in 40 is, and the sentence says it. What was
