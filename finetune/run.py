@@ -221,6 +221,7 @@ def train(
                 state = read_state(start, "run")
                 own = read_state(start, _own(processes.rank % state["processes"]))
             trainer.restore(state, own)
+        resumed = trainer.taken
         with ExitStack() as ending:
             with processes.together():
                 if processes.main and start is None:
@@ -250,6 +251,7 @@ def train(
                 "interrupted": interrupted,
                 "preempted": isinstance(stopped, Preempted) or (result is not None and result.preempted),
                 "stopped": f"{type(stopped).__name__}: {stopped}" if isinstance(stopped, Exception) else None,
+                "new_steps": trainer.taken - resumed,
                 "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
                 "energy_calls": trainer.meter.calls if processes.count == 1 else trainer.history[-1]["energy_calls"],
                 "bank_ess": trainer.bank_ess,

@@ -11,7 +11,7 @@ from importlib import import_module
 from .._version import __version__
 from ..finetune.energy_error import EnergyError
 from ..finetune.interrupts import Preempted, ProcessError
-from .torchrun import REQUEUE, end_at_once
+from .torchrun import UNSAVED, end_at_once
 
 VERBS = {
     "train": ("train", "fine-tune a shipped task, or any diffusers prior toward any energy"),
@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> int:
         return import_module(f".{VERBS[verb][0]}", __package__).main(arguments[1:])
     except Preempted as signal:
         print(f"{signal}: nothing of this was saved; run the same command again.", file=sys.stderr)
-        return REQUEUE
+        return UNSAVED
     except KeyboardInterrupt:
         print(f"interrupted: what {verb} had not written yet is lost", file=sys.stderr)
         return 130

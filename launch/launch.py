@@ -17,15 +17,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from . import flags
-from .torchrun import GRACE, REQUEUE, SIGNALS
+from . import flags, slurm
+from .torchrun import GRACE, REQUEUE, SIGNALS, UNSAVED
 
 Backend = Literal["local", "slurm", "kubernetes", "skypilot"]
 
 DESCRIPTION = f"""Run a command of tiltune in several processes: what follows -- is passed on as it is. Locally torchrun starts
 them; for a cluster a job file is written and submitted. --dry-run prints that command or file instead. kubernetes and skypilot
 need the name of an image that holds tiltune, in TILTUNE_IMAGE. Exit status: the processes' own (of the first that failed),
-{REQUEUE} if they saved and want to run again, 128 + N if signal N ended them; of the program that submits; 2 bad input.
+{REQUEUE} if they saved and want to run again, {UNSAVED} if they were told to stop before anything new was saved, 128 + N if
+signal N ended them; of the program that submits; 2 bad input.
 
 example: tiltune launch --cpu --nproc 2 -- train digits --out my-run
 
@@ -38,7 +39,7 @@ LAUNCHED = ("train",)
 KEPT = "/runs"
 # Cores that SLURM is asked for, for each process that has a GPU: Python, data, communication, an energy.
 CORES_PER_GPU = 4
-SUBMIT = {"slurm": ("sbatch",), "kubernetes": ("kubectl", "create", "-f"), "skypilot": ("sky", "jobs", "launch")}
+SUBMIT = {"slurm": ("sbatch", "--parsable"), "kubernetes": ("kubectl", "create", "-f"), "skypilot": ("sky", "jobs", "launch")}
 FOLDER = Path(__file__).parent / "templates"
 TEMPLATES = {"slurm": "slurm.sbatch", "kubernetes": "trainjob.yaml", "skypilot": "skypilot.yaml"}
 
@@ -76,6 +77,9 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         print(text, end="")
         return 0
+    if options.backend == "slurm":
+        for doubt in slurm.doubts(command, os.environ.get("SBATCH_TIMELIMIT")):
+            print(f"tiltune launch: {doubt}", file=sys.stderr)
     return submit(options.backend, text)
 
 
@@ -183,6 +187,7 @@ def job(options: Options, command: list[str]) -> str:
         "signals": SIGNALS,
         "grace": GRACE,
         "requeue": REQUEUE,
+        "unsaved": UNSAVED,
     }
     if options.backend == "slurm":
         cores = f"#SBATCH --cpus-per-task={nproc if options.cpu else nproc * CORES_PER_GPU}"
@@ -256,4 +261,9 @@ def submit(backend: Backend, text: str) -> int:
     with tempfile.TemporaryDirectory(prefix="tiltune-") as folder:
         file = Path(folder, TEMPLATES[backend])
         file.write_text(text, encoding="utf-8")
-        return subprocess.run([*words, str(file)]).returncode
+        if backend != "slurm":
+            return subprocess.run([*words, str(file)]).returncode
+        done = subprocess.run([*words, str(file)], stdout=subprocess.PIPE, text=True)
+        if done.returncode == 0:
+            print(slurm.told(done.stdout))
+        return done.returncode

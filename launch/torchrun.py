@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
 # EX_TEMPFAIL of sysexits.h: a checkpoint is written, and the same command continues from it.
 REQUEUE = 75
+# Told to stop before anything new was saved: the same command starts where this one did.
+UNSAVED = 76
 # What a worker hears of, and the seconds that it has to save before SIGKILL: within the 120 of the SLURM template's warning.
 SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 GRACE = 100
-# Where workers write their status, one file a local rank; empty while the worker runs.
+# Where workers write their status, one file a local rank. It is there once the worker hears signals, and empty while it runs.
 STATUS_FOLDER = "TILTUNE_STATUS_FOLDER"
 
 
@@ -43,7 +46,8 @@ def run(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    with tempfile.TemporaryDirectory(prefix="tiltune-") as folder:
+    given = os.environ.get(STATUS_FOLDER, "")  # by a job script that looks into it, on its own node
+    with nullcontext(given) if Path(given).is_dir() and given else tempfile.TemporaryDirectory(prefix="tiltune-") as folder:
         os.environ[STATUS_FOLDER] = folder
         try:
             torchrun.main(supported(arguments))

@@ -13,7 +13,7 @@ from ..finetune.config import RunConfig, pretrained_recipe
 from ..finetune.config_file import from_mapping, read_yaml, to_yaml
 from ..tasks.task import TASKS, load_task
 from . import flags
-from .torchrun import REQUEUE
+from .torchrun import REQUEUE, UNSAVED
 
 if TYPE_CHECKING:
     from ..finetune.run import Run
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """Fine-tune a sampler so that it draws from p_prior(x) · exp(-E(x)/alpha), and write the run into --out:
 config.yaml, metrics.jsonl, run.json and the policy. A shipped TASK brings its prior and energies; otherwise --prior names a
 model saved by diffusers, and --energy the function to minimize. A flag overrides --config, which overrides the task's recipe.
-Exit status: 0 trained, 130 interrupted (the run is usable), 75 the same by SIGTERM or SIGUSR1, 1 the training broke down, 2 bad
-input, 70 an unexpected error, after its traceback.
+Exit status: 0 trained, 130 interrupted (the run is usable), 75 the same by SIGTERM or SIGUSR1, 76 these before anything new was
+saved, 1 the training broke down, 2 bad input, 70 an unexpected error, after its traceback.
 
 example: tiltune train digits --alpha 0.25 --out my-run
 
@@ -76,8 +76,9 @@ def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = No
 
     task = None if config.task is None else load_task(config.task)
     trained = run.train(config, out, task=task, overwrite=overwrite, resume=resume)
+    ended = status(trained.record)
     if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
-        return 0 if not trained.record["interrupted"] else REQUEUE if trained.record["preempted"] else 130
+        return ended
     seconds, calls = trained.record["seconds"], trained.record["energy_calls"]
     warm = "" if config.train.warm_start == "none" else "warm start and "
     print(f"{warm}{trained.record['updates']} updates, {calls:,} energy calls, {seconds:.0f} s; written to {out}")
@@ -88,11 +89,20 @@ def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = No
             f" same command with {again}.",
             file=sys.stderr,
         )
-        return REQUEUE if trained.record["preempted"] else 130
+        return ended
     improvement = trained.record["improvement"]
     print("how much it helped was not measured, for want of held-out paths" if improvement is None else improvement["sentence"])
     print(f"next: tiltune evaluate {out}{said_again(trained)}")
     return 0
+
+
+def status(record: dict[str, Any]) -> int:
+    """The exit status of a training that ended as its ``record`` says."""
+    if not record["interrupted"]:
+        return 0
+    if not record["preempted"]:
+        return 130
+    return REQUEUE if record["new_steps"] else UNSAVED
 
 
 def starting_point(argv: list[str]) -> RunConfig:

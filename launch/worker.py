@@ -8,19 +8,23 @@ import signal
 import sys
 from pathlib import Path
 
+from ..finetune.interrupts import Preempted, preemptible
 from . import cli
-from .torchrun import STATUS_FOLDER, end_at_once
+from .torchrun import STATUS_FOLDER, UNSAVED, end_at_once
 
 
 def main() -> None:
     """Entry point of `python -m tiltune.launch.worker VERB …`, under torchrun."""
     stop_with_parent()
     file = Path(os.environ[STATUS_FOLDER], os.environ["LOCAL_RANK"])
-    file.touch()
     try:
-        status = cli.run(sys.argv[1:])
+        with preemptible():
+            file.touch()
+            status = cli.run(sys.argv[1:])
     except SystemExit as stop:  # how tyro ends for --help and for flags that it cannot read
         status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except Preempted:
+        status = UNSAVED
     file.write_text(str(status))
     end_at_once(status)
 

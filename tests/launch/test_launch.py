@@ -22,7 +22,7 @@ import psutil
 import pytest
 import yaml
 
-from tiltune.launch import launch, torchrun
+from tiltune.launch import launch, slurm, torchrun
 
 ROOT = Path(launch.__file__).parents[1]
 CHECKOUT = Path(__file__).parents[2]  # what is installed has no pyproject.toml
@@ -130,7 +130,7 @@ def test_the_skypilot_task_recovers_from_a_requeue_status_and_keeps_runs() -> No
     found = yaml.safe_load((GOLDEN / "skypilot.yaml").read_text())
     assert set(found) == {"name", "num_nodes", "resources", "workdir", "file_mounts", "run"}
     assert found["num_nodes"] == 2 and set(found["resources"]["accelerators"].values()) == {8}
-    assert found["resources"]["job_recovery"]["recover_on_exit_codes"] == [torchrun.REQUEUE]
+    assert found["resources"]["job_recovery"]["recover_on_exit_codes"] == [torchrun.REQUEUE, torchrun.UNSAVED]
     assert set(found["file_mounts"]) == {launch.KEPT}
     assert re.fullmatch(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]", found["file_mounts"][launch.KEPT]["name"])
 
@@ -178,6 +178,7 @@ def test_hostile_words_arrive_locally_as_they_are(tiltune: Callable[..., Any], p
 def test_hostile_words_arrive_in_a_slurm_job_as_they_are(tiltune: Callable[..., Any], programs: Any, tmp_path: Path) -> None:
     programs("srun", SAY_WORDS)
     programs("scontrol", "echo node1")
+    programs("squeue", "echo RUNNING")
     (tmp_path / "job").write_text(dry(tiltune, ["--backend", "slurm", "--nproc", "1", "--", *HOSTILE]), encoding="utf-8")
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "4"}
     subprocess.run(["bash", "job"], check=True, env=os.environ | slurm)
@@ -219,29 +220,75 @@ def test_hostile_words_arrive_in_a_pod_as_they_are(tiltune: Callable[..., Any]) 
     assert (shown.status, shown.out, len(shown.err.splitlines())) == (2, "", 1)
 
 
+# `tests/slurm` has the same on a real SLURM; here are the cases that take a second each.
+SQUEUE = 'case "$*" in *%T*) echo RUNNING;; *%k*) cat comment;; esac'
+SCONTROL = """case "$1" in
+    requeue) echo "$2" > requeued;;
+    update) echo "${3#Comment=}" > comment;;
+    *) if [ "$2" = hostnames ]; then echo node1; else echo "PreemptTime=$PREEMPTED"; fi;;
+esac"""
+SRUN = """trap 'sleep .3; echo USR1 > heard; exit $ENDS' USR1
+trap 'echo TERM > heard; exit 143' TERM
+[ -z "$BEGINS" ] || touch "$TILTUNE_STATUS_FOLDER/0"
+touch up
+[ -n "$SENT" ] || exit "$ENDS"
+while :; do sleep .05; done"""
+
+
 @pytest.mark.parametrize(
-    ("sent", "ends", "requeued"),
-    [(signal.SIGUSR1, 75, True), (signal.SIGTERM, 75, False), (signal.SIGUSR1, 1, False), (None, 75, False), (None, 3, False)],
+    ("sent", "ends", "preempted", "comment", "requeued"),
+    [
+        (signal.SIGUSR1, 75, False, "", True),
+        (signal.SIGUSR1, 75, False, "nothing new was saved", True),
+        (signal.SIGUSR1, 76, False, "", True),
+        (signal.SIGUSR1, 76, False, "my own", True),
+        (signal.SIGUSR1, 76, False, "nothing new was saved", False),
+        (signal.SIGUSR1, 1, False, "", False),
+        (signal.SIGTERM, 75, False, "", False),
+        (None, 75, True, "", True),
+        (None, 76, True, "", True),
+        (None, 143, True, "", False),
+        (None, 75, False, "", False),
+        (None, 3, False, "", False),
+        (None, 3, True, "", False),
+    ],
 )
-def test_a_slurm_job_goes_back_into_the_queue_only_after_a_warning_and_a_save(
-    programs: Any, tmp_path: Path, sent: signal.Signals | None, ends: int, requeued: bool
+def test_a_slurm_job_goes_back_into_the_queue_only_if_it_was_to_end_and_can_go_on(
+    programs: Any, tmp_path: Path, sent: signal.Signals | None, ends: int, preempted: bool, comment: str, requeued: bool
 ) -> None:
-    programs(
-        "srun",
-        f'trap "sleep .3; exit {ends}" USR1 TERM\ntouch up\n'
-        + (f"exit {ends}" if sent is None else "while :; do sleep .05; done"),
-    )
-    programs("scontrol", 'if [ "$1" = requeue ]; then echo "$2" > requeued; else echo node1; fi')
+    for name, code in (("srun", SRUN), ("squeue", SQUEUE), ("scontrol", SCONTROL)):
+        programs(name, code)
+    (tmp_path / "comment").write_text(comment + "\n")
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_CPUS_PER_TASK": "4"}
-    job = subprocess.Popen(["bash", GOLDEN / "slurm.sbatch"], env=os.environ | slurm, stderr=subprocess.PIPE)
+    case = {"ENDS": str(ends), "BEGINS": "yes", "SENT": "" if sent is None else "yes"}
+    case |= {"PREEMPTED": "2026-01-01T00:00:00" if preempted else "None"}
+    job = subprocess.Popen(["bash", GOLDEN / "slurm.sbatch"], env=os.environ | slurm | case, stderr=subprocess.PIPE, text=True)
     if sent is not None:
         until = time.monotonic() + 10
         while not (tmp_path / "up").exists() and time.monotonic() < until:
             time.sleep(0.05)
         job.send_signal(sent)
-    job.communicate(timeout=10)
+    err = job.communicate(timeout=20)[1]
     assert job.returncode == ends
     assert (tmp_path / "requeued").exists() == requeued
+    assert (tmp_path / "heard").exists() == (sent is not None)
+    if sent is not None:
+        assert (tmp_path / "heard").read_text() == "USR1\n", "TERM would have srun kill its own step"
+    after = (tmp_path / "comment").read_text().strip()
+    if requeued:
+        assert after == {75: "saved" if comment else "", 76: "nothing new was saved"}[ends]
+    assert ("for the second time in a row" in err) == (ends == 76 and not requeued)
+
+
+@pytest.mark.parametrize("killed", [138, 143])
+def test_a_slurm_job_that_is_preempted_before_a_process_listens_goes_back(programs: Any, tmp_path: Path, killed: int) -> None:
+    for name, code in (("srun", SRUN), ("squeue", SQUEUE), ("scontrol", SCONTROL)):
+        programs(name, code)
+    (tmp_path / "comment").write_text("\n")
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_CPUS_PER_TASK": "4"}
+    case = {"ENDS": str(killed), "BEGINS": "", "SENT": "", "PREEMPTED": "2026-01-01T00:00:00"}
+    done = subprocess.run(["bash", GOLDEN / "slurm.sbatch"], env=os.environ | slurm | case, timeout=20)
+    assert done.returncode == torchrun.UNSAVED and (tmp_path / "requeued").exists()
 
 
 def test_the_warning_leaves_torchrun_its_grace() -> None:
@@ -259,6 +306,44 @@ def test_a_job_is_submitted_as_the_dry_run_prints_it(
     assert tiltune("launch", *CASES[name]).status == 5
     assert (tmp_path / "submitted").read_text() == (GOLDEN / name).read_text()
     assert tuple(said(tmp_path)[:-1]) == launch.SUBMIT[CASES[name][1]][1:]  # pyright: ignore[reportArgumentType]
+
+
+def test_a_submitted_slurm_job_is_told_with_what_comes_next(tiltune: Callable[..., Any], programs: Any, monkeypatch: Any) -> None:
+    programs("sbatch", "echo '1234;cluster'")
+    programs("scontrol", "echo '   StdOut=/home/me/my logs/1234.out'")
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "4:00:00")
+    slurm = ("launch", "--backend", "slurm", "--cpu", "--", "train", "digits")
+    shown = tiltune(*slurm, "--resume", "auto")
+    assert shown.status == 0 and shown.err == ""
+    assert shown.out.splitlines() == [
+        "job 1234 is in the queue",
+        "  watch  squeue --job 1234",
+        "  log    tail -F '/home/me/my logs/1234.out'",
+        "  stop   scancel 1234",
+    ]
+    programs("scontrol", "exit 1")
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "4")
+    shown = tiltune(*slurm, "--checkpoint-every=0")
+    assert "tail -F slurm-1234.out" in shown.out
+    lines = shown.err.splitlines()
+    assert len(lines) == 3 and "--resume auto" in lines[0] and "no checkpoints" in lines[1] and "limit is 4 minutes" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [
+        ("30", 30),
+        ("1:30", 1.5),
+        ("4:00:00", 240),
+        ("1-0", 1440),
+        ("1-2:3", 1563),
+        ("1-2:3:30", 1563.5),
+        ("UNLIMITED", None),
+        ("x", None),
+    ],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(limit: str, minutes: float | None) -> None:
+    assert slurm.minutes(limit) == minutes
 
 
 @pytest.mark.parametrize(

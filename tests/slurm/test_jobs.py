@@ -1,0 +1,187 @@
+"""Job files of `tiltune launch --backend slurm` on a real SLURM: what is saved, what goes back into the queue, and what does not.
+
+`pytest -m slurm -n 2`. Runs that go on end byte-equal to the one that nobody stopped.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+SLOW = """import os, time
+time.sleep(float(os.environ.get("SLOW_IMPORT", "0")))
+def slow(x):
+    time.sleep(0.25)
+    return -x.flatten(1).mean(1)
+"""
+STEPS = 60
+TRAINING = (
+    "train digits --energy slow.py:slow --steps 5 --warm-start none --soft-value-updates 0 --forward-rows 0 --bank-size 16"
+    f" --updates {STEPS} --batch-size 8 --checkpoint-every 10 --threads 1 --out run"
+).split()
+
+
+def tiltune(folder: Path, *words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "tiltune", *words], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def filled(folder: Path) -> Path:
+    (folder / "slow.py").write_text(SLOW)
+    return folder
+
+
+def left(folder: Path) -> dict[str, bytes]:
+    """Metrics and weights of the run in ``folder``."""
+    run = folder / "run"
+    return {str(file.relative_to(run)): file.read_bytes() for file in (run / "metrics.jsonl", *run.glob("policy/*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Two processes that nobody stops."""
+    folder = filled(tmp_path_factory.mktemp("whole"))
+    tiltune(folder, "launch", "--cpu", "--nproc", "2", "--", *TRAINING)
+    found = left(folder)
+    assert len(found) > 1 and found["metrics.jsonl"].count(b"\n") == STEPS
+    return found
+
+
+@pytest.fixture
+def submit(cluster: Any, tmp_path: Path) -> Callable[..., Any]:
+    def submitted(nodes: int, *options: str) -> Any:
+        processes = ("--nodes", str(nodes), "--nproc", str(2 // nodes))
+        command = (*TRAINING, "--resume", "auto")
+        text = tiltune(filled(tmp_path), "launch", "--backend", "slurm", "--cpu", *processes, "--dry-run", "--", *command)
+        return cluster.submit(text, tmp_path, *options)
+
+    cluster.grace(0)
+    return submitted
+
+
+@pytest.fixture
+def steps(tmp_path: Path, waiting: Any) -> Callable[[int], None]:
+    """Waits until the run has taken so many."""
+    file = tmp_path / "run" / "metrics.jsonl"
+    return lambda count: waiting(lambda: file.exists() and file.read_bytes().count(b"\n") >= count, 120, f"{count} steps")
+
+
+def grace_of(cluster: Any, job: Any, seconds: int) -> None:
+    cluster.grace(seconds)
+    cluster.preempt()
+
+
+AGAIN: dict[str, Callable[[Any, Any], None]] = {
+    "USR1 to the batch script": lambda cluster, job: job.signal("--signal=USR1", "--batch"),
+    "scontrol requeue": lambda cluster, job: cluster.run("scontrol", "requeue", job.number) and None,
+    "preemption without grace": lambda cluster, job: grace_of(cluster, job, 0),
+    "preemption with grace": lambda cluster, job: grace_of(cluster, job, 60),
+}
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("why", AGAIN)
+def test_what_is_stopped_and_goes_on_ends_as_if_nobody_had_stopped_it(
+    why, nodes, cluster, submit, steps, whole, tmp_path
+) -> None:
+    job = submit(nodes)
+    steps(12)
+    AGAIN[why](cluster, job)
+    assert job.ended() == {"JobState": "COMPLETED", "ExitCode": "0:0", "Restarts": "1"}, job.said
+    assert left(tmp_path) == whole
+    (taken,) = re.findall(r"going on from .*, after (\d+) steps", job.said)
+    assert int(taken) >= 12, "nothing that was there at the signal is lost"
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 5])
+def test_a_signal_while_it_starts_is_kept_until_it_is_heard(seconds, cluster, submit, whole, tmp_path) -> None:
+    job = submit(2 if seconds == 1 else 1)
+    job.running()
+    time.sleep(seconds)
+    job.signal("--signal=USR1", "--batch")
+    assert job.ended() == {"JobState": "COMPLETED", "ExitCode": "0:0", "Restarts": "1"}, job.said
+    assert left(tmp_path) == whole
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_time_limit(nodes, cluster, submit, whole, tmp_path) -> None:
+    """A limit of a minute, of which the warning leaves 15 s or more (it may come early)."""
+    job = submit(nodes, "--time=1", "--signal=B:USR1@30")
+    ended = job.ended(600)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.said
+    assert left(tmp_path) == whole
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("words", [("--signal=TERM", "--batch"), ()], ids=["TERM to the batch script", "scancel"])
+def test_what_a_user_stops_is_saved_and_stays_ended(words, nodes, submit, steps, tmp_path) -> None:
+    job = submit(nodes)
+    steps(12)
+    job.signal(*words)
+    ended = job.ended()
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED" if words else "CANCELLED", "0"), job.said
+    listed = tiltune(tmp_path, "checkpoint", "list", "run")
+    assert max(int(step) for step in re.findall(r"step-0*(\d+)", listed)) >= 12, listed
+
+
+def test_a_rank_that_is_killed_ends_the_job(submit, steps) -> None:
+    job = submit(2)
+    steps(12)
+    mine = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "tiltune.launch.worker" in (process.info["cmdline"] or []) and process.environ().get("SLURM_JOB_ID") == job.number
+    ]
+    workers = [process for process in mine if "RANK" in process.environ()]
+    assert len(workers) == 2
+    workers[-1].kill()
+    ended = job.ended()
+    assert ended["JobState"] == "FAILED" and ended["Restarts"] == "0" and ended["ExitCode"] != "0:0", job.said
+
+
+def test_a_start_that_outlasts_the_warning_twice_is_not_tried_a_third_time(cluster, submit, tmp_path, monkeypatch) -> None:
+    """The import of an energy takes longer than the time limit leaves."""
+    monkeypatch.setitem(cluster.environment, "SLOW_IMPORT", "90")
+    job = submit(1, "--time=1", "--signal=B:USR1@40")
+    ended = job.ended(400)
+    assert ended == {"JobState": "FAILED", "ExitCode": "76:0", "Restarts": "1"}, job.said
+    assert job.said.count("nothing new was saved; back into the queue, once") == 1
+    assert "for the second time in a row" in job.said and "Give a longer time limit" in job.said
+
+
+def test_threads_are_those_of_the_allocation(cluster, tmp_path) -> None:
+    """Two processes of four cores that are asked for get two each, however many the machine has."""
+    words = ("--backend", "slurm", "--cpu", "--nproc", "2", "--dry-run", "--", *TRAINING)
+    text = tiltune(filled(tmp_path), "launch", *words).replace("srun ", "echo threads $OMP_NUM_THREADS; false srun ", 1)
+    job = cluster.submit(text, tmp_path, "--cpus-per-task=4")
+    job.ended()
+    assert "threads 2\n" in job.said
+
+
+@pytest.mark.slow
+def test_twenty_preemptions_at_random_moments(cluster, submit, waiting, whole, tmp_path) -> None:
+    """Two nodes; grace or none by a coin. One run, byte-equal; each start goes on from where the last one was, or further."""
+    chance = random.Random(7)
+    job = submit(2)
+    for number in range(20):
+        job.running()
+        time.sleep(chance.uniform(0.0, 14.0))
+        if not job.field("JobState").startswith("RUNNING"):
+            continue
+        grace_of(cluster, job, chance.choice([0, 60]))
+        waiting(lambda number=number: int(job.field("Restarts")) > number or job.field("JobState") != "RUNNING", 90, "it is out")
+    job.ended(600)
+    taken = [int(found) for found in re.findall(r"going on from .*, after (\d+) steps", job.said)]
+    assert taken == sorted(taken) and left(tmp_path) == whole, job.said
