@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -150,7 +151,10 @@ def train(
     if start is None:
         refuse_occupied(folder, overwrite or _only_begun(folder, config, resume))
 
+    saves = [0.0]  # seconds that each took
+
     def save_checkpoint(trainer: Trainer) -> None:
+        begun = time.perf_counter()
         processes = trainer.processes
         saved, step = folder / checkpoint.FOLDER, trainer.taken
 
@@ -180,6 +184,7 @@ def train(
                     checkpoint.save(saved, step, write, keep=CHECKPOINTS)
                 else:
                     write(checkpoint.being_written(saved, step))
+            saves.append(time.perf_counter() - begun)
 
     # Several processes must leave together, so that what they hear waits for a place where all of them ask.
     listening = deferred() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else preemptible()
@@ -258,6 +263,7 @@ def train(
                 "log_z": None if result is None else result.log_z,
                 "improvement": None if result is None or result.improvement is None else result.improvement.to_dict(),
                 "seconds": None if result is None else round(result.seconds, 1),
+                "checkpoint_seconds": round(max(saves), 3),  # the longest, for whoever has so many before SIGKILL
                 "energy": list(config.energy.terms) if energy is None else None,
                 "decisions": list(prior.decisions),
                 "conditions": conditions,

@@ -51,6 +51,7 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
+FirstJobId={first}
 KillWait={kill_wait}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -91,7 +92,11 @@ class Cluster:
             f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={other} CPUs={cores} State=UNKNOWN"
             for name, other in zip(self.names, others, strict=True)
         ]
-        text = CONFIG.format(folder=folder, port=port, nodes="\n".join(lines), delay=REQUEUE_DELAY, kill_wait=KILL_WAIT)
+        # Jobs find each other by their number: those of two clusters on one machine must not have the same.
+        first = 1 + 100 * secrets.randbelow(90)
+        text = CONFIG.format(
+            folder=folder, port=port, first=first, nodes="\n".join(lines), delay=REQUEUE_DELAY, kill_wait=KILL_WAIT
+        )
         for part in ("state", "spool"):
             (folder / part).mkdir(parents=True)
         (folder / "slurm.conf").write_text(text)
