@@ -7,11 +7,14 @@ A cluster has to tell "saved, run me again" from a breakdown, so workers write t
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
+
+from ..finetune.interrupts import PREEMPTING
 
 # EX_TEMPFAIL of sysexits.h: a checkpoint is written, and the same command continues from it.
 REQUEUE = 75
@@ -22,6 +25,12 @@ SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 GRACE = 100
 # Where workers write their status, one file a local rank. It is there once the worker hears signals, and empty while it runs.
 STATUS_FOLDER = "TILTUNE_STATUS_FOLDER"
+
+
+def too_late() -> None:
+    """Hear no more of what asks to stop: all is done, and a signal in the interpreter's own end would still kill the process."""
+    for number in PREEMPTING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_at_once(status: int) -> NoReturn:
@@ -60,6 +69,7 @@ def run(arguments: list[str]) -> int:
             print(f"tiltune launch: stopped by {stop.sigval.name}, with status {status}.", file=sys.stderr)
         else:
             status = 0
+    too_late()
     return status
 
 

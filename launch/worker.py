@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..finetune.interrupts import Preempted, preemptible
 from . import cli
-from .torchrun import STATUS_FOLDER, UNSAVED, end_at_once
+from .torchrun import STATUS_FOLDER, UNSAVED, end_at_once, too_late
 
 
 def main() -> None:
@@ -25,6 +25,7 @@ def main() -> None:
         status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except Preempted:
         status = UNSAVED
+    too_late()
     file.write_text(str(status))
     end_at_once(status)
 
