@@ -207,6 +207,7 @@ def certify(options: Options, prior: Any, result: TrainResult) -> tuple[dict[str
         "steps": prior.chain.num_steps,
         "seed": options.seed,
         "train_seconds": round(result.seconds, 1),
+        "improvement": None if result.improvement is None else result.improvement.to_dict(),
     }
     return figures, evidence
 
@@ -255,6 +256,7 @@ def summary(certificate: dict[str, Any], out: Path) -> str:
         f" {certificate['eubo']:.3f}   gap {beside('gap', 'gap_reference')}   ESS {beside('ess', 'ess_reference')}",
         f"{certificate['energy_calls']:,} energy calls in training, {certificate['certificate_energy_calls']:,} in the"
         f" certificate, {certificate['seconds']:.0f} s; written to {out}",
+        *training_lines(certificate["improvement"]),
         *[f"flag: {flag}" for flag in certificate["flags"]],
         f"verdict: {certificate['verdict']}: {'; '.join(certificate['reasons'])}",
     ]
@@ -267,6 +269,15 @@ def mistaken_energy(x: Tensor) -> Tensor:
     from ..tasks.mixture import energy
 
     return from_reward(lambda samples: (-energy(samples)).exp())(x)
+
+
+def training_lines(improvement: dict[str, Any] | None) -> list[str]:
+    """How much closer than the prior the training saw itself, and where the updates were not what it ended at."""
+    if improvement is None:
+        return []
+    at_warm_start = improvement["reached"] == "the warm start"
+    undone = " The updates came no closer than the warm start, which the policy is of." if at_warm_start else ""
+    return [f"training: {improvement['sentence']}{undone}"]
 
 
 def compare(options: Options) -> int:
@@ -287,11 +298,11 @@ def compare(options: Options) -> int:
         print(f"== {name}", file=sys.stderr)
         _, certificate, evidence = run(replace(options, objective=objective), None, energy)
         runs[name] = (evidence.samples, certificate)
-    lines = [f"{'':<27}{'W2 ratio':>9}{'mode TV':>9}{'log Z':>8}{'ELBO':>8}{'EUBO':>8}{'ESS':>6}  verdict"]
+    lines = [f"{'':<27}{'W2 ratio':>9}{'mode TV':>9}{'log Z':>8}{'ELBO':>8}{'EUBO':>8}{'ESS':>6}  {'policy of':<16}verdict"]
     for name, (_, c) in runs.items():
         lines.append(
             f"{name:<27}{c['w2_ratio']:>9.2f}{c['mode_tv']:>9.3f}{c['log_z']:>8.3f}{c['elbo']:>8.2f}{c['eubo']:>8.2f}"
-            f"{c['ess']:>6.2f}  {c['verdict']}"
+            f"{c['ess']:>6.2f}  {c['improvement']['reached'] if c['improvement'] else '':<16}{c['verdict']}"
         )
     print("\n".join(lines))
     plots.comparison_figure(runs, target_mixture(options.alpha)).savefig(options.out / "picture.png")
