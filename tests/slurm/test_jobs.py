@@ -165,13 +165,17 @@ def test_a_start_that_outlasts_the_warning_twice_is_not_tried_a_third_time(clust
     assert "for the second time in a row" in job.said and "Give a longer time limit" in job.said
 
 
-def test_threads_are_those_of_the_allocation(cluster, tmp_path) -> None:
-    """Two processes of four cores that are asked for get two each, however many the machine has."""
+@pytest.mark.parametrize(("given", "expected"), [(None, "2"), ("3", "3")])
+def test_threads_are_those_of_the_allocation(given, expected, cluster, tmp_path, monkeypatch) -> None:
+    """Two processes of four cores that are asked for get two each, however many the machine has; what the user says holds."""
+    monkeypatch.delitem(cluster.environment, "OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setitem(cluster.environment, "OMP_NUM_THREADS", given)
     words = ("--backend", "slurm", "--cpu", "--nproc", "2", "--dry-run", "--", *TRAINING)
     text = tiltune(filled(tmp_path), "launch", *words).replace("\nsrun ", "\necho threads $OMP_NUM_THREADS\nfalse ", 1)
     job = cluster.submit(text, tmp_path, "--cpus-per-task=4")
     job.ended()
-    assert "threads 2\n" in job.said
+    assert f"threads {expected}\n" in job.said
 
 
 @pytest.mark.slow
