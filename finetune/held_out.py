@@ -24,6 +24,7 @@ from ..samplers.trajectory import Trajectories
 from .behavior import PriorBank
 
 DRAWN = 160  # tilted paths among them that are watched: a systematic draw, so that a heavy path counts more and costs once
+ALIKE = 0.05  # nats by which two policies that are judged by the same noise are not told apart
 BETTER = 2.0  # standard errors above 0 from which on a policy is said to be closer than its prior
 
 
@@ -138,14 +139,16 @@ class Kept:
     def __init__(self, weights: list[Tensor]) -> None:
         self.weights, self.nats, self.falls = [weight.clone() for weight in weights], 0.0, 0
 
-    def offer(self, nats: float, weights: list[Tensor], slack: float = 0.0) -> None:
-        """Keep ``weights`` if they are closer; ``slack``: nats that an offer may lie below without counting as a fall."""
-        if nats > self.nats:
+    def offer(self, nats: float, weights: list[Tensor], *, slack: float = 0.0, alike: float = 0.0) -> bool:
+        """Whether ``weights`` are kept: they are if they are closer, or less close by less than ``alike``, and closer than the
+        prior. ``slack``: nats that an offer may lie below without counting as a fall."""
+        if nats > max(0.0, self.nats - alike):
             self.nats, self.falls = nats, 0
             for own, weight in zip(self.weights, weights, strict=True):
                 own.copy_(weight)
-        else:
-            self.falls = self.falls + 1 if not nats >= self.nats - slack else 0
+            return True
+        self.falls = self.falls + 1 if not nats >= self.nats - slack else 0
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         return {"weights": self.weights, "nats": self.nats, "falls": self.falls}

@@ -28,7 +28,7 @@ from .energy_probe import probe_energy
 from .estimators import adequate_alpha, ess, log_mean_exp
 from .forward_kl import ForwardKL
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
-from .held_out import HeldOut, Improvement, Kept
+from .held_out import ALIKE, HeldOut, Improvement, Kept
 from .interrupts import NoAnswer, Preempted, ProcessError, uninterrupted
 from .objectives import OBJECTIVES, Batch
 from .processes import Processes
@@ -503,7 +503,7 @@ class Trainer:
         return found
 
     def _judge(self, phase: str) -> None:
-        """How much closer than the prior the policy is by held-out paths and fresh rollouts; kept if nothing was closer.
+        """How much closer than the prior the policy is by held-out paths and fresh rollouts; kept if nothing was clearly closer.
 
         All policies of a run are judged by the same noise, so that of two that hardly differ neither has the luckier rollouts.
         What is the closest already, the prior itself at first, is not judged again.
@@ -535,11 +535,10 @@ class Trainer:
         nats = nats if math.isfinite(nats) else -math.inf
         sides = [side.std().item() / math.sqrt(len(side)) for side in (log_weight, own)]
         se = math.hypot(error / math.sqrt(self.processes.count), *sides)
-        if nats > self.closest.nats:
+        if self.closest.offer(nats, self._trained(), alike=ALIKE):
             self.improvement = Improvement(nats, se, gap_prior, phase, reach)
         elif self.improvement is None or self.improvement.nats < nats < 0:
             self.improvement = Improvement(nats, se, gap_prior, "prior", reach)
-        self.closest.offer(nats, self._trained())
         self._judged = self.taken
 
     def _take_best(self) -> None:

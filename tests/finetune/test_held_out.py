@@ -137,6 +137,9 @@ def test_the_best_is_kept_and_falls_are_counted():
         (0.5, 6.0, 2),
         (0.5, 6.0, 0),
     ]
+    assert not kept.offer(0.2, at(10), alike=0.3) and kept.offer(0.25, at(11), alike=0.3)
+    assert not kept.offer(-0.01, at(12), alike=0.3), "nothing is alike to the prior"
+    kept.load_state_dict({"weights": at(6), "nats": 0.5, "falls": 0})
     other = Kept(at(7))
     other.load_state_dict(kept.state_dict())
     assert (other.nats, other.weights[0][0].item(), other.weights[1].item(), other.falls) == (0.5, 6.0, -6.0, 0)
@@ -245,7 +248,7 @@ def test_no_learning_rate_ends_worse_than_the_prior(task, times, warm_start):
 def test_without_bound_and_kept_weights_the_highest_rate_ends_far_worse(task, monkeypatch):
     """The control for the test above: the warm start `tlm` at 1000 times the rate."""
     monkeypatch.setattr(StepBound, "shorten", lambda self, before, weights, limit: 0.0)
-    monkeypatch.setattr(Kept, "offer", lambda self, nats, weights, slack=0.0: self.weights.__setitem__(slice(None), weights))
+    monkeypatch.setattr(Kept, "offer", lambda self, nats, weights, **rest: self.weights.__setitem__(slice(None), weights))
     result = Trainer(task.prior(), task.energy, rates(1000.0), policy=policy_of(task.prior()), progress=False).train()
     assert not gap_of(task, result.policy)[0] < 100 * gap_of(task, task.prior().denoiser)[0]
 
@@ -297,14 +300,15 @@ def test_warm_start_and_updates_are_judged_by_the_same_noise(task, monkeypatch, 
     """Updates that change next to nothing are judged alike to .001 nats; rollouts of another noise differ by some .1."""
     judged, offer = [], Kept.offer
 
-    def noted(self, nats, weights, slack=None):
-        if slack is None:  # the watch gives its own
+    def noted(self, nats, weights, **rest):
+        if "alike" in rest:  # the watch has slack instead
             judged.append(nats)
-        return offer(self, nats, weights, slack or 0.0)
+        return offer(self, nats, weights, **rest)
 
     monkeypatch.setattr(Kept, "offer", noted)
     config = replace(SMALL, learning_rate=1e-6, seed=seed)
-    Trainer(task.prior(), task.energy, config, policy=policy_of(task.prior()), progress=False).train()
+    result = Trainer(task.prior(), task.energy, config, policy=policy_of(task.prior()), progress=False).train()
+    assert result.improvement.reached == "the updates", "and they win a tie"
     monkeypatch.setattr(trainer_module, "JUDGING_SEED", trainer_module.JUDGING_SEED + 7)
     Trainer(task.prior(), task.energy, replace(config, updates=0), policy=policy_of(task.prior()), progress=False).train()
     before, after, other = judged
