@@ -247,6 +247,7 @@ while :; do sleep .05; done"""
         (signal.SIGTERM, 75, False, "", False),
         (None, 75, True, "", True),
         (None, 76, True, "", True),
+        (None, 76, True, "nothing new was saved", True),
         (None, 143, True, "", False),
         (None, 75, False, "", False),
         (None, 3, False, "", False),
@@ -275,8 +276,10 @@ def test_a_slurm_job_goes_back_into_the_queue_only_if_it_was_to_end_and_can_go_o
     if sent is not None:
         assert (tmp_path / "heard").read_text() == "USR1\n", "TERM would have srun kill its own step"
     after = (tmp_path / "comment").read_text().strip()
-    if requeued:
+    if requeued and sent is not None:
         assert after == {75: "saved" if comment else "", 76: "nothing new was saved"}[ends]
+    elif requeued:
+        assert after == comment, "a preemption says nothing of the time that a start takes"
     assert ("for the second time in a row" in err) == (ends == 76 and not requeued)
 
 

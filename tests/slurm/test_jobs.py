@@ -28,7 +28,7 @@ def slow(x):
 STEPS = 60
 TRAINING = (
     "train digits --energy slow.py:slow --steps 5 --warm-start none --soft-value-updates 0 --forward-rows 0 --bank-size 16"
-    f" --updates {STEPS} --batch-size 8 --checkpoint-every 10 --threads 1 --out run"
+    " --batch-size 8 --checkpoint-every 10 --threads 1 --out run --updates"
 ).split()
 
 
@@ -49,21 +49,24 @@ def left(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run)): file.read_bytes() for file in (run / "metrics.jsonl", *run.glob("policy/*.safetensors"))}
 
 
+def unstopped(folder: Path, updates: int) -> dict[str, bytes]:
+    """What two processes that nobody stops leave."""
+    tiltune(filled(folder), "launch", "--cpu", "--nproc", "2", "--", *TRAINING, str(updates))
+    found = left(folder)
+    assert len(found) > 1 and found["metrics.jsonl"].count(b"\n") == updates
+    return found
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Two processes that nobody stops."""
-    folder = filled(tmp_path_factory.mktemp("whole"))
-    tiltune(folder, "launch", "--cpu", "--nproc", "2", "--", *TRAINING)
-    found = left(folder)
-    assert len(found) > 1 and found["metrics.jsonl"].count(b"\n") == STEPS
-    return found
+    return unstopped(tmp_path_factory.mktemp("whole"), STEPS)
 
 
 @pytest.fixture
 def submit(cluster: Any, tmp_path: Path) -> Callable[..., Any]:
-    def submitted(nodes: int, *options: str) -> Any:
+    def submitted(nodes: int, *options: str, updates: int = STEPS) -> Any:
         processes = ("--nodes", str(nodes), "--nproc", str(2 // nodes))
-        command = (*TRAINING, "--resume", "auto")
+        command = (*TRAINING, str(updates), "--resume", "auto")
         text = tiltune(filled(tmp_path), "launch", "--backend", "slurm", "--cpu", *processes, "--dry-run", "--", *command)
         return cluster.submit(text, tmp_path, *options)
 
@@ -171,7 +174,7 @@ def test_threads_are_those_of_the_allocation(given, expected, cluster, tmp_path,
     monkeypatch.delitem(cluster.environment, "OMP_NUM_THREADS", raising=False)
     if given is not None:
         monkeypatch.setitem(cluster.environment, "OMP_NUM_THREADS", given)
-    words = ("--backend", "slurm", "--cpu", "--nproc", "2", "--dry-run", "--", *TRAINING)
+    words = ("--backend", "slurm", "--cpu", "--nproc", "2", "--dry-run", "--", *TRAINING, str(STEPS))
     text = tiltune(filled(tmp_path), "launch", *words).replace("\nsrun ", "\necho threads $OMP_NUM_THREADS\nfalse ", 1)
     job = cluster.submit(text, tmp_path, "--cpus-per-task=4")
     job.ended()
@@ -179,17 +182,18 @@ def test_threads_are_those_of_the_allocation(given, expected, cluster, tmp_path,
 
 
 @pytest.mark.slow
-def test_twenty_preemptions_at_random_moments(cluster, submit, waiting, whole, tmp_path) -> None:
-    """Two nodes; grace or none by a coin. One run, byte-equal; each start goes on from where the last one was, or further."""
+def test_twenty_preemptions_at_random_moments(cluster, submit, waiting, tmp_path, tmp_path_factory) -> None:
+    """Two nodes; grace or none by a coin, and some while the training starts. One run, byte-equal; each start goes on from where
+    the last one was, or further."""
     chance = random.Random(7)
-    job = submit(2)
+    job = submit(2, updates=400)
     for number in range(20):
-        job.running()
-        time.sleep(chance.uniform(0.0, 14.0))
-        if not job.field("JobState").startswith("RUNNING"):
-            continue
+        waiting(lambda: job.field("JobState") != "PENDING" and job.field("JobState") != "COMPLETING", 120, "it runs")
+        assert (job.field("JobState"), job.field("Restarts")) == ("RUNNING", str(number)), job.said
+        time.sleep(chance.uniform(0.0, 25.0))
         grace_of(cluster, job, chance.choice([0, 60]))
-        waiting(lambda number=number: int(job.field("Restarts")) > number or job.field("JobState") != "RUNNING", 90, "it is out")
-    job.ended(600)
+        waiting(lambda number=number: job.field("Restarts") == str(number + 1), 120, f"preemption {number + 1}")
+    assert job.ended(600) == {"JobState": "COMPLETED", "ExitCode": "0:0", "Restarts": "20"}, job.said
     taken = [int(found) for found in re.findall(r"going on from .*, after (\d+) steps", job.said)]
-    assert taken == sorted(taken) and left(tmp_path) == whole, job.said
+    assert taken == sorted(taken), job.said
+    assert left(tmp_path) == unstopped(tmp_path_factory.mktemp("whole"), 400)
