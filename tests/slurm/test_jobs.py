@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -26,31 +27,10 @@ def slow(x):
     return -x.flatten(1).mean(1)
 """
 STEPS = 60
-TRAINING = [
-    "train",
-    "digits",
-    "--energy",
-    "slow.py:slow",
-    "--steps",
-    "5",
-    "--warm-start",
-    "none",
-    "--soft-value-updates",
-    "0",
-    "--forward-rows",
-    "0",
-    "--bank-size",
-    "16",
-    "--batch-size",
-    "8",
-    "--checkpoint-every",
-    "10",
-    "--threads",
-    "1",
-    "--out",
-    "run",
-    "--updates",
-]
+TRAINING = shlex.split(
+    "train digits --energy slow.py:slow --steps 5 --warm-start none --soft-value-updates 0 --forward-rows 0 --bank-size 16"
+    " --batch-size 8 --checkpoint-every 10 --threads 1 --out run --updates"
+)
 
 
 def tiltune(folder: Path, *words: str) -> str:
