@@ -169,6 +169,21 @@ def test_a_start_that_outlasts_the_warning_twice_is_not_tried_a_third_time(clust
     assert "for the second time in a row" in job.said and "Give a longer time limit" in job.said
 
 
+def test_what_launch_says_of_a_job_works_as_it_says_it(cluster, steps, tmp_path) -> None:
+    words = ("launch", "--backend", "slurm", "--cpu", "--nproc", "2", "--", *TRAINING, str(STEPS))
+    done = subprocess.run(
+        [sys.executable, "-m", "tiltune", *words], cwd=filled(tmp_path), env=cluster.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "without --resume auto" in done.stderr, done.stderr
+    first, *commands = done.stdout.splitlines()
+    (number,) = re.fullmatch(r"job (\d+) is in the queue", first).groups()
+    watch, log, stop = (line.split(maxsplit=1)[1] for line in commands)
+    steps(12)
+    assert number in cluster.run(*shlex.split(watch))
+    assert "chain: ddpm" in cluster.run(*shlex.split(log.replace("tail -F", "cat")))
+    cluster.run(*shlex.split(stop))
+
+
 @pytest.mark.parametrize(("given", "expected"), [(None, "2"), ("3", "3")])
 def test_threads_are_those_of_the_allocation(given, expected, cluster, tmp_path, monkeypatch) -> None:
     """Two processes of four cores that are asked for get two each, however many the machine has; what the user says holds."""
