@@ -165,7 +165,7 @@ class Job:
         self.number = cluster.run("sbatch", "--parsable", "-D", str(folder), "-o", str(self.log), *options, str(file)).strip()
 
     def running(self) -> None:
-        wait_for(lambda: self.cluster.run("squeue", "-h", "-j", self.number, "-t", "RUNNING", check=False) != "", 60, "it runs")
+        wait_for(lambda: self.cluster.run("squeue", "-h", "-j", self.number, "-t", "RUNNING", check=False) != "", 120, "it runs")
 
     def ended(self, seconds: float = 300) -> dict[str, str]:
         """JobState, ExitCode and Restarts, once it is over for good."""
