@@ -343,7 +343,7 @@ def test_a_preempted_evaluation_leaves_the_certificate_that_was_there(tiltune: C
     first = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100)
     before = (trained / "certificate.json").read_bytes()
     shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:taken_away", "--size", 200)
-    assert (first.status, shown.status) == (1, 75)
+    assert (first.status, shown.status) == (1, 76)
     assert "SIGTERM: nothing of this was saved; run the same command again." in shown.err
     assert (trained / "certificate.json").read_bytes() == before
 
@@ -376,10 +376,12 @@ def test_tolerance_and_budget_are_flags_of_evaluate(tiltune: Callable[..., Any],
     assert tiltune(*evaluate, "--until-decided", 50).status == 2
 
 
-def test_a_preempted_training_ends_with_75_and_goes_on(tiltune: Callable[..., Any], here: Path, small: list[Any]) -> None:
+def test_a_training_that_is_preempted_before_it_saved_ends_with_76_and_starts_again(
+    tiltune: Callable[..., Any], here: Path, small: list[Any]
+) -> None:
     command = ["train", *small, "--out", "run"]
     nothing = tiltune(*command, "--energy", "my_energy.py:taken_away")
-    assert nothing.status == 75 and "nothing of this was saved" in nothing.err
+    assert nothing.status == 76 and "nothing of this was saved" in nothing.err
     assert not (here / "run").exists()
     assert tiltune(*command, "--energy", "my_energy.py:ink", "--resume", "auto").status == 0
     before = {file: file.read_bytes() for file in (here / "run").rglob("*") if file.is_file()}
@@ -524,7 +526,7 @@ raise SystemExit(cli.run(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 76)])
 def test_a_stop_within_an_import_is_a_stop(here: Path, small: list[Any], environment: Any, number: int, status: int) -> None:
     """Python 3.11 makes a RuntimeError of what is raised in __set_name__, say, which is no reason to run a job again."""
     words = [
