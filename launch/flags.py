@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -54,6 +55,13 @@ def parse(options: type, argv: list[str], prog: str, description: str) -> Any:
         if count > 1:
             raise ValueError(f"{name} is given {count} times; give it once, with all its values after it: {name} A B.")
     return tyro.cli(options, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def given(command: list[str], flag: str) -> str | None:
+    """The last value of a flag in a command that is passed on unread; None where it is not there."""
+    values = [word.partition("=")[2] for word in command if word.startswith(f"{flag}=")]
+    values += [after for word, after in pairwise(command) if word == flag]
+    return values[-1] if values else None
 
 
 def with_flags(base: RunConfig, options: Any) -> RunConfig:

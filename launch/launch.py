@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -111,9 +110,8 @@ def read(argv: list[str]) -> tuple[Options, list[str]]:
 
 def kept(command: list[str]) -> bool:
     """Whether the command's --out lies below `KEPT`."""
-    given = [word.partition("=")[2] for word in command if word.startswith("--out=")]
-    given += [after for word, after in pairwise(command) if word == "--out"]
-    return bool(given) and Path(os.path.normpath(given[-1])).is_relative_to(KEPT)
+    out = flags.given(command, "--out")
+    return out is not None and Path(os.path.normpath(out)).is_relative_to(KEPT)
 
 
 def processes(options: Options) -> int:

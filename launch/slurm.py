@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from itertools import pairwise
+
+from . import flags
 
 # A warning 120 s before the limit, up to a minute early, and what remains for the training.
 SHORTEST = 5.0
@@ -32,11 +33,11 @@ def minutes(limit: str) -> float | None:
 def doubts(command: list[str], limit: str | None) -> list[str]:
     """Why a job with this training command and time limit (None where the cluster's own holds) would not go on by itself."""
     found = []
-    if _given(command, "--resume") != "auto":
+    if flags.given(command, "--resume") != "auto":
         found.append(
             "without --resume auto a job that SLURM starts again stops at the run that it has left itself; add it to the command."
         )
-    if _given(command, "--checkpoint-every") == "0":
+    if flags.given(command, "--checkpoint-every") == "0":
         found.append("--checkpoint-every 0 keeps no checkpoints, so a job that is stopped has nothing to go on from.")
     short = None if limit is None else minutes(limit)
     if short is not None and 0 < short < SHORTEST:
@@ -45,13 +46,6 @@ def doubts(command: list[str], limit: str | None) -> list[str]:
             " hardly a step is taken; give several minutes more than the training takes to start."
         )
     return found
-
-
-def _given(command: list[str], flag: str) -> str | None:
-    """The last value of a flag."""
-    values = [after for word, after in pairwise(command) if word == flag]
-    values += [word.partition("=")[2] for word in command if word.startswith(f"{flag}=")]
-    return values[-1] if values else None
 
 
 def told(parsable: str) -> str:

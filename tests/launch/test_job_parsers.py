@@ -1,6 +1,6 @@
 """TrainJobs and SkyPilot tasks by the projects' own parsers, for every option of `launch`.
 
-`pip install -c constraints.txt ".[clusters]"`, then `pytest -m clusters`.
+`pip install ".[test,clusters]"` in an environment of its own, then `pytest -m clusters`.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def steps(tmp_path: Path, waiting: Any) -> Callable[[int], None]:
     return lambda count: waiting(lambda: file.exists() and file.read_bytes().count(b"\n") >= count, 120, f"{count} steps")
 
 
-def grace_of(cluster: Any, job: Any, seconds: int) -> None:
+def grace_of(cluster: Any, seconds: int) -> None:
     cluster.grace(seconds)
     cluster.preempt()
 
@@ -90,8 +90,8 @@ def grace_of(cluster: Any, job: Any, seconds: int) -> None:
 AGAIN: dict[str, Callable[[Any, Any], None]] = {
     "USR1 to the batch script": lambda cluster, job: job.signal("--signal=USR1", "--batch"),
     "scontrol requeue": lambda cluster, job: cluster.run("scontrol", "requeue", job.number) and None,
-    "preemption without grace": lambda cluster, job: grace_of(cluster, job, 0),
-    "preemption with grace": lambda cluster, job: grace_of(cluster, job, 60),
+    "preemption without grace": lambda cluster, job: grace_of(cluster, 0),
+    "preemption with grace": lambda cluster, job: grace_of(cluster, 60),
 }
 
 
@@ -207,7 +207,7 @@ def test_twenty_preemptions_at_random_moments(cluster, submit, waiting, tmp_path
         job.running()
         assert job.field("Restarts") == str(number), job.said
         time.sleep(chance.uniform(0.0, 25.0))
-        grace_of(cluster, job, chance.choice([0, 60]))
+        grace_of(cluster, chance.choice([0, 60]))
         waiting(lambda number=number: job.field("Restarts") == str(number + 1), 120, f"preemption {number + 1}")
     assert job.ended(600) == {"JobState": "COMPLETED", "ExitCode": "0:0", "Restarts": "20"}, job.said
     taken = [int(found) for found in re.findall(r"going on from .*, after (\d+) steps", job.said)]
