@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .finetune.certificate import gather_evidence, path_figures
-    from .finetune.config import (
+    from .finetune.certificate.criteria import judge_known
+    from .finetune.certificate.deployment import deployment_figures
+    from .finetune.certificate.evidence import gather_evidence, path_figures
+    from .finetune.certificate.verdict import judge_unknown
+    from .finetune.config.sections import (
         CertificateConfig,
         EnergyConfig,
         PolicyConfig,
@@ -21,34 +24,33 @@ if TYPE_CHECKING:
         TrainConfig,
         pretrained_recipe,
     )
-    from .finetune.criteria import judge_known
-    from .finetune.deployment import deployment_figures
-    from .finetune.energy import Energy, from_density, from_reward
-    from .finetune.energy_cache import CachedEnergy
-    from .finetune.energy_images import to_pil, to_uint8, to_unit
-    from .finetune.energy_likelihoods import from_classifier, linear_measurement
-    from .finetune.energy_loading import load_energy
-    from .finetune.energy_pool import EnergyPool
-    from .finetune.energy_remote import from_remote
-    from .finetune.energy_sum import WeightedSum
-    from .finetune.evaluation import certify, measure_deployment
-    from .finetune.export import export_policy
-    from .finetune.run import Run, open_run, train
-    from .finetune.trainer import Trainer, TrainResult
-    from .finetune.verdict import judge_unknown
+    from .finetune.energies.cache import CachedEnergy
+    from .finetune.energies.energy import Energy, from_density, from_reward
+    from .finetune.energies.images import to_pil, to_uint8, to_unit
+    from .finetune.energies.likelihoods import from_classifier, linear_measurement
+    from .finetune.energies.names import load_energy
+    from .finetune.energies.weighted_sum import WeightedSum
+    from .finetune.energies.workers.pool import EnergyPool
+    from .finetune.energies.workers.remote import from_remote
+    from .finetune.learning.trainer import Trainer, TrainResult
+    from .finetune.runs.evaluate import certify, measure_deployment
+    from .finetune.runs.export import export_policy
+    from .finetune.runs.run import Run, open_run, train
     from .launch.pictures import run_figure
     from .samplers.chain import Chain
+    from .samplers.denoiser import ResidualDenoiser
+    from .samplers.loading.pretrained import load_policy
     from .samplers.mlp import MLPDenoiser
-    from .samplers.policy import Policy, Prior, ResidualDenoiser, make_policy, trainable_copy
-    from .samplers.pretrained import load_policy
+    from .samplers.policy import Policy, make_policy, trainable_copy
+    from .samplers.prior import Prior
+    from .samplers.resampling import importance_resample
     from .samplers.rollout import noise_back, rollout
-    from .samplers.schedulers import brownian_chain, chain_from_scheduler, place_timesteps
-    from .samplers.steering import importance_resample
+    from .samplers.schedulers.table import brownian_chain, chain_from_scheduler, place_timesteps
     from .tasks.task import load_task
 
 _HOMES = {
-    "finetune.certificate": ("gather_evidence", "path_figures"),
-    "finetune.config": (
+    "finetune.certificate.evidence": ("gather_evidence", "path_figures"),
+    "finetune.config.sections": (
         "CertificateConfig",
         "EnergyConfig",
         "PolicyConfig",
@@ -57,29 +59,29 @@ _HOMES = {
         "TrainConfig",
         "pretrained_recipe",
     ),
-    "finetune.criteria": ("judge_known",),
-    "finetune.deployment": ("deployment_figures",),
-    "finetune.energy": ("Energy", "from_density", "from_reward"),
-    "finetune.energy_cache": ("CachedEnergy",),
-    "finetune.energy_images": ("to_pil", "to_uint8", "to_unit"),
-    "finetune.energy_likelihoods": ("from_classifier", "linear_measurement"),
-    "finetune.energy_loading": ("load_energy",),
-    "finetune.energy_pool": ("EnergyPool",),
-    "finetune.energy_remote": ("from_remote",),
-    "finetune.energy_sum": ("WeightedSum",),
-    "finetune.evaluation": ("certify", "measure_deployment"),
-    "finetune.export": ("export_policy",),
-    "finetune.run": ("Run", "open_run", "train"),
-    "finetune.trainer": ("TrainResult", "Trainer"),
-    "finetune.verdict": ("judge_unknown",),
+    "finetune.certificate.criteria": ("judge_known",),
+    "finetune.certificate.deployment": ("deployment_figures",),
+    "finetune.energies.energy": ("Energy", "from_density", "from_reward"),
+    "finetune.energies.cache": ("CachedEnergy",),
+    "finetune.energies.images": ("to_pil", "to_uint8", "to_unit"),
+    "finetune.energies.likelihoods": ("from_classifier", "linear_measurement"),
+    "finetune.energies.names": ("load_energy",),
+    "finetune.energies.workers.pool": ("EnergyPool",),
+    "finetune.energies.workers.remote": ("from_remote",),
+    "finetune.energies.weighted_sum": ("WeightedSum",),
+    "finetune.runs.evaluate": ("certify", "measure_deployment"),
+    "finetune.runs.export": ("export_policy",),
+    "finetune.runs.run": ("Run", "open_run", "train"),
+    "finetune.learning.trainer": ("TrainResult", "Trainer"),
+    "finetune.certificate.verdict": ("judge_unknown",),
     "launch.pictures": ("run_figure",),
     "samplers.chain": ("Chain",),
     "samplers.mlp": ("MLPDenoiser",),
     "samplers.policy": ("Policy", "Prior", "ResidualDenoiser", "make_policy", "trainable_copy"),
-    "samplers.pretrained": ("load_policy",),
+    "samplers.loading.pretrained": ("load_policy",),
     "samplers.rollout": ("noise_back", "rollout"),
-    "samplers.schedulers": ("brownian_chain", "chain_from_scheduler", "place_timesteps"),
-    "samplers.steering": ("importance_resample",),
+    "samplers.schedulers.table": ("brownian_chain", "chain_from_scheduler", "place_timesteps"),
+    "samplers.resampling": ("importance_resample",),
     "tasks.task": ("load_task",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -9,9 +9,9 @@ import traceback
 from importlib import import_module
 
 from .._version import __version__
-from ..finetune.energy_error import EnergyError
-from ..finetune.interrupts import Preempted, ProcessError
-from .torchrun import UNSAVED, end_at_once
+from ..finetune.distributed.signals import Preempted, ProcessError
+from ..finetune.energies.error import EnergyError
+from .cluster.torchrun import UNSAVED, end_at_once
 
 VERBS = {
     "train": ("train", "fine-tune a shipped task, or any diffusers prior toward any energy"),
@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
         print(f"tiltune: unknown verb {verb!r}; {hint}.", file=sys.stderr)
         return 2
     try:
-        return import_module(f".{VERBS[verb][0]}", __package__).main(arguments[1:])
+        return import_module(f".verbs.{VERBS[verb][0]}", __package__).main(arguments[1:])
     except Preempted as signal:
         print(f"{signal}: nothing of this was saved; run the same command again.", file=sys.stderr)
         return UNSAVED

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from ..finetune.config import RunConfig
-from ..finetune.config_file import from_mapping, to_mapping
+from ..finetune.config.sections import RunConfig
+from ..finetune.config.yaml_file import from_mapping, to_mapping
 
 POSITIONAL = tyro.conf.Positional
 RunFolder = Annotated[Path, POSITIONAL, tyro.conf.arg(metavar="RUN")]

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tasks.image_metrics import on_cpu
-from ..tasks.image_plots import image_grid, sheet, target_samples
-from ..tasks.plots import POLICY, PRIOR, TARGET, new_figure
+from ..tasks.metrics.images import on_cpu
+from ..tasks.plots.curves import POLICY, PRIOR, TARGET, new_figure
+from ..tasks.plots.images import image_grid, sheet, target_samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..finetune.certificate import Evidence
+    from ..finetune.certificate.evidence import Evidence
 
 
 def is_images(samples: Tensor) -> bool:

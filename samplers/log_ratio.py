@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .chain import Chain
-from .policy import Denoiser, evaluate
+from .denoiser import Denoiser, evaluate
 from .trajectory import Trajectories, rows_at_once
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapter_switch import AdapterSwitch
 from .denoiser import DiffusersDenoiser, is_diffusers
-from .folder import read_json
+from .loading.folder import read_json
 
 if TYPE_CHECKING:
     from .prior import Source

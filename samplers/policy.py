@@ -85,7 +85,7 @@ class Policy(nn.Module):
 
         Errors: ValueError for a network that is no diffusers model.
         """
-        from .pretrained import save_policy
+        from .loading.pretrained import save_policy
 
         save_policy(self, Path(folder))
 

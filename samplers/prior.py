@@ -72,7 +72,7 @@ class Prior:
         device: torch.device | str | None = None,
     ) -> Prior:
         """A pretrained diffusers sampler as a prior; what the arguments mean and what is refused: `pretrained.load_prior`."""
-        from .pretrained import load_prior
+        from .loading.pretrained import load_prior
 
         return load_prior(
             path,

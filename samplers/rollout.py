@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .chain import SIGMA_ZERO
+from .denoiser import Denoiser, evaluate
 from .log_ratio import log_ratio_from_noise, log_ratio_from_states
-from .policy import Denoiser, Prior, evaluate
+from .prior import Prior
 from .trajectory import Trajectories
 
 

@@ -77,7 +77,7 @@ class ClassEnergy:
     """E(x) = -log p(class in ``wanted`` | x), nats, by a classifier (`from_classifier`)."""
 
     def __init__(self, classifier: nn.Module, wanted: tuple[int, ...]) -> None:
-        from ..finetune.energy_likelihoods import from_classifier
+        from ..finetune.energies.likelihoods import from_classifier
 
         self.wanted = wanted
         self._energy = from_classifier(classifier, wanted)

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.config import PriorConfig, RunConfig
+from ..finetune.config.sections import PriorConfig, RunConfig
 from .image_recipe import class_criteria, image_recipe, shipped_prior
 from .task import Task, energy_terms
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from ..finetune.certificate import Evidence
-    from ..finetune.criteria import Criterion
-    from ..finetune.energy import Energy
-    from ..samplers.policy import Prior
+    from ..finetune.certificate.criteria import Criterion
+    from ..finetune.certificate.evidence import Evidence
+    from ..finetune.energies.energy import Energy
+    from ..samplers.prior import Prior
     from .classifier import ClassEnergy, SmallClassifier
 
 FOLDER = Path(__file__).parent / "data" / "digits"
@@ -68,7 +68,7 @@ def load_prior(config: PriorConfig) -> Prior:
 def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
     """Shares, diversity, W2 and the energy histogram against the weighted prior samples, each with its error."""
     from .classifier import ClassEnergy
-    from .image_metrics import image_figures, wanted_figures
+    from .metrics.images import image_figures, wanted_figures
 
     found = image_figures(evidence, judge(), generator)
     # Of several terms of classes none is the wanted one: the histogram over all classes is then what there is to see.
@@ -78,7 +78,7 @@ def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> d
 
 def criteria(figures: dict[str, Any]) -> list[Criterion]:
     """The bars of the task: what a policy that draws the tilted prior, and nothing less, meets."""
-    from ..finetune.criteria import Criterion
+    from ..finetune.certificate.criteria import Criterion
 
     lines = [
         Criterion("energy TV", figures["energy_tv"], 0.15),
@@ -90,7 +90,7 @@ def criteria(figures: dict[str, Any]) -> list[Criterion]:
 
 def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], figures: dict[str, Any]) -> Figure:
     """Prior, policy and target as image grids, with the training curves."""
-    from .image_plots import image_figure
+    from .plots.images import image_figure
 
     return image_figure(evidence, history, figures)
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.config import PriorConfig, RunConfig
+from ..finetune.config.sections import PriorConfig, RunConfig
 from .image_recipe import class_criteria, image_recipe, shipped_prior
 from .task import Task, energy_terms
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from ..finetune.certificate import Evidence
-    from ..finetune.criteria import Criterion
-    from ..finetune.energy import Energy
-    from ..samplers.policy import Prior
+    from ..finetune.certificate.criteria import Criterion
+    from ..finetune.certificate.evidence import Evidence
+    from ..finetune.energies.energy import Energy
+    from ..samplers.prior import Prior
     from .classifier import ClassEnergy, SmallClassifier
     from .inpainting import Inpainting
 
@@ -95,8 +95,8 @@ def load_prior(config: PriorConfig) -> Prior:
 def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
     """Classes, W2 and the energy histogram against the weighted prior samples, and what belongs to each kind of energy."""
     from .classifier import ClassEnergy
-    from .image_metrics import image_figures, inpainting_figures, wanted_figures
     from .inpainting import Inpainting
+    from .metrics.images import image_figures, inpainting_figures, wanted_figures
 
     found = image_figures(evidence, judge(), generator)
     for term in energy_terms(energy):
@@ -109,7 +109,7 @@ def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> d
 
 def criteria(figures: dict[str, Any]) -> list[Criterion]:
     """The bars of the task; ``_null`` is what an exact sampler exceeds in three cases of a thousand."""
-    from ..finetune.criteria import Criterion
+    from ..finetune.certificate.criteria import Criterion
 
     lines = [
         Criterion("energy TV", figures["energy_tv"], 0.03 + figures["energy_tv_null"]),
@@ -131,8 +131,8 @@ def criteria(figures: dict[str, Any]) -> list[Criterion]:
 
 def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], figures: dict[str, Any]) -> Figure:
     """Prior, policy and target as image grids: beside the measurement for inpainting, else with the training curves."""
-    from .image_plots import image_figure, inpainting_figure
     from .inpainting import Inpainting
+    from .plots.images import image_figure, inpainting_figure
 
     for term in energy_terms(energy):
         if isinstance(term, Inpainting):

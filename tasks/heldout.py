@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..finetune.certificate import Evidence, gather_evidence
+from ..finetune.certificate.evidence import Evidence, gather_evidence
 from .gaussian_mixture import GaussianMixture, MixtureDenoiser
 
 DIMENSIONS = (2, 10, 50)
@@ -125,7 +125,7 @@ def certificate(task: HeldOut, sampler: GaussianMixture, size: int, noise: float
 
 def rollouts(task: HeldOut, sampler: GaussianMixture, size: int) -> Evidence:
     """``size`` rollouts a side of a real chain, the exact denoiser of ``sampler`` as policy on that of the prior."""
-    from ..samplers.policy import Prior
+    from ..samplers.prior import Prior
     from .gaussian_images import build_chain
 
     chain = build_chain()

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.config import CertificateConfig, EnergyConfig, PriorConfig, RunConfig, TrainConfig
+from ..finetune.config.sections import CertificateConfig, EnergyConfig, PriorConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from ..finetune.criteria import Criterion
-    from ..samplers.policy import Prior
+    from ..finetune.certificate.criteria import Criterion
+    from ..samplers.prior import Prior
 
 
 def image_recipe(task: str, energy: str, alpha: float, updates: int, certificate_size: int) -> RunConfig:
@@ -45,7 +45,7 @@ def image_recipe(task: str, energy: str, alpha: float, updates: int, certificate
 
 def class_criteria(figures: dict[str, Any]) -> list[Criterion]:
     """The lines of an energy of one set of classes, unmeasured where the certificate found no such energy."""
-    from ..finetune.criteria import Criterion
+    from ..finetune.certificate.criteria import Criterion
 
     found = "share" in figures
     return [
@@ -56,7 +56,7 @@ def class_criteria(figures: dict[str, Any]) -> list[Criterion]:
 
 def shipped_prior(folder: Path, config: PriorConfig) -> Prior:
     """The pipeline in ``folder`` with the config's chain."""
-    from ..samplers.pretrained import load_prior
+    from ..samplers.loading.pretrained import load_prior
 
     settings: dict[str, Any] = asdict(config)
     del settings["source"]  # a task brings its own

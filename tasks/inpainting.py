@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..finetune.energy import Energy
-from ..finetune.energy_likelihoods import linear_measurement
+from ..finetune.energies.energy import Energy
+from ..finetune.energies.likelihoods import linear_measurement
 
 REGIONS = ("upper", "box")
 

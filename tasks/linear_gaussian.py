@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..samplers.chain import SIGMA_ZERO, Chain
-from ..samplers.policy import Prior
+from ..samplers.prior import Prior
 
 
 class LinearDenoiser:

@@ -19,7 +19,7 @@ from ..samplers.chain import Chain
 from .gaussian_mixture import GaussianMixture
 
 if TYPE_CHECKING:
-    from ..samplers.policy import Prior
+    from ..samplers.prior import Prior
 
 DATA = Path(__file__).parent / "data"
 MODE_VARIANCE = 0.3
@@ -108,7 +108,7 @@ def build_chain(name: str, num_steps: int | None = None) -> Chain:
     if name not in CHAINS:
         raise ValueError(f"unknown chain {name!r}; the mixture task has {', '.join(CHAINS)}.")
     steps = DEFAULT_STEPS[name] if num_steps is None else num_steps
-    from ..samplers.schedulers import brownian_chain, chain_from_scheduler, place_timesteps
+    from ..samplers.schedulers.table import brownian_chain, chain_from_scheduler, place_timesteps
 
     if name == "brownian":
         return brownian_chain(steps)
@@ -128,7 +128,7 @@ def build_chain(name: str, num_steps: int | None = None) -> Chain:
 def load_prior(name: str, chain: Chain) -> Prior:
     """The shipped MLP prior of a chain's noise process, with that chain."""
     from ..samplers.mlp import MLPDenoiser
-    from ..samplers.policy import Prior
+    from ..samplers.prior import Prior
 
     folder = DATA / f"mixture_{PROCESS[name]}"
     network = MLPDenoiser.from_pretrained(folder, use_safetensors=True, local_files_only=True)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.config import PriorConfig, RunConfig
+from ..finetune.config.sections import PriorConfig, RunConfig
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from ..finetune.certificate import Evidence
-    from ..finetune.criteria import Criterion
-    from ..finetune.energy import Energy
-    from ..samplers.policy import Prior
+    from ..finetune.certificate.criteria import Criterion
+    from ..finetune.certificate.evidence import Evidence
+    from ..finetune.energies.energy import Energy
+    from ..samplers.prior import Prior
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def energy_terms(energy: Energy) -> list[Energy]:
 
     Of what worker processes load by name, the terms of the task's own module are loaded here too; the others stay with them.
     """
-    from ..finetune.energy_cache import CachedEnergy
-    from ..finetune.energy_loading import combine, parse_energy
-    from ..finetune.energy_pool import EnergyPool
-    from ..finetune.energy_sum import WeightedSum
+    from ..finetune.energies.cache import CachedEnergy
+    from ..finetune.energies.names import combine, parse_energy
+    from ..finetune.energies.weighted_sum import WeightedSum
+    from ..finetune.energies.workers.pool import EnergyPool
 
     if isinstance(energy, CachedEnergy):
         energy = energy.energy

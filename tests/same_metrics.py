@@ -20,10 +20,8 @@ from typing import Any
 
 OBJECTIVES = ("rtb", "log_variance", "trust_pcl", "reinforce_kl")
 CHAINS = ("ddim", "flow", "brownian")
-SMALL = (
-    "--threads 1 --bank-size 400 --soft-value-updates 60 --warm-start-updates 60 --warm-start-rows 96 --updates 12"
-    " --batch-size 32 --checkpoint-every 0"
-).split()
+SMALL = """--threads 1 --bank-size 400 --soft-value-updates 60 --warm-start-updates 60 --warm-start-rows 96 --updates 12
+    --batch-size 32 --checkpoint-every 0"""
 CLOCKS = ("seconds", "train_seconds")
 SHARDED = ["launch", "--cpu", "--nproc", "2", "--fsdp", "--"]
 TWO = ["launch", "--cpu", "--nproc", "2", "--"]
@@ -31,15 +29,15 @@ TWO = ["launch", "--cpu", "--nproc", "2", "--"]
 
 def runs(prior: str, energy: str, alpha: str) -> dict[str, list[str]]:
     """{name: arguments}, without the folder to write to."""
-    stranger = ["train", "--prior", prior, "--energy", energy, "--alpha", alpha, "--steps", "10", *SMALL]
-    digits = ["train", "digits", *SMALL]
+    stranger = ["train", "--prior", prior, "--energy", energy, "--alpha", alpha, "--steps", "10", *SMALL.split()]
+    digits = ["train", "digits", *SMALL.split()]
     return {
         **{f"2d-{objective}": ["2d", "--objective", objective] for objective in OBJECTIVES},
         **{f"2d-{chain}": ["2d", "--chain", chain] for chain in CHAINS},
         "2d-no-warm-start": ["2d", "--warm-start", "none"],
         "digits": digits,
         "digits-tlm": [*digits, "--warm-start", "tlm", "--objective", "rtb"],
-        "fashion": ["train", "fashion", *SMALL],
+        "fashion": ["train", "fashion", *SMALL.split()],
         "digits-lora": [*digits, "--policy", "lora"],
         "stranger": stranger,
         "two-processes": [*TWO, *digits],

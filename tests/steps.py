@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import torch
 
-from tiltune.finetune import run
-from tiltune.finetune.config import pretrained_recipe
-from tiltune.finetune.trainer import Trainer
-from tiltune.samplers.policy import evaluate
+from tiltune.finetune.config.sections import pretrained_recipe
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.runs import run
+from tiltune.samplers.denoiser import evaluate
 
 ROWS = 256
 

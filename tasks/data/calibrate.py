@@ -16,12 +16,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...finetune.certificate import Evidence, gather_evidence, path_figures
-from ...finetune.criteria import judge_known
-from ...finetune.verdict import judge_unknown
+from ...finetune.certificate.criteria import judge_known
+from ...finetune.certificate.evidence import Evidence, gather_evidence, path_figures
+from ...finetune.certificate.verdict import judge_unknown
 from ...samplers.chain import Chain
 from ..gaussian_mixture import GaussianMixture, MixtureDenoiser
-from ..metrics import MODE_SAMPLES, W2_SETS, W2_SIZE, mode_spreads, mode_tv, w2_sets
+from ..metrics.known_truth import MODE_SAMPLES, W2_SETS, W2_SIZE, mode_spreads, mode_tv, w2_sets
 from ..mixture import (
     DATA,
     MODE_VARIANCE,

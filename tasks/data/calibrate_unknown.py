@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ...finetune.certificate import Evidence, path_figures
-from ...finetune.criteria import EXIT_STATUS
-from ...finetune.verdict import judge_unknown
+from ...finetune.certificate.criteria import EXIT_STATUS
+from ...finetune.certificate.evidence import Evidence, path_figures
+from ...finetune.certificate.verdict import judge_unknown
 from ..heldout import DIMENSIONS, HeldOut, certificate, held_out, planted, rollouts
 from ..mixture import DATA
 

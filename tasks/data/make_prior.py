@@ -14,7 +14,7 @@ import torch
 
 from ...samplers.chain import Chain
 from ...samplers.mlp import MLPDenoiser, precondition_for_
-from ...samplers.schedulers import brownian_chain, chain_from_scheduler
+from ...samplers.schedulers.table import brownian_chain, chain_from_scheduler
 from ..mixture import DATA, in_states, prior_mixture
 
 

@@ -11,10 +11,10 @@ import sys
 
 import torch
 
-from ...finetune.certificate import gather_evidence, path_figures
+from ...finetune.certificate.evidence import gather_evidence, path_figures
 from ...finetune.estimators import mean
 from ..gaussian_mixture import MixtureDenoiser
-from ..metrics import W2_SIZE, w2_sets
+from ..metrics.known_truth import W2_SIZE, w2_sets
 from ..mixture import CHAINS, DATA, DEFAULT_STEPS, build_chain, energy, in_states, load_prior, target_mixture
 
 SIZE = 100_000

@@ -22,8 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tiltune.finetune.checkpoint import checkpoints, find, save
-from tiltune.finetune.manifest import seal
+from tiltune.finetune.runs.checkpoint import checkpoints, find, save
+from tiltune.finetune.runs.manifest import seal
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")
 

@@ -12,14 +12,16 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 from torch.distributions import Normal
 
-from tiltune.finetune.behavior import BEHAVIORS, NEEDS_BANK, Context, PriorBank, draw, temperature_within_reach
 from tiltune.finetune.estimators import weighted_mean
+from tiltune.finetune.learning.behaviors import BEHAVIORS, NEEDS_BANK, Context, PriorBank, draw, temperature_within_reach
 from tiltune.samplers.chain import Chain
+from tiltune.samplers.denoiser import Denoiser, evaluate
 from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Denoiser, Prior, evaluate, trainable_copy
+from tiltune.samplers.policy import trainable_copy
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
 
 ALPHA, BANK = 0.8, 400

@@ -6,14 +6,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from tiltune.finetune.behavior import PriorBank
-from tiltune.finetune.bridge_check import bridge_bias
-from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.forward_kl import ForwardKL
-from tiltune.finetune.trainer import Trainer
-from tiltune.samplers.policy import Prior
+from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.learning.behaviors import PriorBank
+from tiltune.finetune.learning.bridge_check import bridge_bias
+from tiltune.finetune.learning.forward_kl import ForwardKL
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
 CHAINS = {
@@ -72,7 +72,7 @@ def test_an_exact_denoiser_has_no_bias(name):
 
 @pytest.mark.parametrize(("name", "error"), [("ddpm", -0.2), ("ddim", -0.2), ("brownian", 2.0)])
 def test_the_bias_of_another_denoiser_is_the_closed_form(name, error, monkeypatch):
-    monkeypatch.setattr("tiltune.finetune.bridge_check.PATHS", 4000)
+    monkeypatch.setattr("tiltune.finetune.learning.bridge_check.PATHS", 4000)
     prior = prior_of(name, error)
     expected = closed_form(prior)
     assert expected > 0.2

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltune.finetune.certificate import Evidence, expectation, gather_evidence, path_figures
-from tiltune.finetune.criteria import flags
-from tiltune.finetune.verdict import judge_unknown
+from tiltune.finetune.certificate.criteria import flags
+from tiltune.finetune.certificate.evidence import Evidence, expectation, gather_evidence, path_figures
+from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.samplers.chain import Chain
-from tiltune.samplers.policy import Denoiser
+from tiltune.samplers.denoiser import Denoiser
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import brownian_chain
+from tiltune.samplers.schedulers.table import brownian_chain
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 SIZE = 4000

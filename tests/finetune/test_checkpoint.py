@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tiltune.finetune.checkpoint import checkpoints, find, last, rewind, save
-from tiltune.finetune.manifest import verify
+from tiltune.finetune.runs.checkpoint import checkpoints, find, last, rewind, save
+from tiltune.finetune.runs.manifest import verify
 
 FAULTS = Path(__file__).with_name("save_faults.py")
 

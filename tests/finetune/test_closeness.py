@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltune.finetune.certificate import Evidence
-from tiltune.finetune.closeness import bridge, path_tv, total_variation, undercovered, unseen
+from tiltune.finetune.certificate.closeness import bridge, path_tv, total_variation, undercovered, unseen
+from tiltune.finetune.certificate.evidence import Evidence
 from tiltune.tasks.gaussian_mixture import GaussianMixture
 from tiltune.tasks.heldout import HeldOut, certificate
 

@@ -11,8 +11,7 @@ from typing import Any, get_args
 
 import pytest
 
-from tiltune.finetune.behavior import BEHAVIORS
-from tiltune.finetune.config import (
+from tiltune.finetune.config.sections import (
     BEHAVIOR_NAMES,
     CertificateConfig,
     EnergyConfig,
@@ -23,7 +22,8 @@ from tiltune.finetune.config import (
     TrainConfig,
     pretrained_recipe,
 )
-from tiltune.finetune.objectives import OBJECTIVES
+from tiltune.finetune.learning.behaviors import BEHAVIORS
+from tiltune.finetune.learning.objectives import OBJECTIVES
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"alpha": 0.0}, "alpha is 0.0.*alpha > 0"),
@@ -107,7 +107,7 @@ def test_a_config_survives_json() -> None:
 
 def test_importing_the_config_does_not_import_torch() -> None:
     code = (
-        "import sys, tiltune; from tiltune.finetune.config import TrainConfig; TrainConfig();"
+        "import sys, tiltune; from tiltune.finetune.config.sections import TrainConfig; TrainConfig();"
         " print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -156,7 +156,7 @@ def test_every_field_says_what_it_is_for_or_needs_no_words() -> None:
     import ast
     import inspect
 
-    from tiltune.finetune import config
+    from tiltune.finetune.config import sections as config
 
     silent = set()
     for node in ast.parse(inspect.getsource(config)).body:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tiltune.finetune.config import EnergyConfig, PolicyConfig, PriorConfig, RunConfig, TrainConfig, pretrained_recipe
-from tiltune.finetune.config_file import from_mapping, leaves, read_yaml, to_mapping, to_yaml
+from tiltune.finetune.config.sections import EnergyConfig, PolicyConfig, PriorConfig, RunConfig, TrainConfig, pretrained_recipe
+from tiltune.finetune.config.yaml_file import from_mapping, leaves, read_yaml, to_mapping, to_yaml
 
 
 def read(tmp_path: Path, text: str, base: RunConfig | None = None) -> RunConfig:
@@ -187,7 +187,7 @@ print(sorted({{"torch", "diffusers", "numpy", "tyro"}} & set(sys.modules)))
 
 def test_every_hint_of_the_tree_can_be_checked() -> None:
     # A field of a type that the checks do not know would accept nothing, or fail with a KeyError of its own.
-    from tiltune.finetune.config_file import _expected
+    from tiltune.finetune.config.yaml_file import _expected
 
     def hints(kind: Any) -> list[Any]:
         import typing

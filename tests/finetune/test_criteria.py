@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tiltune.finetune.criteria import (
+from tiltune.finetune.certificate.criteria import (
     EXIT_STATUS,
     Criterion,
     against_prior,

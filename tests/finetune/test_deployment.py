@@ -12,13 +12,21 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor
 
-from tiltune.finetune.certificate import Evidence, gather_evidence
-from tiltune.finetune.deployment import Deployed, Reference, deployed_samplers, deployment_figures, draw_deployed, has_even_steps
+from tiltune.finetune.certificate.deployment import (
+    Deployed,
+    Reference,
+    deployed_samplers,
+    deployment_figures,
+    draw_deployed,
+    has_even_steps,
+)
+from tiltune.finetune.certificate.evidence import Evidence, gather_evidence
 from tiltune.finetune.estimators import weighted_mean
+from tiltune.samplers.loading.pretrained import load_prior
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
-from tiltune.samplers.policy import Policy, Prior, make_policy
-from tiltune.samplers.pretrained import load_prior
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
+from tiltune.samplers.policy import Policy, make_policy
+from tiltune.samplers.prior import Prior
+from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
 
 STEPS = 8
 # Its last step draws noise, so that the trained chain is what diffusers runs, to the last step.

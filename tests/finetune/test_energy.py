@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.energy import EnergyError, EnergyMeter, from_density, from_reward
-from tiltune.finetune.objectives import OBJECTIVES, Batch
-from tiltune.finetune.trainer import Trainer
+from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.energies.energy import EnergyMeter, from_density, from_reward
+from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Prior
-from tiltune.samplers.schedulers import brownian_chain
+from tiltune.samplers.prior import Prior
+from tiltune.samplers.schedulers.table import brownian_chain
 
 X = torch.arange(8.0)[:, None].expand(8, 3)
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltune.finetune.energy import EnergyError, EnergyMeter, from_reward
-from tiltune.finetune.energy_cache import CachedEnergy
-from tiltune.finetune.energy_error import WorkerTraceback, energy_name
-from tiltune.finetune.energy_likelihoods import from_classifier
-from tiltune.finetune.energy_loading import combine, load_energy
-from tiltune.finetune.energy_pool import EnergyPool
-from tiltune.finetune.energy_sum import WeightedSum
+from tiltune.finetune.energies.cache import CachedEnergy
+from tiltune.finetune.energies.energy import EnergyMeter, from_reward
+from tiltune.finetune.energies.error import EnergyError, WorkerTraceback, energy_name
+from tiltune.finetune.energies.likelihoods import from_classifier
+from tiltune.finetune.energies.names import combine, load_energy
+from tiltune.finetune.energies.weighted_sum import WeightedSum
+from tiltune.finetune.energies.workers.pool import EnergyPool
 
 X = torch.zeros(4, 3)
 FILE = """

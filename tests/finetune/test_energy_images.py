@@ -13,8 +13,9 @@ from diffusers.utils.pil_utils import pt_to_pil
 from PIL import Image
 from torch import Tensor
 
-from tiltune.finetune.energy import EnergyError, EnergyMeter, from_reward
-from tiltune.finetune.energy_images import to_pil, to_uint8, to_unit
+from tiltune.finetune.energies.energy import EnergyMeter, from_reward
+from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.energies.images import to_pil, to_uint8, to_unit
 
 
 def samples(channels: int = 3, count: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltune.finetune.energy import EnergyError, EnergyMeter
-from tiltune.finetune.energy_images import to_unit
-from tiltune.finetune.energy_likelihoods import from_classifier, linear_measurement
+from tiltune.finetune.energies.energy import EnergyMeter
+from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.energies.images import to_unit
+from tiltune.finetune.energies.likelihoods import from_classifier, linear_measurement
 from tiltune.tasks.gaussian_mixture import GaussianMixture
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.finetune.energy import EnergyMeter
-from tiltune.finetune.energy_loading import EnergySpec, combine, load_energy, parse_energy
-from tiltune.finetune.energy_sum import WeightedSum
+from tiltune.finetune.energies.energy import EnergyMeter
+from tiltune.finetune.energies.names import EnergySpec, combine, load_energy, parse_energy
+from tiltune.finetune.energies.weighted_sum import WeightedSum
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 

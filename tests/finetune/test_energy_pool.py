@@ -17,18 +17,19 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tiltune.finetune import checkpoint
-from tiltune.finetune import run as runs
-from tiltune.finetune.config import EnergyConfig, PriorConfig, RunConfig, TrainConfig
-from tiltune.finetune.energy import EnergyError, EnergyMeter
-from tiltune.finetune.energy_cache import CachedEnergy
-from tiltune.finetune.energy_loading import combine
-from tiltune.finetune.energy_pool import EnergyPool
-from tiltune.finetune.energy_sum import WeightedSum
-from tiltune.finetune.trainer import Trainer
+from tiltune.finetune.config.sections import EnergyConfig, PriorConfig, RunConfig, TrainConfig
+from tiltune.finetune.energies.cache import CachedEnergy
+from tiltune.finetune.energies.energy import EnergyMeter
+from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.energies.names import combine
+from tiltune.finetune.energies.weighted_sum import WeightedSum
+from tiltune.finetune.energies.workers.pool import EnergyPool
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.runs import checkpoint
+from tiltune.finetune.runs import run as runs
+from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import ResidualDenoiser
-from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.samplers.schedulers.table import chain_from_scheduler
 from tiltune.samplers.trajectory import rows_at_once
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
@@ -259,7 +260,7 @@ def same(first: Any, second: Any) -> bool:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bank of several chunks."""
     assert rows_at_once((2,), torch.device("cpu")) > 60
-    monkeypatch.setattr("tiltune.finetune.trainer.rows_at_once", lambda shape, device: 13)
+    monkeypatch.setattr("tiltune.finetune.learning.trainer.rows_at_once", lambda shape, device: 13)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -292,8 +293,8 @@ def test_the_next_samples_are_drawn_while_the_energy_works(task: LinearGaussian,
 
     from tiltune.samplers.rollout import rollout
 
-    monkeypatch.setattr("tiltune.finetune.trainer.rollout", counting)
-    monkeypatch.setattr("tiltune.finetune.behavior.rollout", counting)
+    monkeypatch.setattr("tiltune.finetune.learning.trainer.rollout", counting)
+    monkeypatch.setattr("tiltune.finetune.learning.behaviors.rollout", counting)
     probe, bank, held_out, update, judged = [False] * 4, [*[True] * 4, False], [True, False], [True, False], [False]
     waits = iter([*probe, *bank, *held_out, *judged, *update, *judged])
     met: list[bool] = []

@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.energy import Energy, EnergyError, EnergyMeter
-from tiltune.finetune.energy_cache import CachedEnergy
-from tiltune.finetune.energy_pool import EnergyPool
-from tiltune.finetune.energy_probe import probe_energy
-from tiltune.finetune.energy_sum import WeightedSum
-from tiltune.finetune.trainer import Trainer
+from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.energies.cache import CachedEnergy
+from tiltune.finetune.energies.energy import Energy, EnergyMeter
+from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.energies.probe import probe_energy
+from tiltune.finetune.energies.weighted_sum import WeightedSum
+from tiltune.finetune.energies.workers.pool import EnergyPool
+from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Prior
-from tiltune.samplers.schedulers import brownian_chain
+from tiltune.samplers.prior import Prior
+from tiltune.samplers.schedulers.table import brownian_chain
 
 CALLS = itertools.count(1)  # a draw could hit a number that is within rounding of the one before
 X = torch.tensor([[0.3, -1.2], [2.0, 0.4], [-0.7, 0.1], [1.1, 1.5]])

@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from tiltune.finetune import energy_remote
-from tiltune.finetune.energy import EnergyError, EnergyMeter
-from tiltune.finetune.energy_cache import CachedEnergy
-from tiltune.finetune.energy_loading import load_energy, parse_energy
-from tiltune.finetune.energy_pool import EnergyPool
-from tiltune.finetune.energy_remote import from_remote
-from tiltune.finetune.energy_wire import pack_samples, unpack_samples
+from tiltune.finetune.energies.cache import CachedEnergy
+from tiltune.finetune.energies.energy import EnergyMeter
+from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.energies.names import load_energy, parse_energy
+from tiltune.finetune.energies.workers import remote as energy_remote
+from tiltune.finetune.energies.workers.pool import EnergyPool
+from tiltune.finetune.energies.workers.remote import from_remote
+from tiltune.finetune.energies.workers.wire import pack_samples, unpack_samples
 
 X = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
 Answer = tuple[int, dict[str, str], bytes | Iterator[bytes]]
@@ -114,7 +115,7 @@ def test_the_wire_brings_everything_back() -> None:
 
 
 def test_it_is_named_like_any_energy_and_works_on_threads_and_behind_a_memory(scorer: Scorer) -> None:
-    for place in ("tiltune", "tiltune.finetune.energy_remote"):
+    for place in ("tiltune", "tiltune.finetune.energies.workers.remote"):
         spec = parse_energy(f"0.5*{place}:from_remote({scorer.url!r}, batch=4, timeout=2.5)")
         assert (spec.scale, spec.arguments, spec.keywords) == (0.5, (scorer.url,), {"batch": 4, "timeout": 2.5})
     energy = load_energy(f"tiltune:from_remote({scorer.url!r}, batch=4)")

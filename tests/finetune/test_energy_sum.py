@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltune.finetune.energy import EnergyError, EnergyMeter
-from tiltune.finetune.energy_cache import CachedEnergy
-from tiltune.finetune.energy_sum import WeightedSum
+from tiltune.finetune.energies.cache import CachedEnergy
+from tiltune.finetune.energies.energy import EnergyMeter
+from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.energies.weighted_sum import WeightedSum
 
 X = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
 

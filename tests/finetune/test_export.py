@@ -24,15 +24,16 @@ from diffusers import (
 )
 from torch import Tensor
 
-from tiltune.finetune import export
-from tiltune.finetune.deployment import Deployed, draw_deployed
-from tiltune.finetune.export import export_policy
+from tiltune.finetune.certificate.deployment import Deployed, draw_deployed
+from tiltune.finetune.runs import export
+from tiltune.finetune.runs.export import export_policy
 from tiltune.samplers.chain import Chain
-from tiltune.samplers.folder import PICKLES
+from tiltune.samplers.loading.folder import PICKLES
+from tiltune.samplers.loading.pretrained import load_prior
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Policy, Prior, make_policy
-from tiltune.samplers.pretrained import load_prior
-from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.samplers.policy import Policy, make_policy
+from tiltune.samplers.prior import Prior
+from tiltune.samplers.schedulers.table import chain_from_scheduler
 
 STEPS = 3
 

@@ -11,15 +11,17 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
-from tiltune.finetune.gradients import MAX_CHUNK, backward_trajectories, chunk_rows, objective_gradient
-from tiltune.finetune.objectives import OBJECTIVES, Batch
-from tiltune.launch.bench import KeptBytes, ignore, make_case, naive_update, two_pass_update
+from tiltune.finetune.learning.gradients import MAX_CHUNK, backward_trajectories, chunk_rows, objective_gradient
+from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.launch.verbs.bench import KeptBytes, ignore, make_case, naive_update, two_pass_update
 from tiltune.samplers.chain import Chain
+from tiltune.samplers.denoiser import evaluate
 from tiltune.samplers.log_ratio import log_ratio_from_states, rows_of, step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Prior, evaluate, trainable_copy
+from tiltune.samplers.policy import trainable_copy
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
 
 ALPHA, BATCH = 0.6, 6

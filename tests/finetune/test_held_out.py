@@ -8,19 +8,19 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal
 
-from tiltune.finetune import trainer as trainer_module
-from tiltune.finetune.behavior import PriorBank
-from tiltune.finetune.config import TrainConfig
+from tiltune.finetune.config.sections import TrainConfig
 from tiltune.finetune.estimators import weighted_mean
-from tiltune.finetune.held_out import DRAWN, HeldOut, Improvement, Kept
-from tiltune.finetune.step_bound import StepBound
-from tiltune.finetune.trainer import JUDGED, Trainer
-from tiltune.finetune.value_drift import ValueDrift
+from tiltune.finetune.learning import trainer as trainer_module
+from tiltune.finetune.learning.behaviors import PriorBank
+from tiltune.finetune.learning.held_out import DRAWN, HeldOut, Improvement, Kept
+from tiltune.finetune.learning.step_bound import StepBound
+from tiltune.finetune.learning.trainer import JUDGED, Trainer
+from tiltune.finetune.learning.value_drift import ValueDrift
+from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import ResidualDenoiser
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.samplers.schedulers.table import chain_from_scheduler
 from tiltune.tasks.linear_gaussian import LinearDenoiser, LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
@@ -322,8 +322,8 @@ def test_a_target_beyond_the_paths_is_seen_from_a_milder_one_and_that_is_said(ta
     learned there and continued takes more than half of log Z - ELBO. The control may use any share, and says nothing."""
     steep = LinearGaussian(task.chain, torch.zeros(2, dtype=torch.float64), torch.tensor([3.4, -1.7], dtype=torch.float64))
     if reached:
-        monkeypatch.setattr("tiltune.finetune.behavior.ENOUGH", 0.0)
-        monkeypatch.setattr("tiltune.finetune.behavior.FEWEST", 0)
+        monkeypatch.setattr("tiltune.finetune.learning.behaviors.ENOUGH", 0.0)
+        monkeypatch.setattr("tiltune.finetune.learning.behaviors.FEWEST", 0)
     config = replace(SMALL, warm_start="value_drift", warm_start_updates=120, soft_value_updates=100, updates=0)
     trainer = Trainer(steep.prior(), steep.energy, config, policy=policy_of(steep.prior()), progress=False)
     result = trainer.train()

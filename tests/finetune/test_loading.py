@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tiltune.finetune.loading import loading
+from tiltune.finetune.runs.loading import loading
 
 
 def test_seconds_move_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltune.finetune.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
 from tiltune.samplers.log_ratio import log_ratio_from_states
 
 ALPHAS = (0.1, 0.5, 2.0)

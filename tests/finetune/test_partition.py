@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltune.finetune.certificate import Evidence
-from tiltune.finetune.partition import PARTS, k_means, nearest, partition_of, share_distance, weighted_quantiles
+from tiltune.finetune.certificate.evidence import Evidence
+from tiltune.finetune.certificate.partition import PARTS, k_means, nearest, partition_of, share_distance, weighted_quantiles
 
 
 def test_k_means_finds_separated_weighted_clusters() -> None:

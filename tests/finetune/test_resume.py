@@ -10,18 +10,18 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tiltune.finetune import checkpoint
-from tiltune.finetune import run as runs
-from tiltune.finetune.config import PriorConfig, RunConfig, TrainConfig
-from tiltune.finetune.energy_cache import CachedEnergy
-from tiltune.finetune.interrupts import Preempted
-from tiltune.finetune.objectives import OBJECTIVES
-from tiltune.finetune.run_lock import RunLock
-from tiltune.finetune.state_file import read_state, write_state
-from tiltune.finetune.trainer import Trainer
+from tiltune.finetune.config.sections import PriorConfig, RunConfig, TrainConfig
+from tiltune.finetune.distributed.signals import Preempted
+from tiltune.finetune.energies.cache import CachedEnergy
+from tiltune.finetune.learning.objectives import OBJECTIVES
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.runs import checkpoint
+from tiltune.finetune.runs import run as runs
+from tiltune.finetune.runs.lock import RunLock
+from tiltune.finetune.runs.state_file import read_state, write_state
+from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import ResidualDenoiser
-from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.samplers.schedulers.table import chain_from_scheduler
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}

@@ -3,8 +3,8 @@
 import torch
 from diffusers import DDPMScheduler
 
-from tiltune.finetune.rows import step_share, stratified
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
+from tiltune.finetune.learning.rows import step_share, stratified
+from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
 
 
 def test_steps_come_by_their_shares_to_one_row() -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.finetune import evaluation
-from tiltune.finetune import run as runs
-from tiltune.finetune.config import EnergyConfig, PolicyConfig, PriorConfig, RunConfig, TrainConfig
-from tiltune.finetune.config_file import from_mapping, read_yaml
-from tiltune.finetune.criteria import Criterion
-from tiltune.finetune.run_folder import ASIDE, MOVING, new_run
+from tiltune.finetune.certificate.criteria import Criterion
+from tiltune.finetune.config.sections import EnergyConfig, PolicyConfig, PriorConfig, RunConfig, TrainConfig
+from tiltune.finetune.config.yaml_file import from_mapping, read_yaml
+from tiltune.finetune.runs import evaluate as evaluation
+from tiltune.finetune.runs import run as runs
+from tiltune.finetune.runs.folder import ASIDE, MOVING, new_run
 from tiltune.samplers.policy import Policy
 
 ENERGY = """
@@ -483,7 +483,7 @@ def test_an_undecided_certificate_draws_on_to_its_budget(config: RunConfig, tmp_
 
 
 def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) -> None:
-    from tiltune.samplers.pretrained import load_prior
+    from tiltune.samplers.loading.pretrained import load_prior
 
     def flat(x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(x))
@@ -520,7 +520,7 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
 
 def test_a_gross_miss_fails_a_task_whose_target_side_is_thin(config: RunConfig, tmp_path: Path) -> None:
     """100 rollouts are too few for the task's own criteria, which are met; that the prior is far off is shown all the same."""
-    from tiltune.samplers.pretrained import load_prior
+    from tiltune.samplers.loading.pretrained import load_prior
 
     task: Any = SimpleNamespace(
         name="toy",

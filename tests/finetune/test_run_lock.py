@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tiltune.finetune.run_lock import RunLock
+from tiltune.finetune.runs.lock import RunLock
 
 HOLD = """
 import sys

@@ -6,20 +6,22 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from tiltune.finetune.behavior import PriorBank
-from tiltune.finetune.certificate import path_figures
-from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.energy import EnergyError, EnergyMeter
+from tiltune.finetune.certificate.evidence import path_figures
+from tiltune.finetune.certificate.verdict import judge_unknown
+from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.energies.energy import EnergyMeter
+from tiltune.finetune.energies.error import EnergyError
 from tiltune.finetune.estimators import weighted_mean
-from tiltune.finetune.forward_kl import ForwardKL
-from tiltune.finetune.trainer import Trainer
-from tiltune.finetune.verdict import judge_unknown
+from tiltune.finetune.learning.behaviors import PriorBank
+from tiltune.finetune.learning.forward_kl import ForwardKL
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
-from tiltune.samplers.policy import Prior, ResidualDenoiser
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
-from tiltune.tasks.metrics import w2
+from tiltune.tasks.metrics.known_truth import w2
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
 CHAINS = {
@@ -115,7 +117,7 @@ def test_one_nan_among_the_first_few_energies_does_not_stop_a_run():
 
 
 def test_nothing_finite_on_the_target_side_is_inconclusive_and_never_a_crash():
-    from tiltune.finetune.certificate import gather_evidence
+    from tiltune.finetune.certificate.evidence import gather_evidence
 
     prior = gaussian_prior(brownian_chain(4))
     evidence = gather_evidence(

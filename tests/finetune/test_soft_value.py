@@ -7,17 +7,17 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tiltune.finetune.behavior import PriorBank
-from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.forward_kl import ForwardKL
-from tiltune.finetune.gradients import backward_likelihood
-from tiltune.finetune.objectives import Batch, reinforce_kl
-from tiltune.finetune.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value, standardized, states_of
-from tiltune.finetune.trainer import Trainer
+from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.learning.behaviors import PriorBank
+from tiltune.finetune.learning.forward_kl import ForwardKL
+from tiltune.finetune.learning.gradients import backward_likelihood
+from tiltune.finetune.learning.objectives import Batch, reinforce_kl
+from tiltune.finetune.learning.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value, standardized, states_of
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.samplers.denoiser import ResidualDenoiser, evaluate
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import ResidualDenoiser, evaluate
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.samplers.schedulers.table import chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
@@ -314,8 +314,8 @@ def test_the_returned_weights_are_the_running_average(task):
 def test_half_precision_trains_with_a_scaled_gradient():
     """float16 autocast on the CPU: overflowing steps are left out, the others move the policy, log-ratios stay float32."""
     from tiltune.samplers.denoiser import DiffusersDenoiser
-    from tiltune.samplers.policy import Prior
-    from tiltune.samplers.schedulers import brownian_chain
+    from tiltune.samplers.prior import Prior
+    from tiltune.samplers.schedulers.table import brownian_chain
 
     network = MLPDenoiser(width=16, depth=1, fourier_features=4)
     torch.nn.init.normal_(network.outward.weight, std=0.1)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiltune.finetune.state_file import DTYPES, read_state, write_state
+from tiltune.finetune.runs.state_file import DTYPES, read_state, write_state
 
 
 def there_and_back(folder: Path, tree: Any) -> Any:

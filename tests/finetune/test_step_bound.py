@@ -7,11 +7,11 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from tiltune.finetune.step_bound import GROWTH, StepBound
+from tiltune.finetune.learning.step_bound import GROWTH, StepBound
+from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import ResidualDenoiser
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.samplers.schedulers.table import chain_from_scheduler
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}

@@ -12,17 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltune.finetune.behavior import BEHAVIORS
-from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.energy import Energy, EnergyError
-from tiltune.finetune.objectives import OBJECTIVES, Batch
-from tiltune.finetune.processes import Processes
-from tiltune.finetune.trainer import Trainer, TrainResult
+from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.distributed.processes import Processes
+from tiltune.finetune.energies.energy import Energy
+from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.learning.behaviors import BEHAVIORS
+from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.trainer import Trainer, TrainResult
+from tiltune.samplers.denoiser import Denoiser, ResidualDenoiser
 from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Denoiser, Prior, ResidualDenoiser
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import brownian_chain
+from tiltune.samplers.schedulers.table import brownian_chain
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 STEPS = 5

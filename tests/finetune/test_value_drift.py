@@ -8,16 +8,16 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
-from tiltune.finetune.behavior import PriorBank
-from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.held_out import HeldOut
-from tiltune.finetune.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value
-from tiltune.finetune.step_bound import StepBound
-from tiltune.finetune.trainer import Trainer
-from tiltune.finetune.value_drift import ValueDrift
-from tiltune.samplers.policy import evaluate
+from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.learning.behaviors import PriorBank
+from tiltune.finetune.learning.held_out import HeldOut
+from tiltune.finetune.learning.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value
+from tiltune.finetune.learning.step_bound import StepBound
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.learning.value_drift import ValueDrift
+from tiltune.samplers.denoiser import evaluate
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.samplers.schedulers.table import chain_from_scheduler
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.finetune.certificate import Evidence, path_figures
-from tiltune.finetune.verdict import Bounds, judge_unknown
+from tiltune.finetune.certificate.evidence import Evidence, path_figures
+from tiltune.finetune.certificate.verdict import Bounds, judge_unknown
 from tiltune.tasks.gaussian_mixture import GaussianMixture
 from tiltune.tasks.heldout import HeldOut, certificate, held_out, planted, total_variation
 

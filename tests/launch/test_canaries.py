@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.finetune.state_file import read_state, write_state
+from tiltune.finetune.runs.state_file import read_state, write_state
 
 
 def through_a_file(folder: Path, state: Any) -> Any:

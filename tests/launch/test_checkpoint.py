@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tiltune.finetune.checkpoint import save
+from tiltune.finetune.runs.checkpoint import save
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from tiltune.launch import cli, two_d
+from tiltune.launch import cli
+from tiltune.launch.verbs import two_d
 from tiltune.tasks.task import TASKS
 
 
@@ -60,7 +61,7 @@ def test_the_console_script_is_quick():
 def test_statuses_and_sentences(monkeypatch, capsys):
     from types import SimpleNamespace
 
-    from tiltune.finetune.criteria import EXIT_STATUS
+    from tiltune.finetune.certificate.criteria import EXIT_STATUS
 
     def breaking(error):
         def main(argv):

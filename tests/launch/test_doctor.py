@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.launch import doctor, round_trip
+from tiltune.launch.cluster import round_trip
+from tiltune.launch.verbs import doctor
 
 CHECKOUT = Path(__file__).parents[2]  # what is installed has no pyproject.toml
 

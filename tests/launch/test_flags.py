@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tiltune.finetune.config import RunConfig, pretrained_recipe
-from tiltune.finetune.config_file import leaves, to_mapping
-from tiltune.launch import flags, train
+from tiltune.finetune.config.sections import RunConfig, pretrained_recipe
+from tiltune.finetune.config.yaml_file import leaves, to_mapping
+from tiltune.launch import flags
+from tiltune.launch.verbs import train
 
 VALUES: dict[str, list[str]] = {
     "--device": ["cpu"],

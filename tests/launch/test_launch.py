@@ -22,9 +22,10 @@ import psutil
 import pytest
 import yaml
 
-from tiltune.launch import launch, slurm, torchrun
+from tiltune.launch.cluster import slurm, torchrun
+from tiltune.launch.verbs import launch
 
-ROOT = Path(launch.__file__).parents[1]
+ROOT = Path(launch.__file__).parents[2]
 CHECKOUT = Path(__file__).parents[2]  # what is installed has no pyproject.toml
 GOLDEN = Path(__file__).parent / "golden"
 HOSTILE = [
@@ -419,7 +420,7 @@ def test_torchrun_still_has_what_we_rely_on() -> None:
         0,
     )  # a status of 75 is never restarted in place
     assert (parsed.nproc_per_node, parsed.signals_to_handle) == ("2", torchrun.SIGNALS)
-    assert (parsed.training_script, parsed.training_script_args[0]) == ("tiltune.launch.worker", "train")
+    assert (parsed.training_script, parsed.training_script_args[0]) == ("tiltune.launch.cluster.worker", "train")
     assert parsed.shutdown_timeout == torchrun.GRACE and hasattr(LaunchConfig, "shutdown_timeout")
     job = (GOLDEN / "slurm.sbatch").read_text().partition(".torchrun ")[2].partition(" &\n")[0]
     parsed = run.parse_args(shlex.split(job.replace("\\\n", " ")))

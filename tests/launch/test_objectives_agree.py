@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tiltune.launch import two_d
+from tiltune.launch.verbs import two_d
 
 OBJECTIVES = ("rtb", "log_variance", "trust_pcl", "reinforce_kl")
 pytestmark = pytest.mark.slow

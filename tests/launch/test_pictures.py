@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltune.finetune.certificate import Evidence
+from tiltune.finetune.certificate.evidence import Evidence
 from tiltune.launch.pictures import run_figure, sample_figure
-from tiltune.tasks.image_plots import sheet, target_samples
+from tiltune.tasks.plots.images import sheet, target_samples
 
 FIGURES: dict[str, Any] = {"verdict": "pass", "elbo": 0.0, "log_z_forward": 0.1, "eubo": 0.2, "ess": 0.9, "target_ess": 40.0}
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))

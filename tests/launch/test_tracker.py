@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from accelerate import tracking
 
-from tiltune.finetune import run as runs
-from tiltune.finetune import tracker as trackers
-from tiltune.finetune.config import PriorConfig, RunConfig, TrainConfig
+from tiltune.finetune.config.sections import PriorConfig, RunConfig, TrainConfig
+from tiltune.finetune.runs import run as runs
+from tiltune.finetune.runs import tracker as trackers
 
 CALLS = ("__init__", "start", "store_init_configuration", "log", "finish")
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.finetune import run as runs
-from tiltune.finetune.config import EnergyConfig, PriorConfig, RunConfig, pretrained_recipe
+from tiltune.finetune.config.sections import EnergyConfig, PriorConfig, RunConfig, pretrained_recipe
+from tiltune.finetune.runs import run as runs
 
 
 def contents(folder: Path) -> dict[str, bytes]:

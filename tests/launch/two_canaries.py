@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from tiltune.launch.torchrun import end_at_once
+from tiltune.launch.cluster.torchrun import end_at_once
 
 
 class Scaled(nn.Module):

@@ -17,21 +17,24 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from tiltune.finetune import interrupts, sharding
-from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.export import export_policy
-from tiltune.finetune.gradients import backward_trajectories, objective_gradient
-from tiltune.finetune.interrupts import Preempted
-from tiltune.finetune.objectives import OBJECTIVES, Batch
-from tiltune.finetune.processes import ProcessError, Processes
-from tiltune.finetune.sharding import collect, shard
-from tiltune.finetune.trainer import Trainer
-from tiltune.launch.torchrun import end_at_once
+from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.distributed import sharding
+from tiltune.finetune.distributed import signals as interrupts
+from tiltune.finetune.distributed.processes import Processes
+from tiltune.finetune.distributed.sharding import collect, shard
+from tiltune.finetune.distributed.signals import Preempted, ProcessError
+from tiltune.finetune.learning.gradients import backward_trajectories, objective_gradient
+from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.runs.export import export_policy
+from tiltune.launch.cluster.torchrun import end_at_once
+from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Policy, Prior, ResidualDenoiser, make_policy
+from tiltune.samplers.policy import Policy, make_policy
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.samplers.schedulers.table import chain_from_scheduler
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 CPU = torch.device("cpu")

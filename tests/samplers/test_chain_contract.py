@@ -13,10 +13,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteSchedu
 from torch import Tensor, nn
 
 from tiltune.samplers.chain import SIGMA_ZERO, Chain
+from tiltune.samplers.denoiser import Denoiser, ResidualDenoiser, evaluate
 from tiltune.samplers.log_ratio import log_ratio_from_states, rows_of
-from tiltune.samplers.policy import Denoiser, Prior, ResidualDenoiser, evaluate
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import decoded, noise_back
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler, place_timesteps
+from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler, place_timesteps
 from tiltune.samplers.trajectory import Trajectories
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 

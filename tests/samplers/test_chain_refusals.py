@@ -17,9 +17,9 @@ from diffusers import (
 )
 
 from tiltune.samplers.chain import SIGMA_ZERO, Chain
-from tiltune.samplers.policy import Prior
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import noise_back
-from tiltune.samplers.schedulers import LastStep, brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.table import LastStep, brownian_chain, chain_from_scheduler
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,

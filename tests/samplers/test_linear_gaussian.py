@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.rollout import noise_back, rollout
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
 from tiltune.tasks.linear_gaussian import LinearGaussian
 

@@ -10,9 +10,9 @@ from torch.distributions import Normal
 
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.log_ratio import log_ratio_from_noise, log_ratio_from_states, rows_of, step_log_ratio
-from tiltune.samplers.policy import Prior
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
 
 
 class Toy:

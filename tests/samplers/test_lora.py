@@ -12,12 +12,13 @@ import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
-from tiltune.samplers.denoiser import DiffusersDenoiser
+from tiltune.samplers.denoiser import DiffusersDenoiser, evaluate
 from tiltune.samplers.lora import LoraDenoiser, without_adapters
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Policy, Prior, evaluate, make_policy, trainable_copy
+from tiltune.samplers.policy import Policy, make_policy, trainable_copy
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import chain_from_scheduler
+from tiltune.samplers.schedulers.table import chain_from_scheduler
 
 KINDS: tuple[Any, ...] = ("full", "lora", "residual")
 CHAIN = chain_from_scheduler(DDPMScheduler(clip_sample=False), 4)

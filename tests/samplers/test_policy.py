@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from tiltune.samplers.chain import Chain
-from tiltune.samplers.denoiser import zero_output_layer_
+from tiltune.samplers.denoiser import ResidualDenoiser, as_denoiser, evaluate, zero_output_layer_
 from tiltune.samplers.log_ratio import log_ratio_from_states, rows_of, step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
-from tiltune.samplers.policy import Prior, ResidualDenoiser, as_denoiser, evaluate, trainable_copy
+from tiltune.samplers.policy import trainable_copy
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import decoded, noise_back, rollout
-from tiltune.samplers.schedulers import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
 
 
 def decoder_chain(num_steps: int = 6) -> Chain:

@@ -31,10 +31,12 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from tiltune.samplers import pretrained
+from tiltune.samplers.denoiser import ResidualDenoiser
+from tiltune.samplers.loading import pretrained
+from tiltune.samplers.loading.pretrained import LatentDecoder, load_policy, load_prior
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Policy, Prior, ResidualDenoiser, make_policy
-from tiltune.samplers.pretrained import LatentDecoder, load_policy, load_prior
+from tiltune.samplers.policy import Policy, make_policy
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
 
 STEPS = 5

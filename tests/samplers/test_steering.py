@@ -7,12 +7,13 @@ import torch
 from scipy import stats
 from torch import nn
 
-from tiltune.samplers.policy import Policy, Prior
-from tiltune.samplers.schedulers import brownian_chain
-from tiltune.samplers.steering import importance_resample, systematic
+from tiltune.samplers.policy import Policy
+from tiltune.samplers.prior import Prior
+from tiltune.samplers.resampling import importance_resample, systematic
+from tiltune.samplers.schedulers.table import brownian_chain
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 from tiltune.tasks.linear_gaussian import LinearDenoiser, LinearGaussian
-from tiltune.tasks.metrics import mode_tv
+from tiltune.tasks.metrics.known_truth import mode_tv
 from tiltune.tasks.mixture import build_chain, energy, in_states, load_prior, target_mixture
 
 

@@ -146,7 +146,8 @@ def test_a_rank_that_is_killed_ends_the_job(submit, steps) -> None:
     mine = [
         process
         for process in psutil.process_iter(["cmdline"])
-        if "tiltune.launch.worker" in (process.info["cmdline"] or []) and process.environ().get("SLURM_JOB_ID") == job.number
+        if "tiltune.launch.cluster.worker" in (process.info["cmdline"] or [])
+        and process.environ().get("SLURM_JOB_ID") == job.number
     ]
     workers = [process for process in mine if "RANK" in process.environ()]
     assert len(workers) == 2

@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from tiltune.finetune.certificate import Evidence, path_figures
-from tiltune.finetune.config import PriorConfig
-from tiltune.finetune.criteria import conclude
-from tiltune.finetune.energy_loading import combine
-from tiltune.finetune.objectives import Objective
-from tiltune.finetune.trainer import Trainer
+from tiltune.finetune.certificate.criteria import conclude
+from tiltune.finetune.certificate.evidence import Evidence, path_figures
+from tiltune.finetune.config.sections import PriorConfig
+from tiltune.finetune.energies.names import combine
+from tiltune.finetune.learning.objectives import Objective
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.samplers.resampling import systematic
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.steering import systematic
 from tiltune.tasks.classifier import predicted
 from tiltune.tasks.digits import FOLDER, TASK, classes, classifier, criteria, judge
 from tiltune.tasks.task import load_task
@@ -98,7 +98,7 @@ def test_an_exact_sampler_passes_and_a_collapsed_one_fails(samples):
 
 def test_workers_hide_no_criterion_and_what_is_not_measured_is_a_doubt(samples):
     """Behind worker processes all five criteria are there; of an energy without classes two are not, and nothing passes."""
-    from tiltune.finetune.energy_pool import EnergyPool
+    from tiltune.finetune.energies.workers.pool import EnergyPool
 
     weight = (-classes(0, 2, 4, 6, 8)(samples) / 0.5).double().softmax(0)
     evidence = evidence_of(samples, samples[systematic(weight, 400, torch.Generator().manual_seed(2))])
@@ -128,7 +128,7 @@ def test_reinforce_without_kl_is_caught():
     """The negative control, from the default run's own warm start: a share that says yes, and a certificate that says no."""
     from dataclasses import replace
 
-    from tiltune.finetune.certificate import gather_evidence
+    from tiltune.finetune.certificate.evidence import gather_evidence
 
     task = load_task("digits")
     recipe = task.recipe()
@@ -155,8 +155,8 @@ def kernel_limit(digit, paths, rollouts):
     two independent estimates: the noise that a tilted path drew, and the mean over fresh prior rollouts from the same state,
     weighted by exp(-E/alpha), with the ends in place of the noise (`Chain.bridged`).
     """
-    from tiltune.finetune.trainer import Trainer
-    from tiltune.samplers.policy import evaluate
+    from tiltune.finetune.learning.trainer import Trainer
+    from tiltune.samplers.denoiser import evaluate
 
     recipe = TASK.recipe()
     prior, energy, alpha = TASK.load_prior(recipe.prior), classes(digit), recipe.train.alpha

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from tiltune.finetune.certificate import Evidence, path_figures
-from tiltune.finetune.config import PriorConfig
-from tiltune.finetune.energy_loading import combine, load_energy
-from tiltune.samplers.pretrained import load_prior
+from tiltune.finetune.certificate.evidence import Evidence, path_figures
+from tiltune.finetune.config.sections import PriorConfig
+from tiltune.finetune.energies.names import combine, load_energy
+from tiltune.samplers.loading.pretrained import load_prior
+from tiltune.samplers.resampling import systematic
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.steering import systematic
 from tiltune.tasks.classifier import SmallClassifier, predicted
 from tiltune.tasks.fashion import FOLDER, TASK, classes, classifier, heldout, inpainting, judge
 from tiltune.tasks.inpainting import Inpainting

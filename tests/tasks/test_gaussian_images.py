@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from tiltune.finetune.certificate import gather_evidence, path_figures
-from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.trainer import Trainer
+from tiltune.finetune.certificate.evidence import gather_evidence, path_figures
+from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.samplers.resampling import importance_resample
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.steering import importance_resample
 from tiltune.tasks.gaussian_images import GaussianImages, GuidedDenoiser, build_chain, image_mixture, inpainting
-from tiltune.tasks.image_metrics import even, exact_moments, moment_figures, moments
+from tiltune.tasks.metrics.images import even, exact_moments, moment_figures, moments
 
 
 def against_closed_form(problem, samples):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from tiltune.samplers.policy import Prior, evaluate
+from tiltune.samplers.denoiser import evaluate
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers import brownian_chain
+from tiltune.samplers.schedulers.table import brownian_chain
 from tiltune.tasks import mixture as task
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 

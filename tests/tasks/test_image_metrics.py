@@ -7,10 +7,11 @@ import pytest
 import torch
 from scipy import linalg
 
-from tiltune.finetune.certificate import Evidence
+from tiltune.finetune.certificate.evidence import Evidence
 from tiltune.tasks import gaussian_images
 from tiltune.tasks.gaussian_images import GaussianImages, build_chain, draw, image_mixture
-from tiltune.tasks.image_metrics import (
+from tiltune.tasks.inpainting import measure, measured_pixels
+from tiltune.tasks.metrics.images import (
     class_shares,
     diversity_figures,
     effective,
@@ -28,7 +29,6 @@ from tiltune.tasks.image_metrics import (
     w2_figures,
     wanted_figures,
 )
-from tiltune.tasks.inpainting import measure, measured_pixels
 
 
 def normal(*shape, seed=0):

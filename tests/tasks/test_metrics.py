@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tiltune.tasks.metrics import histogram_tv, mmd, mode_shares, mode_spreads, mode_tv, modes_of, w2, w2_sets
+from tiltune.tasks.metrics.known_truth import histogram_tv, mmd, mode_shares, mode_spreads, mode_tv, modes_of, w2, w2_sets
 from tiltune.tasks.mixture import target_mixture
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from tiltune.finetune.energy_cache import CachedEnergy
-from tiltune.finetune.energy_pool import EnergyPool
-from tiltune.finetune.energy_sum import WeightedSum
+from tiltune.finetune.energies.cache import CachedEnergy
+from tiltune.finetune.energies.weighted_sum import WeightedSum
+from tiltune.finetune.energies.workers.pool import EnergyPool
 from tiltune.tasks.classifier import ClassEnergy
 from tiltune.tasks.task import energy_terms
 

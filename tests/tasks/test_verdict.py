@@ -9,17 +9,17 @@ import math
 import pytest
 import torch
 
-from tiltune.finetune.certificate import gather_evidence, path_figures
-from tiltune.finetune.config import TrainConfig
-from tiltune.finetune.criteria import judge_known
-from tiltune.finetune.trainer import Trainer
-from tiltune.finetune.verdict import judge_unknown
-from tiltune.samplers.policy import ResidualDenoiser
+from tiltune.finetune.certificate.criteria import judge_known
+from tiltune.finetune.certificate.evidence import gather_evidence, path_figures
+from tiltune.finetune.certificate.verdict import judge_unknown
+from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.tasks.data.calibrate import planted
 from tiltune.tasks.data.calibrate_unknown import counted, exact_samples
 from tiltune.tasks.gaussian_mixture import MixtureDenoiser
 from tiltune.tasks.heldout import held_out
-from tiltune.tasks.metrics import modes_of, truth_figures
+from tiltune.tasks.metrics.known_truth import modes_of, truth_figures
 from tiltune.tasks.mixture import DATA, build_chain, energy, in_states, load_prior, target_mixture
 
 
@@ -103,7 +103,7 @@ def test_a_policy_trained_by_tlm_on_two_modes_fails(prior):
 def test_a_residual_network_on_a_prior_that_cannot_be_trained(prior):
     """The exact prior denoiser has no parameters: the residual network alone must learn the tilt."""
     from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
-    from tiltune.samplers.policy import Prior
+    from tiltune.samplers.prior import Prior
     from tiltune.tasks.mixture import prior_mixture
 
     frozen = Prior(MixtureDenoiser(in_states(prior_mixture(), "ddpm"), prior.chain), prior.chain, (2,), prior.to_data)

@@ -1,0 +1,213 @@
+"""How close the policy came to p_prior · exp(-E/alpha): evidence from both sides, and the figures of paths.
+
+The policy side alone proves nothing: a policy that lost modes reports a healthy ELBO and ESS. The target side, prior
+trajectories weighted by exp(-E/alpha), sees what the policy does not visit: ELBO ≤ log Z ≤ EUBO, and the gap is the
+symmetrised KL. Both sides are judged with the task's own energy, whatever the training used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...samplers.denoiser import Denoiser
+from ...samplers.prior import Prior
+from ...samplers.rollout import in_parts, rollout
+from ...samplers.trajectory import rows_at_once
+from ..energies.energy import Energy, EnergyMeter
+from ..estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Both sides' samples and log-ratios, float32.
+
+    Policy side, [N]: ``samples`` [N, ...], ``energy``, ``log_ratio`` of policy rollouts.
+    Target side, [M]: ``prior_samples`` [M, ...], ``prior_energy``, ``prior_log_ratio`` (the policy's Λ on prior paths).
+    step_kl: [num_kernels] mean log-ratio a step on policy rollouts. start_log_weight: [starts, rollouts] or None.
+    """
+
+    alpha: float
+    samples: Tensor
+    energy: Tensor
+    log_ratio: Tensor
+    prior_samples: Tensor
+    prior_energy: Tensor
+    prior_log_ratio: Tensor
+    step_kl: Tensor
+    start_log_weight: Tensor | None
+    energy_calls: int
+
+    @property
+    def log_weight(self) -> Tensor:
+        """lw [N] of policy trajectories; -inf where the energy is +inf or invalid."""
+        return _finite_log_weight(self.energy, self.alpha) - self.log_ratio
+
+    @property
+    def target_log_weight(self) -> Tensor:
+        """-E/alpha [M] of prior trajectories: their weights toward the tilted path law."""
+        return _finite_log_weight(self.prior_energy, self.alpha)
+
+    def resampled(self, policy: Tensor, target: Tensor) -> Evidence:
+        """The evidence of policy trajectories ``policy`` and prior trajectories ``target`` (indices)."""
+        return replace(
+            self,
+            samples=self.samples[policy],
+            energy=self.energy[policy],
+            log_ratio=self.log_ratio[policy],
+            prior_samples=self.prior_samples[target],
+            prior_energy=self.prior_energy[target],
+            prior_log_ratio=self.prior_log_ratio[target],
+        )
+
+    def joined(self, other: Evidence) -> Evidence:
+        """This evidence and that of more rollouts of the same policy and prior; the common starts stay this one's."""
+        names = ("samples", "energy", "log_ratio", "prior_samples", "prior_energy", "prior_log_ratio")
+        rows = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names}
+        share = len(self.samples) / len(rows["samples"])
+        step_kl = share * self.step_kl + (1 - share) * other.step_kl
+        return replace(self, **rows, step_kl=step_kl, energy_calls=self.energy_calls + other.energy_calls)
+
+    def as_prior(self) -> Evidence:
+        """The evidence of the prior as its own policy, with Λ = 0; both sides are the same rollouts."""
+        zero = torch.zeros_like(self.prior_log_ratio)
+        return replace(self, samples=self.prior_samples, energy=self.prior_energy, log_ratio=zero, prior_log_ratio=zero)
+
+    @property
+    def target_weight(self) -> Tensor:
+        """[M] float64, sums to 1."""
+        return self.target_log_weight.double().softmax(0)
+
+
+def _finite_log_weight(energy: Tensor, alpha: float) -> Tensor:
+    return (-energy / alpha).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+@torch.no_grad()
+def gather_evidence(
+    prior: Prior,
+    policy: Denoiser,
+    energy: Energy,
+    alpha: float,
+    generator: torch.Generator,
+    *,
+    size: int = 40_000,
+    starts: int = 128,
+    rollouts: int = 8,
+    on_progress: Callable[[int], None] | None = None,
+) -> Evidence:
+    """Fresh rollouts of policy and prior, ``size`` each, and ``starts`` x ``rollouts`` from common starts.
+
+    A pinned start needs no start test, nor do 0 ``starts``. ``on_progress`` receives the number of trajectories just done, those
+    of a batch in parts, one with every step.
+    """
+    meter = EnergyMeter(energy, max_invalid=1.0)
+    chain = prior.chain
+    policy_side: list[tuple[Tensor, ...]] = []
+    prior_side: list[tuple[Tensor, ...]] = []
+    step_kl = torch.zeros(chain.num_kernels, dtype=torch.float64)
+    chunk = rows_at_once(prior.shape, prior.device)
+    for first in range(0, size, chunk):
+        count = min(chunk, size - first)
+        for side, drawing, compared in ((policy_side, policy, None), (prior_side, None, policy)):
+            step = in_parts(count, chain.num_kernels, on_progress)
+            drawn = rollout(prior, drawing, count, generator, keep=False, compared=compared, on_step=step)
+            assert drawn.step_log_ratio is not None
+            data = prior.to_data(drawn.terminal)
+            side.append((data, meter(data, **prior.context(count)), drawn.step_log_ratio.sum(0)))
+            if side is policy_side:
+                step_kl += drawn.step_log_ratio.double().sum(1).cpu() / size
+    start_log_weight = None
+    if chain.start_std > 0 and starts:
+        start = chain.start_std * torch.randn((starts, *prior.shape), generator=generator, device=prior.device)
+        log_weights = []
+        for part in start.repeat_interleave(rollouts, 0).split(chunk):
+            step = in_parts(len(part), chain.num_kernels, on_progress)
+            drawn = rollout(prior, policy, len(part), generator, start=part, keep=False, on_step=step)
+            assert drawn.step_log_ratio is not None
+            energies = meter(prior.to_data(drawn.terminal), **prior.context(len(part)))
+            log_weights.append(_finite_log_weight(energies, alpha) - drawn.step_log_ratio.sum(0))
+        start_log_weight = torch.cat(log_weights).reshape(starts, rollouts)
+    samples, energies, ratios = (torch.cat(part) for part in zip(*policy_side, strict=True))
+    prior_samples, prior_energies, prior_ratios = (torch.cat(part) for part in zip(*prior_side, strict=True))
+    return Evidence(
+        alpha,
+        samples,
+        energies,
+        ratios,
+        prior_samples,
+        prior_energies,
+        prior_ratios,
+        step_kl,
+        start_log_weight,
+        meter.calls,
+    )
+
+
+def path_figures(evidence: Evidence) -> dict[str, Any]:
+    """ELBO, EUBO, log Z from both sides, ESS, Pareto-k, start dependence: every figure with its standard error (_se).
+
+    ``prior`` holds the same of the prior itself, the model that was started from.
+    """
+    lw, target = evidence.log_weight, evidence.target_weight
+    finite = torch.isfinite(lw)
+    target_lw = evidence.target_log_weight - evidence.prior_log_ratio
+    reverse, forward = log_mean_exp(lw), log_mean_exp(evidence.target_log_weight)
+    inverse = weighted_mean((target_lw.double() - forward[0]).exp(), target)[0]
+    residual = -(lw[finite] - reverse[0])
+    figures: dict[str, Any] = {
+        "log_z": reverse[0],
+        "log_z_se": reverse[1],
+        "log_z_forward": forward[0],
+        "log_z_forward_se": forward[1],
+        **_sandwich(evidence),
+        "prior": _sandwich(evidence.as_prior()),
+        "elbo_finite": mean(lw[finite])[0] if bool(finite.any()) else -math.inf,
+        "ess": ess(lw),
+        "ess_forward": 1 / inverse,
+        "pareto_k": pareto_k(lw),
+        "residual_mean": residual.mean().item() if len(residual) else math.nan,
+        "residual_std": residual.std().item() if len(residual) > 1 else math.nan,
+        "violation_rate": (~finite).double().mean().item(),
+        "target_ess": ess(evidence.target_log_weight) * len(target),
+        "target_max_weight": target.max().item(),
+        "target_pareto_k": pareto_k(evidence.target_log_weight),
+        "kl_per_step": [round(value, 6) for value in evidence.step_kl.tolist()],
+    }
+    if evidence.start_log_weight is None:
+        figures |= {"start_variance": 0.0, "start_variance_se": 0.0}
+    else:
+        variance, error = start_variance(evidence.start_log_weight)
+        figures |= {"start_variance": variance, "start_variance_se": error}
+    return figures
+
+
+def _sandwich(evidence: Evidence) -> dict[str, float]:
+    """ELBO, EUBO and the gap between them, and the mean of the finite energies."""
+    lw = evidence.log_weight
+    elbo = mean(lw) if bool(lw.isfinite().all()) else (-math.inf, math.inf)
+    eubo = weighted_mean(evidence.target_log_weight - evidence.prior_log_ratio, evidence.target_weight)
+    known = evidence.energy[evidence.energy.isfinite()]
+    energy = mean(known) if len(known) > 1 else (math.nan, math.nan)
+    return {
+        "mean_energy": energy[0],
+        "mean_energy_se": energy[1],
+        "elbo": elbo[0],
+        "elbo_se": elbo[1],
+        "eubo": eubo[0],
+        "eubo_se": eubo[1],
+        "gap": eubo[0] - elbo[0],
+        "gap_se": math.hypot(eubo[1], elbo[1]),
+    }
+
+
+def expectation(evidence: Evidence, function: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Self-normalized E_{p*}[f] from policy samples and from weighted prior samples, with 95% half-widths."""
+    value, error = weighted_mean(function(evidence.samples), evidence.log_weight.double().softmax(0))
+    other, other_error = weighted_mean(function(evidence.prior_samples), evidence.target_weight)
+    return {"policy": value, "policy_ci": 1.96 * error, "target": other, "target_ci": 1.96 * other_error}

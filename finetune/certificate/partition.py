@@ -1,0 +1,113 @@
+"""Samples of any shape cut into few parts, so that two laws can be compared by the shares that they give to each part."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .evidence import Evidence
+
+CELLS, BINS = 25, 10
+FIT = 2000  # samples of each side that the cells are made from
+# What a label counts, by the figure that is made of it.
+PARTS = {"cell_tv": CELLS, "energy_tv": BINS, "distance_tv": BINS}
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Three partitions: cells around 25 centers, ten bins of energy, and ten bins of the distance to the nearest center.
+
+    The third sees a law that is too narrow or too wide, which in many dimensions moves no sample to another cell.
+    """
+
+    centers: Tensor
+    energy_edges: Tensor
+    distance_edges: Tensor
+
+    def labels(self, samples: Tensor, energy: Tensor) -> dict[str, Tensor]:
+        """The part of each sample [N, ...] with energies [N], under the names of `PARTS`. Samples that are no number lie at 0."""
+        cell, distance = nearest(_flat(samples), self.centers)
+        return {
+            "cell_tv": cell,
+            "energy_tv": torch.bucketize(filled(energy), self.energy_edges),
+            "distance_tv": torch.bucketize(distance, self.distance_edges),
+        }
+
+
+def partition_of(evidence: Evidence, generator: torch.Generator) -> Partition:
+    """The partition of the even mixture of both sides' laws: a region that one of them holds alone has parts of its own."""
+    weight = evidence.target_weight.cpu()
+    mine = torch.randperm(len(evidence.samples), generator=generator)[:FIT]
+    theirs = torch.multinomial(weight, FIT, replacement=True, generator=generator)
+    own, target = evidence.samples.cpu()[mine], evidence.prior_samples.cpu()[theirs]
+    flat = torch.cat([_flat(own), _flat(target)])
+    energy = torch.cat([filled(evidence.energy)[mine], filled(evidence.prior_energy)[theirs]])
+    even = torch.cat([torch.full((len(part),), 0.5 / len(part), dtype=torch.float64) for part in (own, target)])
+    centers = k_means(flat, even, CELLS, generator)
+    _, distance = nearest(flat, centers)
+    return Partition(centers, weighted_quantiles(energy, even, BINS), weighted_quantiles(distance, even, BINS))
+
+
+def _flat(samples: Tensor) -> Tensor:
+    return samples.flatten(1).float().cpu().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def filled(energy: Tensor) -> Tensor:
+    """Energies in float64 on the CPU; invalid ones fall into the highest bin, as forbidden ones do."""
+    return energy.double().cpu().nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def k_means(x: Tensor, weight: Tensor, count: int, generator: torch.Generator, rounds: int = 20) -> Tensor:
+    """Weighted Lloyd iterations from weighted draws; x [N, D], weight [N] → centers [count, D]."""
+    weight = weight.to(x.dtype)
+    centers = x[torch.multinomial(weight, count, generator=generator)]
+    for _ in range(rounds):
+        cell, _ = nearest(x, centers)
+        mass = torch.zeros(count, dtype=x.dtype).index_add_(0, cell, weight)
+        total = torch.zeros_like(centers).index_add_(0, cell, weight[:, None] * x)
+        centers = torch.where(mass[:, None] > 0, total / mass.clamp(min=1e-30)[:, None], centers)
+    return centers
+
+
+def nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """The index of the nearest center of each row of x [N, D], and its distance, [N]."""
+    found = [torch.cdist(part, centers).min(1) for part in x.split(8192)]
+    return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
+
+
+def weighted_quantiles(value: Tensor, weight: Tensor, count: int) -> Tensor:
+    """[count - 1] edges that cut a weighted sample into equal shares."""
+    ordered, order = value.sort()
+    cumulative = weight[order].cumsum(0) / weight.sum()
+    points = torch.arange(1, count, dtype=cumulative.dtype) / count
+    return ordered[torch.searchsorted(cumulative, points).clamp(max=len(value) - 1)]
+
+
+def share_distance(
+    mine: Tensor, theirs: Tensor, weight: Tensor, count: int, generator: torch.Generator, bootstraps: int = 1000
+) -> tuple[float, float]:
+    """Total variation between the shares of ``count`` cells, and its 99.7% quantile when nothing but sampling differs."""
+    share = weight / weight.sum()
+    own = torch.bincount(mine, minlength=count).double() / len(mine)
+    target = torch.zeros(count, dtype=torch.float64).index_add_(0, theirs, share)
+    distance = 0.5 * (own - target).abs().sum().item()
+    # The weighted shares' noise, by the delta method: one influence share_i (e_i - target) a sample.
+    influence = share[:, None] * (torch.nn.functional.one_hot(theirs, count).double() - target)
+    noise = normal_draws(influence.T @ influence, bootstraps, generator)
+    # The policy's own sampling noise, around the target's shares: what an exact sampler would show.
+    seed = int(torch.randint(2**31, (), generator=generator))
+    counts = np.random.default_rng(seed).multinomial(len(mine), (target / target.sum()).numpy(), bootstraps)
+    draws = torch.from_numpy(counts).double() / len(mine)
+    null = 0.5 * (noise - (draws - target)).abs().sum(1)
+    return distance, null.quantile(0.997).item()
+
+
+def normal_draws(covariance: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[count, n] draws of N(0, covariance), which may be singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    normal = torch.randn(count, len(covariance), generator=generator, dtype=covariance.dtype)
+    return normal * values.clamp(min=0).sqrt() @ vectors.T

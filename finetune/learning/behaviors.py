@@ -1,0 +1,151 @@
+"""Where training trajectories come from: functions (context, count, generator) → trajectories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...samplers.prior import Prior
+from ...samplers.resampling import systematic
+from ...samplers.rollout import noise_back, rollout
+from ...samplers.trajectory import Trajectories
+from ..config.sections import TrainConfig
+from ..estimators import adequate_alpha, ess
+
+ENOUGH, FEWEST = 0.025, 25  # effective prior paths that can stand for a tilted law: their share, 100 of 4000; their number
+FURTHEST = 4.0  # times alpha up to which what is learned at a milder temperature may be continued from it
+
+
+def temperature_within_reach(energy: Tensor, alpha: float) -> float:
+    """The temperature, from ``alpha`` up, at which enough prior samples (`ENOUGH`, `FEWEST`) are effective to stand for the
+    tilted law.
+
+    ``alpha`` itself where that is beyond `FURTHEST` times it: few meet a strict constraint, at any temperature. energy [N] of
+    prior samples, NaN where invalid.
+    """
+    valid = energy[~energy.isnan()]
+    share = max(ENOUGH, FEWEST / len(valid)) if len(valid) > FEWEST else 1.0
+    found = adequate_alpha(valid, alpha, share)
+    return found if found <= FURTHEST * alpha else alpha
+
+
+@dataclass(frozen=True, eq=False)
+class PriorBank:
+    """N prior trajectories with their energies: reweighted by exp(-E/alpha) they are the tilted path law.
+
+    trajectories: states [K + 1, N, ...] and energy [N], NaN where invalid, +inf where the density is zero.
+    """
+
+    trajectories: Trajectories
+
+    def log_weight(self, alpha: float) -> Tensor:
+        """-E/alpha [N], -inf for invalid energies."""
+        energy = self.trajectories.energy
+        assert energy is not None
+        return torch.nan_to_num(-energy / alpha, nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
+
+    def log_z(self, alpha: float) -> float:
+        """log mean exp(-E/alpha) over the valid prior samples: the forward estimate of log Z."""
+        energy = self.trajectories.energy
+        assert energy is not None
+        valid = ~energy.isnan()
+        return (self.log_weight(alpha)[valid].logsumexp(0) - math.log(int(valid.sum()))).item()
+
+    def ess(self, alpha: float) -> float:
+        """Effective number of samples of the tilted law."""
+        return ess(self.log_weight(alpha)) * len(self.trajectories)
+
+    def draw(self, count: int, alpha: float, generator: torch.Generator) -> Tensor:
+        """Indices [count] drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights."""
+        return systematic(self.log_weight(alpha).double().softmax(0), count, generator)
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a behavior may use. ``alpha`` is the configured temperature, ``progress`` runs from 0 to 1 over the run.
+
+    on_step: called between two steps of a rollout."""
+
+    prior: Prior
+    policy: nn.Module
+    bank: PriorBank | None
+    alpha: float
+    progress: float
+    noise_scale: float = 1.0
+    on_step: Callable[[], None] | None = None
+
+
+Behavior = Callable[[Context, int, torch.Generator], Trajectories]
+
+
+def on_policy(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Rollouts of the current policy."""
+    return rollout(context.prior, context.policy, count, generator, on_step=context.on_step)
+
+
+def prior(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Rollouts of the prior: full coverage, few of them near the target."""
+    return rollout(context.prior, None, count, generator, on_step=context.on_step)
+
+
+def inflated(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Policy rollouts with every kernel's noise times ``noise_scale``, annealed to 1 over the run."""
+    scale = 1 + (context.noise_scale - 1) * (1 - context.progress)
+    drawn = rollout(context.prior, context.policy, count, generator, noise_scale=scale, on_step=context.on_step)
+    return drawn.with_(step_log_ratio=None)
+
+
+def tilted_prior(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Prior trajectories of the bank, resampled whole by exp(-E/alpha): the exact tilted path law as N grows."""
+    bank = _bank(context)
+    drawn = bank.trajectories.select(bank.draw(count, context.alpha, generator))
+    assert drawn.energy is not None
+    return drawn.with_(step_log_ratio=None, log_behavior=-drawn.energy / context.alpha - bank.log_z(context.alpha))
+
+
+def noised_back(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Terminal samples of the bank, drawn by exp(-E/alpha) and noised back: fresh trajectories without a rollout."""
+    bank = _bank(context)
+    drawn = bank.trajectories.select(bank.draw(count, context.alpha, generator))
+    fresh = noise_back(context.prior, drawn.terminal, generator)
+    # A decoder, or a chain that leaves noise on its samples, ends elsewhere than at the drawn sample, at another energy.
+    chain = context.prior.chain
+    unchanged = not chain.decoder and chain.noise[-1] == 0
+    return fresh.with_(energy=drawn.energy) if unchanged else fresh
+
+
+def _bank(context: Context) -> PriorBank:
+    assert context.bank is not None, "the trainer fills the bank before a behavior that needs it"
+    return context.bank
+
+
+BEHAVIORS: dict[str, Behavior] = {
+    "on_policy": on_policy,
+    "prior": prior,
+    "inflated": inflated,
+    "tilted_prior": tilted_prior,
+    "noised_back": noised_back,
+}
+NEEDS_BANK = frozenset({"tilted_prior", "noised_back"})
+
+
+def needs_bank(config: TrainConfig) -> bool:
+    """Whether anything of a run draws on a bank of prior trajectories."""
+    phases = config.warm_start != "none" or config.soft_value_updates or config.forward_rows
+    return bool(phases or set(config.shares) & NEEDS_BANK)
+
+
+def draw(
+    shares: dict[str, float], context: Context, count: int, generator: torch.Generator
+) -> Iterator[tuple[str, Trajectories]]:
+    """``count`` trajectories split over behaviors by their shares (which sum to 1), each drawn when it is asked for."""
+    left = count
+    for position, (name, share) in enumerate(shares.items()):
+        size = left if position == len(shares) - 1 else min(left, round(share * count))
+        left -= size
+        if size:
+            yield name, BEHAVIORS[name](context, size, generator)

@@ -1,0 +1,52 @@
+"""Whether a path's own end may stand in for its next state: what the prior's own paths say at E = 0.
+
+The mean of s_{k+1} given s_k and the path's end, c s_k + d x, has the kernel's own mean on average only as far as the network is
+the exact denoiser of the chain's ends. Where it is not, a likelihood of such next states moves the policy away from the prior
+even at E = 0, where it should stay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...samplers.denoiser import evaluate
+from ...samplers.prior import Prior
+from ...samplers.trajectory import Trajectories, rows_at_once
+
+PATHS = 400  # prior paths that are asked
+
+
+@torch.no_grad()
+def bridge_bias(prior: Prior, paths: Trajectories) -> float:
+    """Nats of KL(prior || policy) by which bridged next states are sure to move a policy at E = 0; about 0 where none do.
+
+    z = (c s_k + d x - mu) / sigma should be 0 on average at every state. At each step it is regressed on x_hat, on the state and
+    on a constant, on each half of ``paths``; sum_k E[<r, z> - ½ |r|²] of that regression r on the other half is the gain in
+    likelihood of a policy that follows it. It is a lower bound, since r is only linear, and below 0 by its noise where there is
+    nothing to find.
+    """
+    chain, states = prior.chain, paths.states[:, :PATHS]
+    count = states.shape[1]
+    rows = rows_at_once(prior.shape, prior.device)
+    total = 0.0
+    for k in range(chain.num_kernels):
+        features, residuals = [], []
+        for state, end in zip(states[k].split(rows), states[-1].split(rows), strict=True):
+            step = torch.full((len(state),), k, device=state.device)
+            output = evaluate(prior.denoiser, chain, state, step, None)
+            sigma = chain.row(step, state).sigma
+            residuals.append((chain.bridged(state, end, step) - chain.mean(state, step, output)) / sigma)
+            features.append(torch.stack([chain.clean(state, step, output), state, torch.ones_like(state)]))
+        feature, z = torch.cat(features, 1).flatten(2).double(), torch.cat(residuals).flatten(1).double()
+        halves = slice(0, count // 2), slice(count // 2, count)
+        total += sum(_gain(feature, z, learned, judged) for learned, judged in (halves, halves[::-1])) / count
+    return total
+
+
+def _gain(feature: Tensor, z: Tensor, learned: slice, judged: slice) -> float:
+    """Σ over the rows ``judged`` of <r, z> - ½ |r|², for the regression of z on feature [3, n, d] on the rows ``learned``."""
+    own = torch.einsum("ind,jnd->ij", feature[:, learned], feature[:, learned])
+    along = torch.einsum("ind,nd->i", feature[:, learned], z[learned])
+    r = torch.einsum("i,ind->nd", torch.linalg.pinv(own, hermitian=True) @ along, feature[:, judged])
+    return (r * z[judged]).sum().item() - 0.5 * r.square().sum().item()

@@ -1,0 +1,201 @@
+"""The forward KL to the tilted path law, on rows of the bank: the warm start, and a part of every update where asked for.
+
+    row      one step k of one path: s_k, and s_{k+1} or the mean of s_{k+1} given the path's end
+    plain    -l_k, the trajectory likelihood, on paths drawn by exp(-E/alpha)
+    controlled   with a soft value, which takes out most of the noise: docs/theory.md
+
+The log-ratio is linear in s_{k+1}, so that c s_k + d x for the path's end x (`Chain.bridged`) puts its mean in its place. Where
+the chain does not allow it (`Chain.forgets_given_next`), or the prior's network is too far from an exact denoiser
+(`bridge_bias`), the stored next state itself is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...samplers.denoiser import evaluate
+from ...samplers.prior import Prior
+from ...samplers.trajectory import rows_at_once
+from ..config.sections import TrainConfig
+from .behaviors import PriorBank
+from .bridge_check import bridge_bias
+from .gradients import Around, backward_likelihood, backward_rows, chunk_rows
+from .rows import stratified
+from .soft_value import FRESH, SoftValue, bank_weight, states_of
+
+SLOPE_PATHS = 1500
+UNBIASED = 0.1  # nats that bridged next states may move a policy at E = 0
+
+
+class ForwardKL:
+    """Gradients of KL(tilted || policy) on the bank's paths.
+
+    held: what goes around a forward and backward of the policy that another one will follow, before its gradients are used.
+    slope [num_kernels]: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
+    bridged: whether plain rows take the mean of s_{k+1} given the path's end; until `check_bridge`, wherever the chain allows it.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        policy: nn.Module,
+        bank: PriorBank,
+        soft_value: SoftValue | None,
+        config: TrainConfig,
+        generator: torch.Generator,
+        held: Around = nullcontext,
+    ) -> None:
+        self.prior, self.policy, self.bank, self.soft_value = prior, policy, bank, soft_value
+        self.config, self.generator, self.held = config, generator, held
+        self.slope = torch.ones(prior.chain.num_kernels, device=bank.trajectories.states.device)
+        self.bridged = prior.chain.forgets_given_next
+
+    def state(self) -> dict[str, Any]:
+        """What was measured, for `restore`."""
+        return {"slope": self.slope, "bridged": self.bridged, "step_probability": self.__dict__.get("_step_probability")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.slope, self.bridged = state["slope"].to(self.slope), state["bridged"]
+        if state["step_probability"] is not None:
+            self._step_probability = state["step_probability"].to(self.slope)
+
+    @property
+    def bridged_and_controlled(self) -> bool:
+        """Whether `measure_slope` has something to correct."""
+        return self.soft_value is not None and self.prior.chain.forgets_given_next
+
+    def backward(self, count: int, scale: Callable[[Tensor], Tensor], factor: float = 1.0) -> Tensor:
+        """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss. ``scale``: that of a gradient scaler."""
+        if self.soft_value is not None:
+            return self._controlled(self.soft_value, count, scale, factor)
+        step = stratified(self._step_probability, count, self.generator)
+        state, following = self.rows(step)
+        g = scale(-factor / (count * self._step_probability[step]))
+        chunk = self._chunk
+        parts = list(zip(state.split(chunk), following.split(chunk), step.split(chunk), g.split(chunk), strict=True))
+        losses = []
+        for part in parts:
+            with nullcontext() if part is parts[-1] else self.held():
+                losses.append(backward_rows(self.policy, self.prior.chain, *part, None))
+        return torch.stack(losses).sum()
+
+    def rows(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """(s_k, s_{k+1} or its mean given the path's end) of tilted prior paths at ``step`` [n]; [n, ...].
+
+        A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
+        """
+        chain, states = self.prior.chain, self.bank.trajectories.states
+        index = self.bank.draw(len(step), self.config.alpha, self.generator)
+        state = states[step, index]
+        if not self.bridged:
+            return state, states[step + 1, index]
+        return state, chain.bridged(state, states[-1, index], step)
+
+    def check_bridge(self, agreed: Callable[[float], float]) -> float:
+        """Use bridged next states only where the bank's paths at E = 0 show that they may be; returns `bridge_bias`, nats.
+
+        For plain rows. Controlled ones have w - h in place of w, which is 0 at E = 0, and their shift is measured
+        (`measure_slope`). agreed: the mean over the processes.
+        """
+        nats = agreed(bridge_bias(self.prior, self.bank.trajectories))
+        self.bridged = nats < UNBIASED
+        return nats
+
+    @torch.no_grad()
+    def measure_slope(self) -> None:
+        """Set ``slope`` to the factor on the policy's shift delta that suits the tilted paths best: E<delta, z> / E|delta|².
+
+        z is the noise that the prior's kernels did draw on these paths. A bridged shift promises more than that: the end of a
+        path tells the mean of s_{k+1} exactly where the prior reverses its noising exactly, and K Gaussian kernels of a learned
+        network do not. Noise in delta lowers the factor as well, as it should. Sums over three neighboring steps, as one alone is
+        noisy; never above 1.
+        """
+        chain, states = self.prior.chain, self.bank.trajectories.states
+        drawn, own = torch.zeros(2, chain.num_kernels, device=states.device)
+        path = self.bank.draw(SLOPE_PATHS, self.config.alpha, self.generator)
+        for k in range(chain.num_kernels):
+            for some in path.split(rows_at_once(self.prior.shape, self.prior.device)):
+                state, step = states[k, some], torch.full_like(some, k)
+                prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
+                output = evaluate(self.policy, chain, state, step, None)
+                shift = chain.kernel_shift(state, step, output, prior_output)
+                drawn[k] += (shift * chain.standardize(states[k + 1, some], state, step, prior_output)).sum()
+                own[k] += shift.square().sum()
+        around = torch.ones(1, 1, 3, device=states.device)
+        above, below = (functional.conv1d(total[None, None], around, padding=1)[0, 0] for total in (drawn, own))
+        self.slope = torch.where(below > 0, above / below, 1.0).clamp(0.0, 1.0)
+
+    def _controlled(self, soft_value: SoftValue, count: int, scale: Callable[[Tensor], Tensor], factor: float) -> Tensor:
+        """The gradient with the soft value as control variate, on paths of prior and tilted law alike.
+
+        On the prior's paths E_prior[w <z, delta>] is what the likelihood needs, and w - h_k(s_k) may stand for w: in late steps,
+        where the state has decided, the two are nearly equal and the noise is gone. Without it those steps, whose kernels are
+        narrow, learn the noise of a few hundred effective paths by heart.
+        """
+        chain, states = self.prior.chain, self.bank.trajectories.states
+        weight = self._weight
+        mixture = 0.5 * (weight + 1)
+        even = torch.full((chain.num_kernels,), 1 / chain.num_kernels, device=states.device)
+        all_steps = stratified(even, count, self.generator)
+        all_paths = torch.multinomial(mixture, count, replacement=True, generator=self.generator)
+        fresh = FRESH if chain.forgets_given_next else 0.0
+        all_states = states_of(chain, states, all_paths, all_steps, fresh, self.generator)
+        total = torch.zeros((), device=states.device)
+        chunk = self._chunk
+        parts = list(zip(all_states.split(chunk), all_steps.split(chunk), all_paths.split(chunk), strict=True))
+        for part in parts:
+            state, step, path = part
+            with torch.no_grad():
+                prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
+            if chain.forgets_given_next:
+                mean = chain.mean(state, step, prior_output)
+                slope = self.slope[step].reshape(-1, *[1] * (state.ndim - 1))
+                following = torch.lerp(mean, chain.bridged(state, states[-1, path], step), slope)
+            else:
+                following = states[step + 1, path]
+            share = scale(factor * chain.num_kernels / (count * mixture[path]))
+            control = share * soft_value.of_paths(state, step, path).exp()
+            with nullcontext() if part is parts[-1] else self.held():
+                total += backward_likelihood(
+                    self.policy, chain, prior_output, state, following, step, share * weight[path], control
+                )
+        return total
+
+    @cached_property
+    def _chunk(self) -> int:
+        """Rows of the bank at once, so that their graph fits ``memory_mb``."""
+        trajectories = self.bank.trajectories
+        few = trajectories.select(torch.arange(6, device=self.prior.device) % len(trajectories))
+        most = max(self.config.warm_start_rows, self.config.forward_rows)
+        with self.held():
+            return chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, most, total=most)
+
+    @cached_property
+    def _weight(self) -> Tensor:
+        return bank_weight(self.bank, self.config.alpha)
+
+    @cached_property
+    def _step_probability(self) -> Tensor:
+        """[num_kernels]: half even, half by the root mean square of the prior's residual (x - x_hat) d / sigma."""
+        chain = self.prior.chain
+        per_step = 64
+        step = torch.arange(chain.num_kernels, device=self.prior.device).repeat_interleave(per_step)
+        with torch.no_grad():
+            state, following = self.rows(step)
+            chunk = rows_at_once(self.prior.shape, self.prior.device)
+            output = torch.cat(
+                [
+                    evaluate(self.prior.denoiser, chain, *part, None)
+                    for part in zip(state.split(chunk), step.split(chunk), strict=True)
+                ]
+            )
+            z = chain.standardize(following, state, step, output)
+        residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()
+        return 0.5 * residual / residual.sum() + 0.5 / chain.num_kernels

@@ -1,0 +1,163 @@
+"""The exact gradient of an objective in two passes, at memory that does not grow with the number of steps.
+
+    pass 1   g = dL/dl on the [num_kernels, B] matrix of log-ratios, by autograd; log Z gets its gradient here
+    pass 2   for chunks of (k, b):  (g · log policy(s_{k+1} | s_k)).sum().backward()
+
+The prior's share of l does not depend on the parameters, so pass 2 needs the policy only: one forward and backward a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...samplers.chain import Chain
+from ...samplers.denoiser import evaluate
+from ...samplers.log_ratio import rows_of
+from ...samplers.trajectory import Trajectories
+from .objectives import Batch, Objective
+
+Gather = Callable[[Tensor], Tensor]
+Around = Callable[[], AbstractContextManager[Any]]
+# More rows a chunk bring no more throughput, but push a small network's activations out of the processor's cache.
+MAX_CHUNK = 2048
+
+
+def objective_gradient(
+    objective: Objective,
+    batch: Batch,
+    alpha: float,
+    log_z: Tensor,
+    huber: float | None = None,
+    *,
+    gather: Gather | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Pass 1: (loss, g). ``batch`` is this process's; g [num_kernels, B] are its columns of the global gradient.
+
+    gather: concatenates [B, ...] tensors of all processes in rank order (accelerate's ``gather``). The local columns are
+    multiplied by ``world_size``, since data-parallel training averages gradients. log Z's own gradient is accumulated
+    into ``log_z.grad``: it is global already and the same on every process, so it must never be reduced again.
+    """
+    local = batch.step_log_ratio.shape[1]
+    if gather is not None and world_size > 1:
+        behavior, value = batch.log_behavior, batch.soft_value
+        batch = Batch(
+            step_log_ratio=gather(batch.step_log_ratio.T.contiguous()).T,
+            energy=gather(batch.energy),
+            valid=gather(batch.valid),
+            log_behavior=None if behavior is None else gather(behavior),
+            soft_value=None if value is None else gather(value.T.contiguous()).T,
+        )
+    leaf = batch.step_log_ratio.detach().requires_grad_(True)
+    loss = objective.loss(replace(batch, step_log_ratio=leaf), alpha, log_z, huber)
+    loss.backward()
+    assert leaf.grad is not None
+    columns = slice(rank * local, (rank + 1) * local)
+    return loss.detach(), leaf.grad[:, columns] * world_size
+
+
+def backward_rows(
+    policy: nn.Module, chain: Chain, state: Tensor, following: Tensor, step: Tensor, g: Tensor, condition: Tensor | None
+) -> Tensor:
+    """Accumulate the gradient of sum_n g_n log policy(following_n | state_n); returns that sum up to a constant.
+
+    state, following [n, ...]; step [n]; g [n].
+    """
+    output = evaluate(policy, chain, state, step, condition)
+    z = (following - chain.mean(state, step, output)) / chain.row(step, state).sigma
+    total = (-0.5 * g * z.square().flatten(1).sum(1)).sum()
+    total.backward()
+    return total.detach()
+
+
+def backward_likelihood(
+    policy: nn.Module,
+    chain: Chain,
+    prior_output: Tensor,
+    state: Tensor,
+    following: Tensor,
+    step: Tensor,
+    weight: Tensor,
+    control: Tensor,
+) -> Tensor:
+    """Accumulate the gradient of sum_n [-weight_n l_n + control_n <z_n, delta_n>]; returns that sum.
+
+    l = <z, delta> - ½ |delta|² is the log-ratio of ``following``. Where that comes from the prior's kernel, <z, delta> has mean
+    0 given the state, so that a control which depends on the state alone changes the variance and not the mean.
+    prior_output, state, following [n, ...]; step, weight, control [n].
+    """
+    output = evaluate(policy, chain, state, step, None)
+    shift = chain.kernel_shift(state, step, output, prior_output).flatten(1)
+    z = chain.standardize(following, state, step, prior_output).flatten(1)
+    total = (0.5 * weight * shift.square().sum(1) - (weight - control) * (z * shift).sum(1)).sum()
+    total.backward()
+    return total.detach()
+
+
+def backward_trajectories(
+    policy: nn.Module,
+    chain: Chain,
+    trajectories: Trajectories,
+    g: Tensor,
+    chunk: int,
+    held: Around = nullcontext,
+    last: Around = nullcontext,
+) -> None:
+    """Pass 2: accumulate the gradient of sum g · log policy over stored trajectories, ``chunk`` rows at a time.
+
+    held, last: what goes around the forward and backward of all chunks but the last, and of the last."""
+    flat = g.flatten()
+    for first in range(0, len(flat), chunk):
+        rows = slice(first, first + chunk)
+        state, following, step, condition = rows_of(trajectories, chain, rows)
+        with held() if first + chunk < len(flat) else last():
+            backward_rows(policy, chain, state, following, step, flat[rows], condition)
+
+
+def chunk_rows(
+    policy: nn.Module, chain: Chain, trajectories: Trajectories, budget_mb: float, most: int = MAX_CHUNK, total: int | None = None
+) -> int:
+    """Rows a chunk so that what autograd keeps fits ``budget_mb``: measured on the network, not guessed.
+
+    most: the upper bound. total: the rows there are to work through, those of the trajectories where None.
+
+    Deterministic for a network, so that a run repeats bit for bit. Gradient checkpointing is left out of the measurement: it
+    keeps less, but recomputes a whole block at once, which would not show.
+    """
+    rows = chain.num_kernels * len(trajectories)
+    total = rows if total is None else total
+    kept: dict[int, Any] = {}
+
+    def measure(tensor: Tensor) -> Tensor:
+        # Held on to, and not known by its address: the weights of a policy in shards come and go, and addresses with them.
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    def bytes_for(count: int) -> int:
+        kept.clear()
+        state, _, step, condition = rows_of(trajectories, chain, slice(0, count))
+        checkpointed = [module for module in policy.modules() if getattr(module, "gradient_checkpointing", False)]
+        for module in checkpointed:
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010 - a diffusers attribute, not a module's
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
+                evaluate(policy, chain, state, step, condition)
+        finally:
+            for module in checkpointed:
+                setattr(module, "gradient_checkpointing", True)  # noqa: B010
+        return sum(storage.nbytes() for storage in kept.values())
+
+    few, more = min(2, rows), min(6, rows)
+    if more == few:
+        return total
+    # The difference leaves the weights, which are kept once whatever the chunk, out of the count.
+    per_row = max(1.0, (bytes_for(more) - bytes_for(few)) / (more - few))
+    return int(min(total, most, max(1, budget_mb * 2**20 // per_row)))

@@ -1,0 +1,26 @@
+"""Which steps of the chain the rows of a batch are at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...samplers.chain import Chain
+
+
+def step_share(chain: Chain) -> Tensor:
+    """[num_kernels] the share of rows at each step: half even, half by `Chain.sensitivity`.
+
+    The narrow kernels at the end, where little is to be learned, hold nearly all of what a change of the network moves, in nats,
+    and so nearly all of the noise of a gradient. With few rows there they drown what the others have to say.
+    """
+    moves = chain.sensitivity.float()
+    return 0.5 * moves / moves.sum() + 0.5 / chain.num_kernels
+
+
+def stratified(probability: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Steps [count] drawn by ``probability`` [num_kernels]: one uniform draw, then equal strides."""
+    cumulative = probability.cumsum(0)
+    first = torch.rand((), generator=generator, device=cumulative.device)
+    points = (torch.arange(count, device=cumulative.device) + first) / count
+    return torch.searchsorted(cumulative, points).clamp(max=len(probability) - 1)

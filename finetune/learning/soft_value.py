@@ -1,0 +1,221 @@
+"""The soft value of a state, learned on the bank: log h_k(s) = log E_prior[exp(-E/alpha) | s_k = s] - log Z, nats.
+
+h_k is the density ratio of tilted to prior states at step k, so a classifier of the two estimates it: with w the bank's weights
+of mean 1, the minimum of E[w softplus(-f) + softplus(f)] is f = log h_k. Two networks, each trained on half of the bank, so that
+no path is ever judged by a network that has seen its energy.
+
+The same networks give a second estimate: the first two cumulants of -E/alpha given the state, m and v, by least squares, so
+that log h ≈ m + v/2 + const. It learns from the energies of all paths, where the classifier learns from the few that have weight,
+and is exact where E given s is Gaussian. `ValueDrift` measures which of the two to follow.
+
+It is the baseline of `reinforce_kl`, where an error in it costs variance only, and the control variate of the forward KL, where
+an error also counts as far as that phase's shortcuts (bridged means, states noised anew) miss the chain's own law:
+docs/theory.md says how far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...samplers.chain import Chain
+from .behaviors import PriorBank
+
+WIDTH, CHANNELS, DROPOUT = 96, 24, 0.3
+BATCH, LEARNING_RATE, WEIGHT_DECAY = 512, 2e-3, 0.3
+VARIANCE_SHARE = 0.3  # of the squared error of the variance beside that of the mean
+FRESH = 0.7  # share of states noised anew from a path's end
+DEEPEST = 30.0  # nats below the best path of the bank, beyond which one is as bad as another
+LARGEST = math.log(60.0)  # h is bounded above: where it is larger the bank holds too few states to know it
+
+
+class ValueNetwork(nn.Module):
+    """States [N, ...] of a chain and their steps [N] → [N] log h; zero at the start. `estimates` → [N, 2], by cumulants too.
+
+    scale [steps + 1]: the states' standard deviation at each step. spread: that of -E/alpha over the prior's paths.
+    Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and shifted by
+    an embedding of the step.
+    """
+
+    scale: Tensor
+    spread: Tensor
+
+    def __init__(self, shape: tuple[int, ...], steps: int, scale: Tensor | None = None, spread: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(steps + 1) if scale is None else scale.clone())
+        self.register_buffer("spread", torch.tensor(spread))
+        self.step = nn.Embedding(steps + 1, 64)
+        layers: list[nn.Module] = []
+        outputs: list[int] = []
+        size = math.prod(shape)
+        if len(shape) == 3:
+            channels, height, width = shape
+            for out in (CHANNELS, 2 * CHANNELS):
+                stride = 1 if out == CHANNELS and min(height, width) <= 8 else 2
+                layers.append(nn.Conv2d(channels, out, 3, stride=stride, padding=1))
+                outputs.append(out)
+                channels, height, width = out, -(-height // stride), -(-width // stride)
+            size = channels * height * width
+        layers += [nn.Linear(size, WIDTH), nn.Linear(WIDTH, WIDTH)]
+        self.layers = nn.ModuleList(layers)
+        outputs += [WIDTH, WIDTH]
+        self.shifts = nn.ModuleList(nn.Linear(64, 2 * out) for out in outputs)
+        self.drop = nn.Dropout(DROPOUT)
+        self.out = nn.Linear(WIDTH, 3)  # log h, and the standardized mean and (before a softplus) variance of -E/alpha
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, state: Tensor, step: Tensor) -> Tensor:
+        return self.heads(state, step)[:, 0]
+
+    def estimates(self, state: Tensor, step: Tensor, times: float = 1.0) -> Tensor:
+        """[N, 2] at a temperature lower by ``times`` than the one that was learned: log h grows with 1/alpha to first order, the
+        cumulants with its first and second power."""
+        log_h, mean, variance = self.heads(state, step).unbind(1)
+        spread = times * self.spread
+        return torch.stack([times * log_h, spread * mean + 0.5 * spread.square() * variance], 1)
+
+    def heads(self, state: Tensor, step: Tensor) -> Tensor:
+        """[N, 3]: log h; mean and variance of -E/alpha given the state, in units of ``spread``."""
+        hidden = state / self.scale[step].view(-1, *[1] * (state.ndim - 1))
+        embedded = self.step(step)
+        for layer, shift in zip(self.layers, self.shifts, strict=True):
+            if isinstance(layer, nn.Linear):
+                hidden = self.drop(hidden.flatten(1))
+            scale, offset = shift(embedded).chunk(2, 1)
+            hidden = layer(hidden)
+            around = (len(hidden), -1, *[1] * (hidden.ndim - 2))
+            hidden = functional.silu(hidden * (1 + scale.view(around)) + offset.view(around))
+        log_h, mean, variance = self.out(hidden).unbind(1)
+        return torch.stack([log_h, mean, functional.softplus(variance + 0.5)], 1)
+
+
+class SoftValue:
+    """log h_k(s), by the mean of two networks; a path of the bank is judged by the one that has not seen it (``half``).
+
+    times: the temperature at which the networks have learned, over the target's. It is above 1 where too few paths are effective
+    at the target's (`temperature_within_reach`), and what was learned is then continued to it.
+    """
+
+    def __init__(self, networks: tuple[nn.Module, nn.Module], half: Tensor, times: float = 1.0) -> None:
+        self.networks, self.half, self.times = networks, half, times
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, for `from_state`."""
+        return {"networks": [network.state_dict() for network in self.networks], "half": self.half, "times": self.times}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], shape: tuple[int, ...], steps: int, device: torch.device) -> SoftValue:
+        """What `state` was of, on states of this shape and a chain of ``steps`` kernels."""
+        networks = []
+        for weights in state["networks"]:
+            with torch.random.fork_rng(devices=[]):
+                network = ValueNetwork(shape, steps)
+            network.load_state_dict(weights)
+            networks.append(network.to(device).eval().requires_grad_(False))
+        return cls((networks[0], networks[1]), state["half"].to(device), state["times"])
+
+    @torch.no_grad()
+    def __call__(self, state: Tensor, step: Tensor) -> Tensor:
+        """States [N, ...] at steps [N] → [N] nats, for states that no bank path passes through."""
+        values = [network(state, step) for network in self.networks]
+        return (0.5 * self.times * (values[0] + values[1])).clamp(max=LARGEST)
+
+    @torch.no_grad()
+    def of_paths(self, state: Tensor, step: Tensor, path: Tensor) -> Tensor:
+        """The same for states of (or noised from the end of) the bank's paths ``path`` [N]."""
+        values = [network(state, step) for network in self.networks]
+        return (self.times * torch.where(self.half[path] == 0, values[1], values[0])).clamp(max=LARGEST)
+
+    def estimates(self, state: Tensor, step: Tensor, path: Tensor | None, times: float) -> Tensor:
+        """[N, 2]: log h by classification and by cumulants (up to a constant), with a graph; ``path`` as in `of_paths`.
+
+        times: 1 for the temperature at which the networks have learned, ``self.times`` for the target's.
+        """
+        first, second = (network.estimates(state, step, times) for network in self.networks)  # pyright: ignore[reportCallIssue]
+        if path is None:
+            return 0.5 * (first + second)
+        return torch.where((self.half[path] == 0)[:, None], second, first)
+
+
+def bank_weight(bank: PriorBank, alpha: float) -> Tensor:
+    """exp(-E/alpha) of the bank's paths [N], of mean 1."""
+    return bank.log_weight(alpha).double().softmax(0).float() * len(bank.trajectories)
+
+
+def standardized(bank: PriorBank, alpha: float) -> tuple[Tensor, float]:
+    """(-E/alpha of the bank's paths [N] with mean 0 and standard deviation 1, that deviation in nats).
+
+    Cut at `DEEPEST` nats below the best: a few huge penalties would otherwise be all that there is to regress on. What has no
+    finite energy counts as the worst that has one.
+    """
+    reward = bank.log_weight(alpha)
+    finite = reward[reward.isfinite()]
+    reward = reward.clamp(min=max(finite.min().item(), finite.max().item() - DEEPEST))
+    spread = max(reward.std().item(), 1e-6) if len(reward) > 1 else 1.0
+    return (reward - reward.mean()) / spread, spread
+
+
+def states_of(chain: Chain, states: Tensor, path: Tensor, step: Tensor, fresh: float, generator: torch.Generator) -> Tensor:
+    """States [n, ...] at ``step`` [n] of paths ``path`` [n]: a share ``fresh`` noised anew from the path's end."""
+    stored = states[step, path]
+    around = (-1, *[1] * (stored.ndim - 1))
+    signal, noise = (column.to(stored)[step].view(around) for column in (chain.signal, chain.noise))
+    anew = signal * states[-1, path] + noise * torch.randn(stored.shape, generator=generator, device=stored.device)
+    chosen = torch.rand(len(step), generator=generator, device=stored.device) < fresh
+    return torch.where(chosen.view(around), anew, stored)
+
+
+def fit_soft_value(
+    bank: PriorBank,
+    chain: Chain,
+    alpha: float,
+    updates: int,
+    generator: torch.Generator,
+    on_progress: Callable[[], None] | None = None,
+    times: float = 1.0,
+) -> SoftValue:
+    """Train both networks for ``updates`` steps each; ``on_progress`` is called after each step.
+
+    alpha: the target's temperature; they learn at ``times`` of it.
+    """
+    learned = times * alpha
+    states, weight = bank.trajectories.states, bank_weight(bank, learned)
+    device, count = states.device, states.shape[1]
+    half = torch.zeros(count, dtype=torch.long, device=device)
+    half[torch.randperm(count, generator=generator, device=device)[count // 2 :]] = 1
+    fresh = FRESH if chain.forgets_start else 0.0
+    scale = states.flatten(1).std(1).clamp(min=1e-6)
+    reward, spread = standardized(bank, learned)
+    networks = []
+    # Initial weights and dropout come from the global generator: forked, so that the caller's is left alone.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for side in (0, 1):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=device)))
+            network = (
+                ValueNetwork(tuple(states.shape[2:]), chain.num_kernels, scale[: chain.num_kernels + 1], spread)
+                .to(device)
+                .train()
+            )
+            optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+            mine = (half == side).nonzero()[:, 0]
+            for update in range(updates):
+                optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / updates) * min(1.0, (update + 1) / 100)
+                path = mine[torch.randint(len(mine), (BATCH,), generator=generator, device=device)]
+                step = torch.randint(chain.num_kernels + 1, (BATCH,), generator=generator, device=device)
+                value, mean, variance = network.heads(states_of(chain, states, path, step, fresh, generator), step).unbind(1)
+                miss = reward[path] - mean
+                loss = (weight[path] * functional.softplus(-value) + functional.softplus(value)).mean()
+                loss = loss + miss.square().mean() + VARIANCE_SHARE * (miss.detach().square() - variance).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if on_progress:
+                    on_progress()
+            networks.append(network.eval().requires_grad_(False))
+    return SoftValue((networks[0], networks[1]), half, times)

@@ -1,0 +1,103 @@
+"""Steps in nats: an optimizer's step is shortened until it moves the policy by no more than a bound.
+
+    KL(before || after) = sum_k E ½ |delta_k|²,    delta_k = (mu_after - mu_before) / sigma_k
+
+An Adam step has the size of the learning rate, whatever the gradient is, and a shift of the network's output counts d q / sigma
+times in delta. So one rate moves one prior by .01 nats and another one by 3000. The nats are what means the same everywhere. They
+are measured on a few states that stay the same for a phase, so that the outputs after one step are those before the next. More
+of them lie at the steps where the same change moves more. The direction stays the optimizer's, and so do its moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...samplers.denoiser import evaluate
+from ...samplers.prior import Prior
+from .rows import step_share, stratified
+
+ROWS = 16  # states that a step is measured on
+AIM = 0.7  # share of the bound that a shortened step aims at, so that the next one, a little longer, is within it too
+GROWTH = 1.05  # of the share of the optimizer's step that is tried next
+TRIES = 12
+FLOOR = 1e-3  # of the bound, below which a schedule does not lower it
+
+
+class StepBound:
+    """Shortens steps of ``policy``.
+
+    share: of the optimizer's last step that was taken, where the search for the next one begins.
+    state [n, ...], step [n], weight [n]: what steps are measured on, and for how many kernels each counts; None until `look_at`.
+    """
+
+    def __init__(self, prior: Prior, policy: nn.Module, agreed: Callable[[float], float]) -> None:
+        self.prior, self.policy, self.agreed = prior, policy, agreed
+        self.share = 1.0
+        self.state: Tensor | None = None
+        self.step, self.weight = torch.empty(0, dtype=torch.long), torch.empty(0)
+        self._output = torch.empty(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"share": self.share, "state": self.state, "step": self.step, "weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.share = state["share"]
+        if state["state"] is not None:
+            self.state, self.step, self.weight = (state[name].to(self.prior.device) for name in ("state", "step", "weight"))
+
+    @torch.no_grad()
+    def look_at(self, states: Tensor, generator: torch.Generator) -> None:
+        """Measure on states of the trajectories ``states`` [K + 1, B, ...] from now on, at steps drawn by `step_share`."""
+        device = states.device
+        share = step_share(self.prior.chain).to(device)
+        self.step = stratified(share, ROWS, generator)
+        self.weight = (1 / (ROWS * share[self.step])).double()
+        path = torch.randint(states.shape[1], (ROWS,), generator=generator, device=device)
+        self.state = states[self.step, path].clone()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """The policy as it is now is where the next step starts from."""
+        if self.state is not None:
+            self._output = self._evaluate()
+
+    def _evaluate(self) -> Tensor:
+        assert self.state is not None
+        return evaluate(self.policy, self.prior.chain, self.state, self.step, None)
+
+    def _nats(self, output: Tensor) -> float:
+        """The mean over the processes."""
+        assert self.state is not None
+        shift = self.prior.chain.kernel_shift(self.state, self.step, output, self._output).double().flatten(1)
+        return self.agreed((0.5 * self.weight * shift.square().sum(1)).sum().item())
+
+    @torch.no_grad()
+    def shorten(self, before: list[Tensor], weights: list[Tensor], limit: float) -> float:
+        """Move ``weights`` back toward ``before`` until the step from there is at most ``limit`` nats; returns its nats.
+
+        A step that is above the limit at every length that was tried is not taken: 0 nats. One that leads to no number at any
+        length says nothing of the next one's.
+        """
+        full = [weight.clone() for weight in weights]
+        share, nats = self.share, math.inf
+        self.share = min(1.0, self.share * GROWTH)
+        for _ in range(TRIES):
+            if self.share < 1.0:
+                for weight, old, new in zip(weights, before, full, strict=True):
+                    weight.copy_(torch.lerp(old, new, self.share))
+            output = self._evaluate()
+            nats = self._nats(output)
+            if nats <= limit:
+                self._output = output
+                return nats
+            self.share *= min(0.9, max(0.1, math.sqrt(AIM * limit / nats))) if math.isfinite(nats) else 0.1
+        for weight, old in zip(weights, before, strict=True):
+            weight.copy_(old)
+        if not math.isfinite(nats):
+            self.share = share
+        return 0.0

@@ -1,0 +1,221 @@
+"""A finished run judged: fresh rollouts of both sides, the task's own criteria, and then what is deployed of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...samplers.resampling import systematic
+from ..certificate.criteria import (
+    EXIT_STATUS,
+    GROSS,
+    against_prior,
+    conclude,
+    flags,
+    rollouts_to_trust,
+    target_side_doubts,
+    worse_than_prior,
+)
+from ..certificate.deployment import deployed_samplers, deployment_figures
+from ..certificate.evidence import gather_evidence, path_figures
+from ..certificate.verdict import judge_unknown
+from ..energies.names import parse_energy
+from ..estimators import ess
+from ..strict_json import strict_json
+from .manifest import replace_file
+from .run import Run, Task, absolute_term, threads
+
+if TYPE_CHECKING:
+    from ..certificate.evidence import Evidence
+    from ..energies.energy import Energy
+
+# Far from the training's generators, whose trajectories the certificate must not see again.
+FRESH_SEED = 2**62
+DEPLOYED_SEED = FRESH_SEED + 2**61
+# Samples of each deployed sampler: what it loses shows in a few, and there are several samplers.
+DEPLOYED_SIZE = 1000
+# Common starts, and rollouts from each, that show what the chain remembers of its start.
+STARTS, ROLLOUTS = 128, 8
+
+
+def certify(
+    run: Run,
+    energy: Energy | None = None,
+    *,
+    terms: Sequence[str] = (),
+    size: int | None = None,
+    seed: int | None = None,
+    tolerance: float | None = None,
+    until_decided: int | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Any], Evidence]:
+    """Judge a run by fresh rollouts of both sides; returns every figure with the verdict, and the evidence behind them.
+
+    energy: what to judge by; the training's own where None, under the conditions of `Run.energy`. terms: what ``energy`` is
+    named by, for the record ("energy"; None for a function without a name). size, seed, tolerance: the config's where None. A
+    task judges by its own criteria; elsewhere the two sides judge each other ("judged_by"). until_decided: while the verdict is
+    inconclusive and more rollouts would decide, draw them, at most so many a side. What plain diffusers loops around the policy
+    give is another step, `measure_deployment`.
+    """
+    config = run.config.certificate
+    given = {"size": size, "seed": seed, "tolerance": tolerance}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    if until_decided is not None and until_decided < config.size:
+        raise ValueError(
+            f"until_decided is {until_decided}, fewer than the {config.size} rollouts a side of the first look; give more, or a"
+            " smaller size."
+        )
+    if energy is None:
+        energy, terms = run.energy(terms), terms or run.config.energy.terms
+    generator = torch.Generator(run.prior.device).manual_seed(FRESH_SEED + config.seed)
+    evidence: Evidence | None = None
+    wanted = config.size
+    with threads(run.config.threads):
+        while True:
+            drawn = _draw(run, energy, wanted - (0 if evidence is None else len(evidence.samples)), generator, evidence, progress)
+            evidence = drawn if evidence is None else evidence.joined(drawn)
+            figures = _judge(run, energy, evidence, config.tolerance, generator, progress)
+            more = figures["rollouts_to_decide"]
+            if figures["verdict"] != "inconclusive" or more is None or until_decided is None or wanted >= until_decided:
+                break
+            wanted = min(until_decided, max(more, 5 * wanted // 4))
+    notes = ["training was interrupted; this is what it had reached"] if run.record["interrupted"] else []
+    notes += [f"training stopped early: {run.record['stopped']}"] if run.record["stopped"] else []
+    figures |= {
+        "flags": energy_flags(run, terms) + worse_than_prior(figures) + flags(figures) + notes,
+        "exit_status": EXIT_STATUS[figures["verdict"]],
+        "energy_calls": run.record["energy_calls"],
+        "certificate_energy_calls": evidence.energy_calls,
+        "energy": [absolute_term(term) for term in terms] or None,
+        "alpha": run.config.train.alpha,
+        "steps": run.prior.chain.num_steps,
+        "size": len(evidence.samples),
+        "seed": config.seed,
+    }
+    return figures, evidence
+
+
+def _draw(run: Run, energy: Energy, size: int, generator: torch.Generator, before: Evidence | None, progress: bool) -> Evidence:
+    """``size`` fresh rollouts a side under a bar, and those from common starts where there is no evidence yet."""
+    starts = STARTS if before is None else 0
+    total = 2 * size + starts * ROLLOUTS * (run.prior.chain.start_std > 0)
+    with _bar("certificate", total, progress) as advance:
+        return gather_evidence(
+            run.prior,
+            run.policy,
+            energy,
+            run.config.train.alpha,
+            generator,
+            size=size,
+            starts=starts,
+            rollouts=ROLLOUTS,
+            on_progress=advance,
+        )
+
+
+def _judge(
+    run: Run, energy: Energy, evidence: Evidence, tolerance: float, generator: torch.Generator, progress: bool
+) -> dict[str, Any]:
+    """All figures of the evidence, with the verdict of its two sides, and the task's own in its place where there is one."""
+    with _bar("judging", 2 if run.task is None else 4, progress) as advance:
+        figures = path_figures(evidence)
+        advance(1)
+        verdict, reasons, own = judge_unknown(evidence, figures, tolerance)
+        advance(1)
+        compared = {"verdict": verdict, "reasons": reasons, **own}
+        more, judged_by = own.get("rollouts_to_decide"), "its two sides"
+        for name in ("cell_tv", "cell_tv_se"):
+            figures["prior"][name] = own.get(f"prior_{name}", math.nan)
+        figures["gap_share_of_prior"] = figures["gap"] / figures["prior"]["gap"] if figures["prior"]["gap"] else math.nan
+        if run.task is not None:
+            doubts = target_side_doubts(figures)
+            try:
+                figures |= run.task.figures(evidence, energy, generator)
+                judged_by = f"the task {run.task.name}"
+                verdict, reasons = conclude([*run.task.criteria(figures), against_prior(figures)], doubts)
+            except ValueError as error:  # too few samples for one of the task's figures are no bad input
+                verdict, reasons = "inconclusive", [*doubts, str(error)]
+            if doubts and own.get("lower", 0.0) > GROSS:
+                verdict, reasons = "fail", [compared["reasons"][0], *reasons]
+            advance(1)
+            figures["exact"] = _exact_figures(run.task, evidence, energy, generator)
+            more = rollouts_to_trust(figures, len(evidence.samples)) if verdict == "inconclusive" else None
+            advance(1)
+    return figures | {
+        "verdict": verdict,
+        "reasons": reasons,
+        "judged_by": judged_by,
+        "rollouts_to_decide": more,
+        "verdict_unknown_truth": compared,
+    }
+
+
+@contextmanager
+def _bar(title: str, total: int, progress: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; gives what moves it on."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=title, dynamic_ncols=True, disable=not progress) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance
+
+
+def measure_deployment(
+    run: Run, certificate: dict[str, Any], evidence: Evidence, energy: Energy | None = None, *, progress: bool = True
+) -> dict[str, Any]:
+    """The certificate of `certify` with "deployed" beside the verdict: what plain diffusers loops around the policy give.
+
+    energy: as in `certify`. Nothing of it is judged.
+    """
+    energy = run.energy() if energy is None else energy
+    size = min(len(evidence.samples), DEPLOYED_SIZE)
+    generator = torch.Generator(run.prior.device).manual_seed(DEPLOYED_SEED + certificate["seed"])
+    total = size * len(deployed_samplers(run.prior))
+    with threads(run.config.threads), _bar("deployed samplers", total, progress) as advance:
+        deployed = deployment_figures(run.policy, energy, evidence, generator, size, on_progress=advance)
+    calls = certificate["certificate_energy_calls"] + total
+    return certificate | {"deployed": deployed, "certificate_energy_calls": calls}
+
+
+def energy_flags(run: Run, terms: Sequence[str]) -> list[str]:
+    """A sentence where the energy that ``terms`` name (a function without a name where empty) is not the training's."""
+    own = run.config.energy.terms
+    if _meant(run, terms) == _meant(run, own):
+        return []
+    judging, training = (" ".join(named) or "a function of its own" for named in (terms, own))
+    return [f"the energy here is {judging}; the run was trained with {training}"]
+
+
+def _meant(run: Run, terms: Sequence[str]) -> list[str]:
+    """Terms in one spelling and order, whatever folder they were said in and however their numbers are written."""
+    meant = []
+    for spec in (parse_energy(absolute_term(term)) for term in terms):
+        place = spec.place or ("" if run.task is None else run.task.module)
+        called = (spec.arguments, sorted(spec.keywords.items())) if spec.call else None
+        meant.append(repr((spec.scale, place, spec.name, called)))
+    return sorted(meant)
+
+
+def _exact_figures(task: Task, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+    """The task's figures of the policy's samples resampled by their weights, as `tiltune sample --exact` draws them."""
+    effective = max(1, int(ess(evidence.log_weight) * len(evidence.samples)))
+    index = systematic(evidence.log_weight.double().softmax(0), effective, generator)
+    everything = torch.arange(len(evidence.prior_samples), device=index.device)
+    try:
+        found = task.figures(evidence.resampled(index, everything), energy, generator)
+    except ValueError as error:  # too few effective samples to say anything
+        found = {"missing": str(error)}
+    return {"effective": effective, **found}
+
+
+def write_certificate(run: Run, figures: dict[str, Any]) -> None:
+    """certificate.json in the run's folder, whole at any moment."""
+    replace_file(run.folder / "certificate.json", strict_json(figures, indent=2) + "\n")

@@ -1,0 +1,153 @@
+"""`tiltune evaluate`: judge a run by fresh rollouts of both sides, and write its certificate."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...tasks.task import load_task
+from .. import flags
+from .tasks import open_with_task
+
+if TYPE_CHECKING:
+    from ...finetune.certificate.evidence import Evidence
+    from ...finetune.energies.energy import Energy
+    from ...finetune.runs.run import Run
+
+DESCRIPTION = """Draw fresh rollouts of a run's policy and of its prior, and measure how close the policy came to
+p_prior(x) · exp(-E(x)/alpha). In this order: the verdict, on the terminal and in certificate.json; picture.png; what plain
+diffusers samplers give with the policy's network, added to certificate.json. Whatever ends it leaves what was written. A shipped
+task is judged by its own criteria, any other run by its two sides against each other. Exit status: 0 the certificate passes, 1
+it fails, 3 it is inconclusive, 75 stopped by SIGTERM or SIGUSR1, 2 bad input, 70 an unexpected error, after its traceback.
+
+example: tiltune evaluate my-run
+
+example: tiltune evaluate my-run --energy my_energy.py:brightness --until-decided 40000
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `tiltune evaluate` takes."""
+
+    run: flags.RunFolder
+    """Folder of the run."""
+    energy: tuple[str, ...] = ()
+    """What to judge by; the training's own where not given. To be said again where that is code of your own."""
+    size: int | None = None
+    """Rollouts a side; the config's where not given."""
+    seed: int | None = None
+    """Of these rollouts; the config's where not given."""
+    tolerance: float | None = None
+    """How far a share may be off for a pass, where only the two sides are compared; the config's (.05) where not given."""
+    until_decided: int | None = None
+    """While the verdict is inconclusive and more rollouts would decide, draw them: at most so many a side."""
+    deployment: bool = True
+    """Measure at last what plain diffusers samplers give with the policy's network."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns its exit status."""
+    options = flags.parse(Options, argv, "tiltune evaluate", DESCRIPTION)
+    run = open_with_task(options.run)
+    from ...finetune.distributed.signals import Preempted, preemptible, uninterrupted
+    from ...finetune.runs.evaluate import certify, write_certificate
+    from ..cluster.torchrun import REQUEUE
+
+    energy = run.energy(options.energy)
+    terms = options.energy or run.config.energy.terms
+    chosen = {"size": options.size, "seed": options.seed, "tolerance": options.tolerance}
+    with preemptible():
+        certificate, evidence = certify(run, energy, terms=terms, until_decided=options.until_decided, **chosen)
+    with uninterrupted():
+        write_certificate(run, certificate)
+        print(summary(certificate, run.folder), flush=True)
+    try:
+        with preemptible():
+            show(options, run, certificate, evidence, energy)
+    except Preempted as signal:
+        print(f"{signal}: the verdict is written; what comes after it was left out", file=sys.stderr)
+        return REQUEUE
+    return certificate["exit_status"]
+
+
+def show(options: Options, run: Run, certificate: dict[str, Any], evidence: Evidence, energy: Energy) -> None:
+    """What follows a verdict: the picture, then the deployed samplers. A cut leaves what is written by then."""
+    from ...finetune.distributed.signals import uninterrupted
+    from ...finetune.runs.evaluate import measure_deployment, write_certificate
+    from ..pictures import run_figure
+
+    if run.config.task is not None and certificate["judged_by"] == f"the task {run.config.task}":
+        figure = load_task(run.config.task).picture(evidence, energy, run.history, certificate)
+    else:
+        figure = run_figure(evidence, certificate)
+    figure.savefig(run.folder / "picture.png")
+    if options.deployment:
+        certificate = measure_deployment(run, certificate, evidence, energy)
+        with uninterrupted():
+            write_certificate(run, certificate)
+        for line in deployed(certificate["deployed"]):
+            print(line)
+
+
+def summary(certificate: dict[str, Any], folder: Path) -> str:
+    """The verdict in one line, and the figures behind it."""
+
+    def shown(name: str, digits: int = 3) -> str:
+        return f"{certificate[name]:.{digits}f} ± {certificate[f'{name}_se']:.{digits}f}"
+
+    lines = [
+        f"ELBO {shown('elbo')} ≤ log Z {shown('log_z')} (target side {shown('log_z_forward')}) ≤ EUBO {shown('eubo')}",
+        f"gap {shown('gap')}   ESS {certificate['ess']:.3f}   target side {certificate['target_ess']:.0f} effective of"
+        f" {certificate['size']}   Pareto-k {certificate['pareto_k']:.2f}",
+        prior_line(certificate),
+        *task_lines(certificate),
+        f"{certificate['energy_calls']:,} energy calls in training, {certificate['certificate_energy_calls']:,} in the"
+        f" certificate; written to {folder}",
+        *[f"flag: {flag}" for flag in certificate["flags"] if flag not in certificate["reasons"]],
+        f"verdict: {certificate['verdict']}: {'; '.join(certificate['reasons'])}",
+    ]
+    return "\n".join(lines)
+
+
+def prior_line(certificate: dict[str, Any]) -> str:
+    """What the training changed: mean energy, gap and cell difference of the policy, and of the prior it started from."""
+    prior, compared = certificate["prior"], certificate["verdict_unknown_truth"]
+    gap = f"gap {certificate['gap']:.3f} (prior {prior['gap']:.3f})"
+    energy = f"mean energy {certificate['mean_energy']:.3f} (prior {prior['mean_energy']:.3f})"
+    cells = f"   cell TV {compared['cell_tv']:.3f} (prior {prior['cell_tv']:.3f})" if "cell_tv" in compared else ""
+    return f"{energy}   {gap}{cells}"
+
+
+def task_lines(certificate: dict[str, Any]) -> list[str]:
+    """What a task knows of its samples, and the same of samples resampled by weight; empty without a task's figures."""
+    lines = []
+    for title, figures in (("policy", certificate), ("reweighted, as by sample --exact", certificate.get("exact", {}))):
+        shown = [
+            f"{name.replace('_', ' ')} {figures[name]:.3f}"
+            + (f" ({figures[f'{name}_reference']:.3f})" if f"{name}_reference" in figures else "")
+            for name in ("share", "diversity", "residual", "energy_tv", "w2_ratio")
+            if name in figures
+        ]
+        if shown:
+            lines.append(f"{title}: {'   '.join(shown)}")
+    return lines
+
+
+def deployed(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of what plain diffusers loops around the policy give; empty where there is no scheduler to deploy."""
+    if len(rows) < 3:
+        return []
+
+    def against(row: dict[str, Any], side: str) -> str:
+        distance, null = row[f"{side}_cell_tv"], row[f"{side}_cell_tv_null"]
+        return f"{'':>15}" if distance is None else f"{distance:>8.3f} ({null:.3f})"
+
+    lines = [f"{'deployed':<34}{'steps':>6}{'energy':>10}{'cell TV: chain':>16}{'target':>16}    (by chance)"]
+    for row in rows:
+        energy = math.nan if row["energy"] is None else row["energy"]
+        lines.append(f"{row['sampler']:<34}{row['steps']:>6}{energy:>10.3f} {against(row, 'chain')} {against(row, 'target')}")
+    return lines

@@ -1,0 +1,132 @@
+"""`tiltune train`: fine-tune a shipped task or any diffusers prior, and leave a run folder."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...finetune.config.sections import RunConfig, pretrained_recipe
+from ...finetune.config.yaml_file import from_mapping, read_yaml, to_yaml
+from ...tasks.task import TASKS, load_task
+from .. import flags
+from ..cluster.torchrun import REQUEUE, UNSAVED
+
+if TYPE_CHECKING:
+    from ...finetune.runs.run import Run
+
+DESCRIPTION = """Fine-tune a sampler so that it draws from p_prior(x) · exp(-E(x)/alpha), and write the run into --out:
+config.yaml, metrics.jsonl, run.json and the policy. A shipped TASK brings its prior and energies; otherwise --prior names a
+model saved by diffusers, and --energy the function to minimize. A flag overrides --config, which overrides the task's recipe.
+Exit status: 0 trained, 130 interrupted (the run is usable), 75 the same by SIGTERM or SIGUSR1, 76 these before anything new was
+saved, 1 the training broke down, 2 bad input, 70 an unexpected error, after its traceback.
+
+example: tiltune train digits --alpha 0.25 --out my-run
+
+example: tiltune train --prior my-ddpm-folder --energy my_energy.py:brightness --alpha 0.1 --steps 50
+"""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What `tiltune train` takes besides the config."""
+
+    config: Path | None = None
+    """A YAML file with any part of the config."""
+    out: Path | None = None
+    """The run's folder; runs/NAME where not given. Refused if it holds a run, unless --overwrite."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+    resume: str | None = None
+    """Go on from a checkpoint: auto for the last good one in --out (or a start, where there is none), or the path of one."""
+    print_config: bool = False
+    """Print the whole config as YAML and stop."""
+
+
+Options = flags.flags(pretrained_recipe(), Own, tuple(TASKS))
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns its exit status."""
+    base = starting_point(argv)
+    options = flags.parse(flags.flags(base, Own, tuple(TASKS)), argv, "tiltune train", DESCRIPTION)
+    if options.task not in (None, base.task):
+        raise ValueError(f"name the task first: tiltune train {options.task} ….")
+    config = flags.with_flags(base, options)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    return train(config, options.out or default_folder(config), options.overwrite, options.resume)
+
+
+def said_again(trained: Run) -> str:
+    """The energies as a later command must name them: not at all where they are a shipped task's."""
+    try:
+        trained.energy()
+    except ValueError:
+        return f" --energy {shlex.join(trained.config.energy.terms)}"
+    return ""
+
+
+def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = None) -> int:
+    from ...finetune.runs import run
+
+    task = None if config.task is None else load_task(config.task)
+    trained = run.train(config, out, task=task, overwrite=overwrite, resume=resume)
+    ended = status(trained.record)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
+        return ended
+    seconds, calls = trained.record["seconds"], trained.record["energy_calls"]
+    warm = "" if config.train.warm_start == "none" else "warm start and "
+    print(f"{warm}{trained.record['updates']} updates, {calls:,} energy calls, {seconds:.0f} s; written to {out}")
+    if trained.record["interrupted"]:
+        again = "--resume auto goes on" if config.train.checkpoint_every else "--overwrite starts again"
+        print(
+            f"interrupted: {out} holds the policy as it was then. `tiltune evaluate {out}{said_again(trained)}` judges it; the"
+            f" same command with {again}.",
+            file=sys.stderr,
+        )
+        return ended
+    improvement = trained.record["improvement"]
+    print("how much it helped was not measured, for want of held-out paths" if improvement is None else improvement["sentence"])
+    print(f"next: tiltune evaluate {out}{said_again(trained)}")
+    return 0
+
+
+def status(record: dict[str, Any]) -> int:
+    """The exit status of a training that ended as its ``record`` says."""
+    if not record["interrupted"]:
+        return 0
+    if not record["preempted"]:
+        return 130
+    return REQUEUE if record["new_steps"] else UNSAVED
+
+
+def starting_point(argv: list[str]) -> RunConfig:
+    """The recipe that the command line asks for, with its --config: what the flags' defaults are."""
+    task = argv[0] if argv and not argv[0].startswith("-") else None
+    file = _config_file(argv)
+    values: dict[str, Any] = {} if file is None else read_yaml(file)
+    named = values.get("task", task)
+    if task is not None and named != task:
+        raise ValueError(f"{file} is a config of the task {named!r}, but the task {task!r} is asked for; leave out one of them.")
+    # What is no name of a task at all is refused with the other types.
+    base = load_task(named).recipe() if isinstance(named, str) else pretrained_recipe()
+    return from_mapping(values, base, str(file))
+
+
+def _config_file(argv: list[str]) -> Path | None:
+    for position, word in enumerate(argv):
+        if word == "--config" and argv[position + 1 :]:
+            return Path(argv[position + 1])
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2])
+    return None
+
+
+def default_folder(config: RunConfig) -> Path:
+    """runs/ and the name of the task or of the prior."""
+    return Path("runs") / (config.task or Path(os.path.abspath(config.prior.source or "")).name)

@@ -1,0 +1,223 @@
+"""Pretrained diffusers samplers as priors, and policies to and from their folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..chain import Chain
+from ..denoiser import DiffusersDenoiser
+from ..policy import Policy, beside, residual_of
+from ..prior import Prior, Source
+from ..schedulers.table import chain_from_scheduler
+from .folder import DECODERS, DENOISERS, Layout, load_model, load_scheduler, locate, read_json, read_layout
+from .hints import start_hint, variance_hint
+from .networks import check_label, num_classes, state_shape
+
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Latents a decoder's call takes: it works at full resolution, where a batch of a rollout's size does not fit.
+DECODE_BATCH = 16
+
+
+def load_prior(
+    path: str | Path,
+    steps: int = 50,
+    *,
+    eta: float = 1.0,
+    variance: Literal["fixed_large", "fixed_small"] | None = None,
+    noise: Literal["memoryless", "flow_grpo"] = "memoryless",
+    noise_level: float = 0.7,
+    label: int | None = None,
+    precision: Literal["float32", "bf16", "fp16"] = "float32",
+    channels_last: bool = False,
+    device: torch.device | str | None = None,
+) -> Prior:
+    """A pretrained sampler run with ``steps`` steps of its own scheduler.
+
+    path: a pipeline folder (DDPMPipeline, DDIMPipeline, LDMPipeline, DiTPipeline and their like: one unet or transformer, one
+    scheduler, at most one vae), a bare model's folder with a scheduler_config.json beside it or in scheduler/, or the hub id
+    of a pipeline where no such folder exists.
+    eta: DDIM's noise. variance: DDPM's, in place of the scheduler's own. noise, noise_level: what makes a flow stochastic.
+    label: the class of a class-conditional model, run without guidance. precision: autocast of the networks; weights,
+    states and log-ratios are float32.
+
+    Energies see samples in the model's space, [-1, 1] nominal and not clamped: a DDPMPipeline's images are
+    (sample / 2 + 0.5).clamp(0, 1) of them. Latents are decoded first, without a graph, `DECODE_BATCH` at a time.
+
+    Errors: ValueError, one sentence, for whatever does not fit.
+    """
+    folder = locate(path)
+    layout = read_layout(folder)
+    scheduler = _scheduler(layout, variance)
+    _refuse_unused(scheduler, eta, noise, noise_level)
+    chain = chain_from_scheduler(scheduler, steps, eta=eta, noise=noise, noise_level=noise_level)
+    model, stored = load_model(layout.denoiser, DENOISERS)
+    shape = state_shape(model)
+    check_label(model, label)
+    to_data = None
+    if layout.decoder is not None:
+        vae, _ = load_model(layout.decoder, DECODERS)
+        to_data = LatentDecoder(vae, shape[0]).to(device or "cpu")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    if channels_last:
+        if len(shape) != 3:
+            raise ValueError(f"channels_last is for convolutional networks, and {type(model).__name__} has no images.")
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model = model.to(device or "cpu")
+    known = path if not Path(path).expanduser().is_dir() else folder
+    denoiser = "" if layout.pipeline is None else layout.denoiser.name
+    decisions = (
+        _prior_line(layout, model, stored, precision, shape, to_data),
+        _chain_line(chain, scheduler),
+        _condition_line(model, label),
+        *([] if variance is not None else [variance_hint(chain)]),
+        start_hint(chain, scheduler, shape, eta=eta, noise=noise, noise_level=noise_level),
+    )
+    return Prior(
+        DiffusersDenoiser(model, label=label, autocast=PRECISIONS[precision]),
+        chain,
+        shape,
+        to_data,
+        source=Source(str(known), layout.pipeline, denoiser),
+        scheduler=scheduler,
+        step_options={"eta": eta} if type(scheduler).__name__ == "DDIMScheduler" else {},
+        decisions=tuple(line for line in decisions if line is not None),
+    )
+
+
+class LatentDecoder(nn.Module):
+    """Latents [B, C, h, w] → images [B, c, H, W] in model space, decoded as the pipelines do: vae.decode(latents / scale)."""
+
+    def __init__(self, vae: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.vae = vae.requires_grad_(False).eval()
+        self.config: Any = vae.config
+        if self.config.latent_channels != channels:
+            raise ValueError(
+                f"the decoder takes latents of {self.config.latent_channels} channels, but the denoiser makes {channels}; they"
+                " are not of one pipeline."
+            )
+
+    @torch.no_grad()
+    def forward(self, state: Tensor) -> Tensor:
+        latents = state / self.config.scaling_factor + (self.config.get("shift_factor") or 0.0)
+        parts = [self.vae.decode(part).sample for part in latents.split(DECODE_BATCH)]  # pyright: ignore[reportCallIssue]
+        return torch.cat(parts)
+
+
+def _scheduler(layout: Layout, variance: str | None) -> Any:
+    """The folder's scheduler, as its pipeline would run it, with the variance that was asked for."""
+    import diffusers
+
+    scheduler: Any = load_scheduler(layout.scheduler)
+    if layout.pipeline == "DDIMPipeline" and not isinstance(scheduler, diffusers.DDIMScheduler):
+        scheduler = diffusers.DDIMScheduler.from_config(scheduler.config)
+    if variance is None:
+        return scheduler
+    if type(scheduler).__name__ != "DDPMScheduler":
+        raise ValueError(f"variance={variance!r} is DDPMScheduler's choice; {type(scheduler).__name__} has none, leave it out.")
+    return type(scheduler).from_config(scheduler.config, variance_type=variance)
+
+
+def _refuse_unused(scheduler: Any, eta: float, noise: str, noise_level: float) -> None:
+    """An option that this scheduler would ignore is an error, not a no-op."""
+    name = type(scheduler).__name__
+    if eta != 1.0 and name != "DDIMScheduler":
+        raise ValueError(
+            f"eta={eta:g} is DDIM's noise, and this prior has a {name}; leave eta out, or save it with DDIMScheduler."
+        )
+    flow = name == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.stochastic_sampling
+    if (noise, noise_level) != ("memoryless", 0.7) and not flow:
+        raise ValueError(f"noise={noise!r} makes a deterministic flow stochastic, and this prior's {name} is none; leave it out.")
+
+
+def _prior_line(
+    layout: Layout, model: nn.Module, stored: str, precision: str, shape: tuple[int, ...], to_data: LatentDecoder | None
+) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    of = f" of {layout.pipeline}" if layout.pipeline else ""
+    run = f"{stored} weights held in float32" if stored != "float32" else "float32 weights"
+    run += "" if precision == "float32" else f", run in {precision} autocast"
+    seen = "seen by the energy as they are" if to_data is None else f"decoded by {type(to_data.vae).__name__} before the energy"
+    size = f"{count / 1e6:.3g}M" if count >= 1e5 else str(count)
+    shown = " x ".join(map(str, shape))
+    return f"prior: {type(model).__name__}{of}, {size} parameters, {run}, {layout.folder}; states {shown}, {seen}"
+
+
+def _chain_line(chain: Chain, scheduler: Any) -> str:
+    kind = getattr(scheduler.config, "prediction_type", "flow")
+    clip = "x_hat not clipped" if chain.clip is None else f"x_hat clipped to ±{chain.clip:g}"
+    return f"chain: {chain.name}, K = {chain.num_steps}, {kind}, {clip}; {chain.conditions()['last_step']}"
+
+
+def _condition_line(model: Any, label: int | None) -> str:
+    classes = num_classes(model)
+    if classes is None:
+        return "condition: none"
+    line = f"condition: class {label} of 0 to {classes - 1}, without guidance"
+    if type(model).__name__ == "DiTTransformer2DModel":
+        line += f" ({classes - 1} is class-free)"
+        if model.out_channels == 2 * model.config.in_channels:
+            line += "; the learned variance channels are left out, as DiTPipeline does"
+    return line
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """What `Policy.save` writes, beside a policy.json with the kind.
+
+    full: config.json and diffusion_pytorch_model.safetensors, for diffusers' from_pretrained. lora: adapter_config.json and
+    adapter_model.safetensors, for peft's PeftModel.from_pretrained. residual: a diffusers model in residual/.
+    """
+    denoiser: Any = policy.denoiser
+    network = {"full": denoiser, "residual": getattr(denoiser, "residual", None)}.get(policy.kind)
+    if policy.kind != "lora" and not isinstance(network, DiffusersDenoiser):
+        raise ValueError(
+            f"a {policy.kind} policy is saved as a diffusers model, and this one's network is a {type(network).__name__}; save"
+            " its state_dict() yourself."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if policy.kind == "lora":
+        from ..lora import save_adapter
+
+        save_adapter(denoiser, folder, policy.prior.source)
+    else:
+        assert isinstance(network, DiffusersDenoiser)
+        network.model.save_pretrained(folder if policy.kind == "full" else folder / "residual")  # pyright: ignore[reportCallIssue]
+    (folder / "policy.json").write_text(json.dumps({"kind": policy.kind}) + "\n")
+
+
+def load_policy(prior: Prior, folder: str | Path) -> Policy:
+    """A policy that `Policy.save` wrote, on the prior that it was made of.
+
+    Errors: ValueError for a folder that holds none, broken weights, and a policy of another prior's network.
+    """
+    folder = Path(folder)
+    kind = read_json(folder / "policy.json").get("kind")
+    base = prior.denoiser
+    if kind not in ("full", "lora", "residual"):
+        raise ValueError(f"{folder}/policy.json names the policy kind {kind!r}; full, lora and residual are known.")
+    if not isinstance(base, DiffusersDenoiser):
+        raise ValueError("this prior is not a diffusers model, so no saved policy fits it.")
+    if kind == "lora":
+        from ..lora import load_adapter
+
+        return Policy(prior, load_adapter(base, folder), "lora")
+    place = folder if kind == "full" else folder / "residual"
+    network, _ = load_model(place, (type(base.model).__name__,), type(base.model))
+    if kind == "full" and _architecture(network) != _architecture(base.model):
+        raise ValueError(f"the policy in {folder} is not of this prior's network: their configs differ.")
+    denoiser = beside(prior, network)
+    if kind == "residual":
+        residual = residual_of(prior)
+        residual.residual = denoiser
+        denoiser = residual
+    return Policy(prior, denoiser.requires_grad_(True), kind)
+
+
+def _architecture(model: Any) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(model.to_json_string()).items() if not key.startswith("_")}
