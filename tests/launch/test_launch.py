@@ -476,7 +476,7 @@ SCENARIOS = {
 }
 RUN = """
 import glob, json, os, signal, sys, threading, time
-from tiltune.launch import torchrun
+from tiltune.launch.cluster import torchrun
 
 def send(name):
     while len(glob.glob("up*")) < 2:
