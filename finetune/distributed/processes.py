@@ -5,6 +5,7 @@ What talks to the others (`gather`, `mean`, `agree`, `together`, `poll`) is call
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ class Processes:
                 raise ValueError(
                     f"{name} is true, which is not supported here; set it to false (--gradient-checkpointing is ours)."
                 )
-        self.left_for: BaseException | None = None  # what all processes have left for, each with its own words for it
+        self.stopped_by: BaseException | None = None  # the error on which all processes agreed to stop
 
     @property
     def main(self) -> bool:
@@ -89,25 +90,32 @@ class Processes:
 
             collect(wrapped, policy)
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         """A weight, a moment or a norm of a wrapped policy: all of it."""
         if not self.sharded:
             return tensor
-        from .sharding import whole
+        from .sharding import full_tensor
 
-        return whole(tensor)
+        return full_tensor(tensor)
 
-    def part(self, tensor: Tensor, like: Tensor) -> Tensor:
+    def shard(self, tensor: Tensor, like: Tensor) -> Tensor:
         """What this process holds of ``tensor``, as it does of the weight ``like``."""
         if not self.sharded:
             return tensor.to(like)
-        from .sharding import part
+        from .sharding import shard_like
 
-        return part(tensor, like)
+        return shard_like(tensor, like)
+
+    def saved(self, tensor: Tensor) -> Tensor:
+        """What this process writes of a weight or a moment into a checkpoint: all of it, or nothing where another one does."""
+        if not self.sharded:
+            return tensor
+        full = self.full_tensor(tensor.detach())
+        return full.cpu() if self.main else torch.empty(0)
 
     @contextmanager
-    def hold(self, policy: nn.Module) -> Iterator[None]:
-        """A forward and backward whose gradients stay here, for a later one to send along."""
+    def no_sync(self, policy: nn.Module) -> Iterator[None]:
+        """A forward and backward whose gradients are not averaged yet: they are with those of the next one outside."""
         if not self.sharded:
             with nullcontext() if self.count == 1 else self._accelerator.no_sync(policy):
                 yield
@@ -141,13 +149,18 @@ class Processes:
         except RuntimeError as error:
             if "timed out" not in str(error).lower():
                 raise
-            self.left_for = NoAnswer(
+            self.stopped_by = NoAnswer(
                 f"another process did not answer for {self._timeout:g} s: it hangs, in its energy perhaps, or is slower than"
                 " that. This one ends, and torchrun ends all of them. Raise process_timeout for an energy that takes longer."
             )
-            raise self.left_for from error
+            raise self.stopped_by from error
         assert isinstance(gathered, Tensor)
         return gathered
+
+    def gather_valid(self, value: Tensor, valid: Tensor) -> Tensor:
+        """[n] of every process, without what is invalid."""
+        gathered = self.gather(value.masked_fill(~valid, math.nan))
+        return gathered[~gathered.isnan()]
 
     def mean(self, value: float) -> float:
         """Over the processes."""
@@ -165,7 +178,7 @@ class Processes:
             if error is None and len(failed):
                 error = ProcessError(f"process {failed[0].item()} failed, and all stop with it; its own output says why.")
         if error is not None:
-            self.left_for = error
+            self.stopped_by = error
             raise error
 
     @contextmanager
@@ -175,7 +188,7 @@ class Processes:
         try:
             yield
         except (Exception, KeyboardInterrupt) as caught:
-            if caught is self.left_for:  # of an inner block: the others have left as well
+            if caught is self.stopped_by:  # of an inner block: the others have left as well
                 raise
             error = caught
         self.agree(error)
@@ -190,8 +203,8 @@ class Processes:
         stop = asked_to_stop()
         asked = self.gather(torch.tensor([ASKED.index(stop)], device=self.device, dtype=torch.int32)).max().item()
         if kind := ASKED[int(asked)]:
-            self.left_for = kind("asked to stop")
-            raise self.left_for
+            self.stopped_by = kind("asked to stop")
+            raise self.stopped_by
 
     def refuse_other(self, number: int, what: str) -> None:
         """Errors: ProcessError where the processes do not have the same number."""

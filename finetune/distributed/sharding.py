@@ -57,15 +57,15 @@ def collect(sharded: nn.Module, policy: Policy) -> None:
     """Copy all the weights into ``policy``, on every process."""
     with torch.no_grad():
         for weight, shards in zip(policy.parameters(), sharded.parameters(), strict=True):
-            weight.copy_(whole(shards.detach()))
+            weight.copy_(full_tensor(shards.detach()))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """What the processes hold parts of; another tensor is as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole ``tensor``, the same everywhere, as a parameter ``like`` it is held."""
     assert isinstance(like, DTensor)
     return distribute_tensor(tensor.to(like.device, like.dtype), like.device_mesh, like.placements)

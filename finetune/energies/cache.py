@@ -44,20 +44,20 @@ class CachedEnergy:
         self._dtype = torch.float32
 
     def settle(self) -> None:
-        """A step is taken: what was learned in it belongs to `state` from now on."""
+        """A step is complete: what was learned in it belongs to `state_dict` from now on."""
         self._unsettled.clear()
 
-    def state(self) -> dict[str, Any]:
-        """What was remembered when it was settled last, for `restore`: plain values and tensors."""
+    def state_dict(self) -> dict[str, Any]:
+        """What was remembered when it was settled last: plain values and tensors."""
         rows = {key: row for key, row in self._rows.items() if key not in self._unsettled}
         table = torch.tensor(list(rows.values()), dtype=torch.float64)
         keys = [key.hex() for key in rows]
         return {"keys": keys, "rows": table, "terms": self._terms, "dtype": str(self._dtype).removeprefix("torch.")}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        rows = zip(state["keys"], state["rows"].tolist(), strict=True)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rows = zip(state_dict["keys"], state_dict["rows"].tolist(), strict=True)
         self._rows = OrderedDict((bytes.fromhex(key), tuple(row)) for key, row in rows)
-        self._terms, self._dtype = list(state["terms"]), getattr(torch, state["dtype"])
+        self._terms, self._dtype = list(state_dict["terms"]), getattr(torch, state_dict["dtype"])
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -2,66 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...samplers.prior import Prior
-from ...samplers.resampling import systematic
 from ...samplers.rollout import noise_back, rollout
 from ...samplers.trajectory import Trajectories
 from ..config.sections import TrainConfig
-from ..estimators import adequate_alpha, ess
-
-ENOUGH, FEWEST = 0.025, 25  # effective prior paths that can stand for a tilted law: their share, 100 of 4000; their number
-FURTHEST = 4.0  # times alpha up to which what is learned at a milder temperature may be continued from it
-
-
-def temperature_within_reach(energy: Tensor, alpha: float) -> float:
-    """The temperature, from ``alpha`` up, at which enough prior samples (`ENOUGH`, `FEWEST`) are effective to stand for the
-    tilted law.
-
-    ``alpha`` itself where that is beyond `FURTHEST` times it: few meet a strict constraint, at any temperature. energy [N] of
-    prior samples, NaN where invalid.
-    """
-    valid = energy[~energy.isnan()]
-    share = max(ENOUGH, FEWEST / len(valid)) if len(valid) > FEWEST else 1.0
-    found = adequate_alpha(valid, alpha, share)
-    return found if found <= FURTHEST * alpha else alpha
-
-
-@dataclass(frozen=True, eq=False)
-class PriorBank:
-    """N prior trajectories with their energies: reweighted by exp(-E/alpha) they are the tilted path law.
-
-    trajectories: states [K + 1, N, ...] and energy [N], NaN where invalid, +inf where the density is zero.
-    """
-
-    trajectories: Trajectories
-
-    def log_weight(self, alpha: float) -> Tensor:
-        """-E/alpha [N], -inf for invalid energies."""
-        energy = self.trajectories.energy
-        assert energy is not None
-        return torch.nan_to_num(-energy / alpha, nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
-
-    def log_z(self, alpha: float) -> float:
-        """log mean exp(-E/alpha) over the valid prior samples: the forward estimate of log Z."""
-        energy = self.trajectories.energy
-        assert energy is not None
-        valid = ~energy.isnan()
-        return (self.log_weight(alpha)[valid].logsumexp(0) - math.log(int(valid.sum()))).item()
-
-    def ess(self, alpha: float) -> float:
-        """Effective number of samples of the tilted law."""
-        return ess(self.log_weight(alpha)) * len(self.trajectories)
-
-    def draw(self, count: int, alpha: float, generator: torch.Generator) -> Tensor:
-        """Indices [count] drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights."""
-        return systematic(self.log_weight(alpha).double().softmax(0), count, generator)
+from ..populations.population import Population
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +23,7 @@ class Context:
 
     prior: Prior
     policy: nn.Module
-    bank: PriorBank | None
+    bank: Population | None
     alpha: float
     progress: float
     noise_scale: float = 1.0
@@ -118,7 +69,7 @@ def noised_back(context: Context, count: int, generator: torch.Generator) -> Tra
     return fresh.with_(energy=drawn.energy) if unchanged else fresh
 
 
-def _bank(context: Context) -> PriorBank:
+def _bank(context: Context) -> Population:
     assert context.bank is not None, "the trainer fills the bank before a behavior that needs it"
     return context.bank
 

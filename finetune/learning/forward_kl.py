@@ -24,9 +24,9 @@ from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import rows_at_once
 from ..config.sections import TrainConfig
-from .behaviors import PriorBank
+from ..populations.population import Population
 from .bridge_check import bridge_bias
-from .gradients import Around, backward_likelihood, backward_rows, chunk_rows
+from .gradients import NoSync, backward_likelihood, backward_rows, chunk_rows
 from .rows import stratified
 from .soft_value import FRESH, SoftValue, bank_weight, states_of
 
@@ -37,7 +37,7 @@ UNBIASED = 0.1  # nats that bridged next states may move a policy at E = 0
 class ForwardKL:
     """Gradients of KL(tilted || policy) on the bank's paths.
 
-    held: what goes around a forward and backward of the policy that another one will follow, before its gradients are used.
+    no_sync: goes around a forward and backward of the policy that another one will follow, before its gradients are used.
     slope [num_kernels]: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
     bridged: whether plain rows take the mean of s_{k+1} given the path's end; until `check_bridge`, wherever the chain allows it.
     """
@@ -46,25 +46,25 @@ class ForwardKL:
         self,
         prior: Prior,
         policy: nn.Module,
-        bank: PriorBank,
+        bank: Population,
         soft_value: SoftValue | None,
         config: TrainConfig,
         generator: torch.Generator,
-        held: Around = nullcontext,
+        no_sync: NoSync = nullcontext,
     ) -> None:
         self.prior, self.policy, self.bank, self.soft_value = prior, policy, bank, soft_value
-        self.config, self.generator, self.held = config, generator, held
+        self.config, self.generator, self.no_sync = config, generator, no_sync
         self.slope = torch.ones(prior.chain.num_kernels, device=bank.trajectories.states.device)
         self.bridged = prior.chain.forgets_given_next
 
-    def state(self) -> dict[str, Any]:
-        """What was measured, for `restore`."""
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured."""
         return {"slope": self.slope, "bridged": self.bridged, "step_probability": self.__dict__.get("_step_probability")}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.slope, self.bridged = state["slope"].to(self.slope), state["bridged"]
-        if state["step_probability"] is not None:
-            self._step_probability = state["step_probability"].to(self.slope)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.slope, self.bridged = state_dict["slope"].to(self.slope), state_dict["bridged"]
+        if state_dict["step_probability"] is not None:
+            self._step_probability = state_dict["step_probability"].to(self.slope)
 
     @property
     def bridged_and_controlled(self) -> bool:
@@ -82,7 +82,7 @@ class ForwardKL:
         parts = list(zip(state.split(chunk), following.split(chunk), step.split(chunk), g.split(chunk), strict=True))
         losses = []
         for part in parts:
-            with nullcontext() if part is parts[-1] else self.held():
+            with nullcontext() if part is parts[-1] else self.no_sync():
                 losses.append(backward_rows(self.policy, self.prior.chain, *part, None))
         return torch.stack(losses).sum()
 
@@ -162,7 +162,7 @@ class ForwardKL:
                 following = states[step + 1, path]
             share = scale(factor * chain.num_kernels / (count * mixture[path]))
             control = share * soft_value.of_paths(state, step, path).exp()
-            with nullcontext() if part is parts[-1] else self.held():
+            with nullcontext() if part is parts[-1] else self.no_sync():
                 total += backward_likelihood(
                     self.policy, chain, prior_output, state, following, step, share * weight[path], control
                 )
@@ -174,7 +174,7 @@ class ForwardKL:
         trajectories = self.bank.trajectories
         few = trajectories.select(torch.arange(6, device=self.prior.device) % len(trajectories))
         most = max(self.config.warm_start_rows, self.config.forward_rows)
-        with self.held():
+        with self.no_sync():
             return chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, most, total=most)
 
     @cached_property

@@ -23,7 +23,7 @@ from ...samplers.trajectory import Trajectories
 from .objectives import Batch, Objective
 
 Gather = Callable[[Tensor], Tensor]
-Around = Callable[[], AbstractContextManager[Any]]
+NoSync = Callable[[], AbstractContextManager[Any]]
 # More rows a chunk bring no more throughput, but push a small network's activations out of the processor's cache.
 MAX_CHUNK = 2048
 
@@ -107,17 +107,17 @@ def backward_trajectories(
     trajectories: Trajectories,
     g: Tensor,
     chunk: int,
-    held: Around = nullcontext,
-    last: Around = nullcontext,
+    no_sync: NoSync = nullcontext,
+    last: NoSync = nullcontext,
 ) -> None:
     """Pass 2: accumulate the gradient of sum g · log policy over stored trajectories, ``chunk`` rows at a time.
 
-    held, last: what goes around the forward and backward of all chunks but the last, and of the last."""
+    no_sync, last: what goes around the forward and backward of all chunks but the last, and of the last."""
     flat = g.flatten()
     for first in range(0, len(flat), chunk):
         rows = slice(first, first + chunk)
         state, following, step, condition = rows_of(trajectories, chain, rows)
-        with held() if first + chunk < len(flat) else last():
+        with no_sync() if first + chunk < len(flat) else last():
             backward_rows(policy, chain, state, following, step, flat[rows], condition)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...samplers.chain import Chain
-from .behaviors import PriorBank
+from ..populations.population import Population
 
 WIDTH, CHANNELS, DROPOUT = 96, 24, 0.3
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 512, 2e-3, 0.3
@@ -105,13 +105,12 @@ class SoftValue:
     def __init__(self, networks: tuple[nn.Module, nn.Module], half: Tensor, times: float = 1.0) -> None:
         self.networks, self.half, self.times = networks, half, times
 
-    def state(self) -> dict[str, Any]:
-        """Tensors, for `from_state`."""
+    def state_dict(self) -> dict[str, Any]:
         return {"networks": [network.state_dict() for network in self.networks], "half": self.half, "times": self.times}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], shape: tuple[int, ...], steps: int, device: torch.device) -> SoftValue:
-        """What `state` was of, on states of this shape and a chain of ``steps`` kernels."""
+    def from_state_dict(cls, state: dict[str, Any], shape: tuple[int, ...], steps: int, device: torch.device) -> SoftValue:
+        """The soft value whose `state_dict` this is, on states of this shape and a chain of ``steps`` kernels."""
         networks = []
         for weights in state["networks"]:
             with torch.random.fork_rng(devices=[]):
@@ -143,12 +142,12 @@ class SoftValue:
         return torch.where((self.half[path] == 0)[:, None], second, first)
 
 
-def bank_weight(bank: PriorBank, alpha: float) -> Tensor:
+def bank_weight(bank: Population, alpha: float) -> Tensor:
     """exp(-E/alpha) of the bank's paths [N], of mean 1."""
     return bank.log_weight(alpha).double().softmax(0).float() * len(bank.trajectories)
 
 
-def standardized(bank: PriorBank, alpha: float) -> tuple[Tensor, float]:
+def standardized(bank: Population, alpha: float) -> tuple[Tensor, float]:
     """(-E/alpha of the bank's paths [N] with mean 0 and standard deviation 1, that deviation in nats).
 
     Cut at `DEEPEST` nats below the best: a few huge penalties would otherwise be all that there is to regress on. What has no
@@ -172,7 +171,7 @@ def states_of(chain: Chain, states: Tensor, path: Tensor, step: Tensor, fresh: f
 
 
 def fit_soft_value(
-    bank: PriorBank,
+    bank: Population,
     chain: Chain,
     alpha: float,
     updates: int,

@@ -45,10 +45,12 @@ class StepBound:
     def state_dict(self) -> dict[str, Any]:
         return {"share": self.share, "state": self.state, "step": self.step, "weight": self.weight}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.share = state["share"]
-        if state["state"] is not None:
-            self.state, self.step, self.weight = (state[name].to(self.prior.device) for name in ("state", "step", "weight"))
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.share = state_dict["share"]
+        if state_dict["state_dict"] is not None:
+            self.state, self.step, self.weight = (
+                state_dict[name].to(self.prior.device) for name in ("state_dict", "step", "weight")
+            )
 
     @torch.no_grad()
     def look_at(self, states: Tensor, generator: torch.Generator) -> None:

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import rows_at_once
-from .behaviors import PriorBank
-from .gradients import MAX_CHUNK, Around
-from .held_out import HeldOut
+from ..populations.held_out import HeldOut
+from ..populations.population import Population
+from .gradients import MAX_CHUNK, NoSync
 from .rows import step_share, stratified
 from .soft_value import SoftValue, bank_weight
 
@@ -46,7 +46,7 @@ EASED, EVEN_FROM = 0.8, 0.7  # power to which narrow kernels count less at first
 class ValueDrift:
     """Targets for the policy's shift, and the gradient of learning them.
 
-    held: what goes around a forward and backward of the policy that another one will follow. chunk: rows at once.
+    no_sync: goes around a forward and backward of the policy that another one will follow. chunk: rows at once.
     trust: share of an update's bound in nats that the noise of its gradient leaves.
     factor [num_kernels, 2]: of the two gradients at each step; scale: of their sum (`rescale`). explained: nats of
     KL(tilted || prior) that the target takes away before it is rescaled, at the temperature that was learned at, estimated on
@@ -56,13 +56,13 @@ class ValueDrift:
     def __init__(
         self,
         prior: Prior,
-        bank: PriorBank,
+        bank: Population,
         soft_value: SoftValue,
         alpha: float,
         generator: torch.Generator,
-        held: Around = nullcontext,
+        no_sync: NoSync = nullcontext,
     ) -> None:
-        self.held, self.chunk = held, MAX_CHUNK
+        self.no_sync, self.chunk = no_sync, MAX_CHUNK
         self.prior, self.bank, self.soft_value = prior, bank, soft_value
         self.alpha, self.generator = alpha * soft_value.times, generator
         self.factor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
@@ -76,9 +76,13 @@ class ValueDrift:
         learned = {"factor": self.factor, "explained": self.explained, "scale": self.scale}
         return {**learned, "trust": self.trust, "misses": self._misses}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.factor, self.explained, self.scale = state["factor"].to(self.factor), state["explained"], state["scale"]
-        self.trust, self._misses = state["trust"], state["misses"].to(self._misses)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.factor, self.explained, self.scale = (
+            state_dict["factor"].to(self.factor),
+            state_dict["explained"],
+            state_dict["scale"],
+        )
+        self.trust, self._misses = state_dict["trust"], state_dict["misses"].to(self._misses)
 
     def _gradients(self, mean: Tensor, step: Tensor, path: Tensor) -> Tensor:
         """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
@@ -186,7 +190,7 @@ class ValueDrift:
             with torch.no_grad():
                 prior_output = evaluate(self.prior.denoiser, chain, some, at, None)
             target = self.target(some, at, prior_output)
-            with nullcontext() if some is parts[-1][0] else self.held():
+            with nullcontext() if some is parts[-1][0] else self.no_sync():
                 output = evaluate(policy, chain, some, at, None)
                 miss = chain.kernel_shift(some, at, output, prior_output, straight=True) - target
                 share = eased[at] / (count * self._probability[at])

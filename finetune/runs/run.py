@@ -156,8 +156,8 @@ def train(
 
     def save_checkpoint(trainer: Trainer) -> None:
         begun = time.perf_counter()
-        processes = trainer.processes
-        saved, step = folder / checkpoint.FOLDER, trainer.taken
+        processes = trainer.state.processes
+        saved, step = folder / checkpoint.FOLDER, trainer.global_step
 
         def write(place: Path) -> None:
             with processes.together():
@@ -167,7 +167,7 @@ def train(
                     (place / "config.yaml").write_text(to_yaml(config))
                     write_state(place, "run", state)
             with processes.together():  # only now the folder is there for all
-                write_state(place, _own(processes.rank), trainer.own_state())
+                write_state(place, _own(processes.rank), trainer.own_state_dict())
 
         with uninterrupted():
             if processes.count > 1:  # what `save` leaves as it is, the others must not wait for
@@ -177,7 +177,7 @@ def train(
                 if processes.mean(there) > 0:
                     return
             # What takes every process, before one of them alone can fail at the disk.
-            state = trainer.state()
+            state = trainer.state_dict()
             with trainer.averaged():
                 trainer.collected()
             with processes.together():
@@ -217,7 +217,7 @@ def train(
             on_checkpoint=save_checkpoint if config.train.checkpoint_every else None,
             on_record=None if tracker is None else tracker.log,
         )
-        processes = trainer.processes
+        processes, meter = trainer.state.processes, trainer.state.energies.meter
         result = None
         stopped: Exception | KeyboardInterrupt | None = None
         processes.refuse_other(-1 if start is None else checkpoint.step_of(start), "checkpoints to go on from")
@@ -225,9 +225,9 @@ def train(
             state = own = {}
             with processes.together():
                 state = read_state(start, "run")
-                own = read_state(start, _own(processes.rank % state["processes"]))
-            trainer.restore(state, own)
-        resumed = trainer.taken
+                own = read_state(start, _own(processes.rank % state["processes"]["count"]))
+            trainer.load_state_dict(state, own)
+        resumed = trainer.global_step
         with ExitStack() as ending:
             with processes.together():
                 if processes.main and start is None:
@@ -236,10 +236,10 @@ def train(
                     replace_file(folder / "config.yaml", to_yaml(config))
                 elif processes.main and start is not None:
                     ending.enter_context(RunLock(folder))
-                    checkpoint.rewind(folder / checkpoint.FOLDER, trainer.taken)
+                    checkpoint.rewind(folder / checkpoint.FOLDER, trainer.global_step)
                     (folder / "metrics.jsonl").write_text("".join(strict_json(line) + "\n" for line in trainer.history))
                     if progress:
-                        print(f"going on from {start}, after {trainer.taken} steps")
+                        print(f"going on from {start}, after {trainer.global_step} steps")
             if processes.main and tracker is not None:
                 ending.enter_context(tracker)
             try:
@@ -249,7 +249,7 @@ def train(
                     raise
                 stopped = error
                 if processes.sharded:  # all processes hold parts of the policy; one alone can save no more than the checkpoints
-                    if not trainer.all_here(error):
+                    if not trainer.state.on_all(error):
                         raise
                     trainer.collected()
             interrupted = isinstance(stopped, KeyboardInterrupt) or (result is not None and result.interrupted)
@@ -257,10 +257,12 @@ def train(
                 "interrupted": interrupted,
                 "preempted": isinstance(stopped, Preempted) or (result is not None and result.preempted),
                 "stopped": f"{type(stopped).__name__}: {stopped}" if isinstance(stopped, Exception) else None,
-                "new_steps": trainer.taken - resumed,
+                "new_steps": trainer.global_step - resumed,
                 "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
-                "energy_calls": trainer.meter.calls if processes.count == 1 else trainer.history[-1]["energy_calls"],
-                "bank_ess": trainer.bank_ess,
+                "energy_calls": trainer.state.energies.meter.calls
+                if processes.count == 1
+                else trainer.history[-1]["energy_calls"],
+                "bank_ess": trainer.state.preparation.effective,
                 "log_z": None if result is None else result.log_z,
                 "improvement": None if result is None or result.improvement is None else result.improvement.to_dict(),
                 "seconds": None if result is None else round(result.seconds, 1),
@@ -277,7 +279,7 @@ def train(
                 },
             }
             # The others wait: one that ended with an error would have torchrun end this one.
-            waiting = processes.together() if stopped is None or trainer.all_here(stopped) else nullcontext()
+            waiting = processes.together() if stopped is None or trainer.state.on_all(stopped) else nullcontext()
             # What asks to stop meanwhile asks it of a run that has ended, and the record says how.
             with suppress(KeyboardInterrupt), uninterrupted(), waiting:
                 if processes.main:

@@ -1,0 +1,48 @@
+"""The learned log Z, with an optimizer of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LogZ:
+    """parameter []: the estimate that `rtb` and `trust_pcl` learn; V(s_0) = alpha · log_z follows from it."""
+
+    def __init__(self, learning_rate: float, device: torch.device) -> None:
+        self.parameter: Tensor = torch.zeros((), device=device, requires_grad=True)
+        self._optimizer = torch.optim.Adam([self.parameter], learning_rate)
+        self.settle()
+
+    @torch.no_grad()
+    def set(self, value: float) -> None:
+        self.parameter.fill_(value)
+
+    @torch.no_grad()
+    def move(self, by: float) -> None:
+        """Along with the temperature that it belongs to."""
+        self.parameter += by
+
+    def step(self, taken: bool) -> None:
+        """Use the gradient that is there; where the policy's step was left out, drop it."""
+        if taken:
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def item(self) -> float:
+        return self.parameter.item()
+
+    def settle(self) -> None:
+        """A step is complete: `state_dict` is of now."""
+        self._settled = self.parameter.detach().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self._settled, "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.parameter.copy_(state_dict["value"])
+        self._optimizer.load_state_dict(state_dict["optimizer"])
+        self.settle()

@@ -1,0 +1,187 @@
+"""What the warm start and the updates learn from: the population, and what is learned on it before them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...samplers.prior import Prior
+from ...samplers.rollout import rollout
+from ..config.sections import TrainConfig
+from ..distributed.processes import Processes
+from ..energies.energy import energy_name
+from ..energies.error import EnergyError
+from ..energies.evaluation import EnergyEvaluation
+from ..energies.probe import probe_energy
+from ..estimators import ess
+from ..populations.held_out import HeldOut
+from ..populations.importance import Bar, importance_population, prior_paths
+from ..populations.population import Population, temperature_within_reach
+from .behaviors import needs_bank
+from .forward_kl import ForwardKL
+from .gradients import chunk_rows
+from .log_z import LogZ
+from .noise import Noise
+from .soft_value import SoftValue, fit_soft_value
+from .value_drift import ValueDrift
+
+HELD_OUT = 1000  # prior paths at most that nothing is learned from, and a quarter of the population's number
+
+
+class Preparation:
+    """Each part is None where the config has no use for it.
+
+    population: prior paths with energies; effective: how many of them are, of all processes. held_out: other paths, for
+    watching. soft_value: log h, learned on the population. forward_kl, value_drift: what a warm start follows.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        policy: nn.Module,
+        config: TrainConfig,
+        size: dict[str, int],
+        energies: EnergyEvaluation,
+        noise: Noise,
+        processes: Processes,
+        bar: Bar,
+    ) -> None:
+        self.prior, self.policy, self.config, self.size = prior, policy, config, size
+        self.energies, self.noise, self.processes, self.bar = energies, noise, processes, bar
+        self.population: Population | None = None
+        self.effective: float | None = None
+        self.held_out: HeldOut | None = None
+        self.soft_value: SoftValue | None = None
+        self.forward_kl: ForwardKL | None = None
+        self.value_drift: ValueDrift | None = None
+        self._settled: dict[str, Any] | None = None
+
+    def run(self, log_z: LogZ) -> None:
+        """Probe the energy, then make what the config needs. ``log_z`` starts at the population's estimate.
+
+        Errors: EnergyError for an unusable energy.
+        """
+        config, alpha = self.config, self.config.alpha
+        self.processes.refuse_same_noise(self.noise.generator)
+        self._probe()
+        if not needs_bank(config):
+            return
+        generator = self.noise.generator
+        population = importance_population(self.energies, self.size["bank_size"], alpha, generator, self.bar)
+        self.population = population
+        # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
+        log_z.set(self.processes.mean(population.log_z(alpha)))
+        # One temperature for all processes, by all of their paths: that of the soft value and of the held-out paths.
+        times = temperature_within_reach(self.processes.gather(population.energy), alpha) / alpha
+        self.held_out = self._hold_out(times)
+        self.effective = ess(self.processes.gather(population.log_weight(alpha))) * config.bank_size
+        if config.soft_value_updates:
+            updates = config.soft_value_updates
+            with self.bar(2 * updates, "soft value, two networks") as bar:
+                self.soft_value = fit_soft_value(
+                    population, self.prior.chain, alpha, updates, generator, lambda: bar.update(1), times=times
+                )
+        self._make_teachers(population)
+        self._measure_teachers()
+
+    def _probe(self) -> None:
+        """Four prior samples show whether the energy can be used."""
+        drawn = rollout(self.prior, None, 4, self.noise.generator, keep=False, on_step=self.processes.poll)
+        energy = self.energies.evaluate(drawn).energy
+        meter = self.energies.meter
+        with self.processes.together():
+            assert energy is not None
+            if energy.isnan().all():
+                raise EnergyError(
+                    f"energy {energy_name(meter.energy)} is NaN or -inf on all of four prior samples. Look at what it"
+                    " divides by and takes logarithms of, and return +inf for what must not occur."
+                )
+            samples = self.prior.to_data(drawn.terminal)
+            probe_energy(meter, samples, energy, self.prior.context(len(samples)), self.config.alpha)
+
+    def _hold_out(self, times: float) -> HeldOut | None:
+        """Prior paths for watching what is learned, at ``times`` the target's temperature; None where their energies say
+        nothing."""
+        size = min(HELD_OUT // self.processes.count, self.size["bank_size"] // 4)
+        if size < 2:
+            return None
+        alpha, generator = self.config.alpha, self.noise.generator
+        paths = Population(prior_paths(self.energies, size, "held-out samples", alpha, generator, self.bar))
+        usable = torch.isfinite(paths.log_weight(alpha)).any()
+        if not self.processes.gather(usable[None]).all():  # all have some, or none of them
+            return None
+        return HeldOut.draw(self.prior, paths, alpha, times, generator)
+
+    def _make_teachers(self, population: Population) -> None:
+        """`ForwardKL` and, where the warm start follows it, `ValueDrift`."""
+        config, generator = self.config, self.noise.generator
+
+        def no_sync() -> Any:
+            return self.processes.no_sync(self.policy)
+
+        self.forward_kl = ForwardKL(self.prior, self.policy, population, self.soft_value, config, generator, no_sync)
+        if config.warm_start != "value_drift":
+            return
+        assert self.soft_value is not None
+        drift = ValueDrift(self.prior, population, self.soft_value, config.alpha, generator, no_sync)
+        few = population.trajectories.select(torch.arange(6, device=self.prior.device) % len(population))
+        rows = self.size["warm_start_rows"]
+        with no_sync():
+            drift.chunk = chunk_rows(self.policy, self.prior.chain, few, config.memory_mb, rows, total=rows)
+        self.value_drift = drift
+
+    def _measure_teachers(self) -> None:
+        """What the bridge may be used for, and what the soft value's gradient is worth."""
+        forward, drift = self.forward_kl, self.value_drift
+        assert forward is not None
+        if self.config.warm_start == "tlm" and self.soft_value is None and forward.bridged:
+            nats = forward.check_bridge(self.processes.mean)
+            if not forward.bridged and self.processes.main:
+                warnings.warn(
+                    "the prior's network is not the exact denoiser of its own samples: next states computed from a path's end"
+                    f" would move the policy by {nats:.2f} nats or more without any energy. The warm start takes stored ones,"
+                    " which are noisier. --warm-start value_drift, with --soft-value-updates 1000, needs neither.",
+                    stacklevel=2,
+                )
+        if drift is not None:
+            with self.bar(self.prior.chain.num_kernels, "worth of the soft value") as bar:
+                drift.measure(bar.update)
+            with torch.no_grad():
+                drift.factor = self.processes.gather(drift.factor[None]).mean(0)
+
+    # --- its state ---------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """A step is complete: `state_dict` is of now."""
+        self._settled = None if self.value_drift is None else self.value_drift.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this process: its paths, and what it learned on them."""
+        parts = {"population": self.population, "held_out": self.held_out, "soft_value": self.soft_value}
+        return {
+            "effective": self.effective,
+            **{name: None if part is None else part.state_dict() for name, part in parts.items()},
+            "forward_kl": None if self.forward_kl is None else self.forward_kl.state_dict(),
+            "value_drift": self._settled,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.effective = state_dict["effective"]
+        if state_dict["population"] is None:
+            return
+        prior, device = self.prior, self.processes.device
+        self.population = Population.from_state_dict(state_dict["population"], device)
+        if state_dict["held_out"] is not None:
+            self.held_out = HeldOut.from_state_dict(prior, state_dict["held_out"])
+        if state_dict["soft_value"] is not None:
+            steps = prior.chain.num_kernels
+            self.soft_value = SoftValue.from_state_dict(state_dict["soft_value"], prior.shape, steps, device)
+        self._make_teachers(self.population)
+        assert self.forward_kl is not None
+        self.forward_kl.load_state_dict(state_dict["forward_kl"])
+        if self.value_drift is not None:
+            self.value_drift.load_state_dict(state_dict["value_drift"])
+        self.settle()

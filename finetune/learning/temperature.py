@@ -1,0 +1,67 @@
+"""The temperature of the updates: it falls to the configured one as fast as the policy can follow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..config.sections import TrainConfig
+from ..distributed.processes import Processes
+from ..estimators import adequate_alpha
+from ..populations.population import Population
+from .log_z import LogZ
+from .objectives import Batch
+
+
+class Temperature:
+    """alpha: of the current update; infinite before the first one of a tempered run."""
+
+    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+        self.config, self.processes = config, processes
+        self.alpha = self._first = config.alpha
+        self.settle()
+
+    def begin(self) -> None:
+        """The updates begin."""
+        self.alpha = math.inf if self.config.tempering_ess else self.config.alpha
+
+    def lower(self, batch: Batch, on_policy: int, progress: float, log_z: LogZ, population: Population | None) -> None:
+        """Lower alpha as far as the policy's own weights keep ``tempering_ess`` of the batch's first ``on_policy`` effective.
+
+        It also falls at least geometrically from its first value to the configured one, which it reaches at half of the
+        run (``progress`` .5): a target that no policy can meet at this number of steps would otherwise hold it for good. A
+        learned log Z belongs to a temperature, and moves along with the prior's own estimate.
+        """
+        if self.alpha <= self.config.alpha:
+            return
+        before = self.alpha
+        wanted = self.processes.mean(self._adequate(batch, on_policy))
+        if math.isinf(before):
+            self._first = wanted
+        else:
+            bound = math.log(self.config.alpha)
+            if progress < 0.5:
+                bound += (1 - 2 * progress) * (math.log(self._first) - bound)
+            wanted = min(wanted, before, math.exp(bound))
+        self.alpha = max(self.config.alpha, wanted)
+        if population is not None and self.alpha != before:
+            old = self.config.alpha if math.isinf(before) else before
+            log_z.move(self.processes.mean(population.log_z(self.alpha) - population.log_z(old)))
+
+    def _adequate(self, batch: Batch, on_policy: int) -> float:
+        """The smallest temperature, from the configured one up, that keeps ``tempering_ess`` of the batch effective."""
+        alpha, target = self.config.alpha, self.config.tempering_ess
+        own = batch.valid[:on_policy]  # a masked energy is a placeholder, which could outweigh every real one
+        ratio, energy = batch.log_ratio[:on_policy][own].detach(), batch.energy[:on_policy][own]
+        return alpha if target is None or not on_policy else adequate_alpha(energy, alpha, target, ratio)
+
+    def settle(self) -> None:
+        """A step is complete: `state_dict` is of now."""
+        self._settled = {"alpha": self.alpha, "first": self._first}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._settled
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.alpha, self._first = state_dict["alpha"], state_dict["first"]
+        self.settle()

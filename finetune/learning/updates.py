@@ -1,0 +1,157 @@
+"""The updates: behavior → trajectories → energies → log-ratios → objective → two-pass gradient → step → metrics."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...samplers.log_ratio import step_log_ratio
+from ...samplers.trajectory import Trajectories, concatenate
+from ..distributed.signals import uninterrupted
+from ..energies.error import EnergyError
+from ..estimators import ess, log_mean_exp
+from .behaviors import Context, draw
+from .gradients import backward_trajectories, chunk_rows, objective_gradient
+from .objectives import Batch
+from .state import TrainState
+
+
+def updates(state: TrainState) -> None:
+    """All updates that are left."""
+    config = state.config
+    first = config.warm_start_updates if config.warm_start != "none" else 0
+    if state.global_step == first:
+        state.temperature.begin()
+    chunk: int | None = None
+    with (
+        state.log.bar(config.updates, config.objective) as bar,
+        state.phase(first, config.updates, config.learning_rate) as steps,
+    ):
+        for update in steps:
+            chunk = _update(state, bar, update, chunk)
+
+
+def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
+    """One update, top to bottom; returns the rows of a chunk of pass 2."""
+    config = state.config
+    progress = update / max(1, config.updates - 1)
+    parts, terms = _trajectories(state, progress)
+    trajectories = concatenate(list(parts.values()))
+    batch = _batch(state, parts, trajectories)
+    on_policy = len(parts["on_policy"]) if "on_policy" in parts else 0
+    state.temperature.lower(batch, on_policy, progress, state.log_z, state.preparation.population)
+    loss, g = objective_gradient(
+        state.objective,
+        batch,
+        state.temperature.alpha,
+        state.log_z.parameter,
+        config.huber,
+        gather=state.processes.gather,
+        rank=state.processes.rank,
+        world_size=state.processes.count,
+    )
+    if state.bound.state is None:  # without a population
+        state.measure_steps_on(trajectories.states)
+        state.bound.begin()
+    chunk = _backward(state, trajectories, g, chunk)
+    with uninterrupted():
+        nats = state.optimization.step(config.step_nats)
+        if state.objective.learns_log_z:
+            state.log_z.step(taken=nats is not None)
+        record: dict[str, Any] = {"loss": loss.item(), **_metrics(state, batch, on_policy), "step_nats": nats}
+        if nats is None:
+            record["skipped"] = True
+        if len(terms) > 1:
+            record["terms"] = {name: state.processes.mean(mean) for name, mean in terms.items()}
+        if update % config.monitor_every == 0 or update == config.updates - 1:
+            record |= state.monitor.look(state.preparation.held_out)
+        state.record(bar, config.objective, update, record)
+        state.complete_step(bar)
+    return chunk
+
+
+def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Trajectories], dict[str, float]]:
+    """({behavior: trajectories with energies}, {term: its mean over the policy's own samples})."""
+    config = state.config
+    population = state.preparation.population
+    context = Context(state.prior, state.wrapped, population, config.alpha, progress, config.noise_scale, state.processes.poll)
+    parts: dict[str, Trajectories] = {}
+    terms: dict[str, float] = {}
+    drawn = draw(config.shares, context, state.size["batch_size"], state.noise.generator)
+    for name, part in state.energies.evaluate_each(drawn):
+        parts[name] = part
+        if name == "on_policy":
+            terms = state.energies.meter.term_means
+    return parts, terms
+
+
+def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Trajectories) -> Batch:
+    """What the objective is a function of."""
+    assert trajectories.energy is not None
+    energy, valid = state.energies.capped(trajectories.energy)
+    usable = int(state.processes.gather(valid).sum())
+    if usable < 2:
+        raise EnergyError(
+            f"only {usable} of this update's energies are valid; the policy moved to where the energy is NaN or -inf."
+        )
+    value = _soft_values(state, trajectories) if state.objective.takes_soft_value else None
+    return Batch(_log_ratios(state, parts), energy, valid, trajectories.log_behavior, value)
+
+
+def _soft_values(state: TrainState, trajectories: Trajectories) -> Tensor | None:
+    """[num_kernels, B] log h_k(s_k) of stored states, None without a soft value."""
+    soft_value = state.preparation.soft_value
+    if soft_value is None:
+        return None
+    kernels = state.prior.chain.num_kernels
+    step = torch.zeros(len(trajectories), dtype=torch.long, device=state.prior.device)
+    return torch.stack([soft_value(trajectories.states[k], step + k) for k in range(kernels)])
+
+
+def _log_ratios(state: TrainState, parts: dict[str, Trajectories]) -> Tensor:
+    """[num_kernels, B]: known from the rollout where the policy drew them, evaluated elsewhere."""
+    ratios = []
+    for part in parts.values():
+        known = part.step_log_ratio
+        if known is None:
+            known = step_log_ratio(state.prior.chain, state.prior.denoiser, state.wrapped, part)
+        ratios.append(known)
+    return torch.cat(ratios, 1)
+
+
+def _backward(state: TrainState, trajectories: Trajectories, g: Tensor, chunk: int | None) -> int:
+    """Pass 2, and the forward KL beside it where asked for; returns the rows of a chunk."""
+    config, policy, chain = state.config, state.wrapped, state.prior.chain
+
+    def no_sync() -> Any:
+        return state.processes.no_sync(policy)
+
+    if chunk is None:
+        with no_sync():
+            chunk = chunk_rows(policy, chain, trajectories, config.memory_mb)
+    scale = state.optimization.scaler.scale
+    # The processes average their gradients in the last backward pass of an update.
+    last = no_sync if config.forward_rows else nullcontext
+    backward_trajectories(policy, chain, trajectories, scale(g), chunk, no_sync=no_sync, last=last)
+    if config.forward_rows:
+        forward = state.preparation.forward_kl
+        assert forward is not None
+        forward.backward(state.size["forward_rows"], scale, state.temperature.alpha**state.objective.alpha_power)
+    return chunk
+
+
+def _metrics(state: TrainState, batch: Batch, on_policy: int) -> dict[str, float]:
+    """The residual of the whole batch; ELBO, ESS and log Z of its on-policy part, at the final temperature."""
+    alpha, gather_valid = state.temperature.alpha, state.processes.gather_valid
+    x = gather_valid(batch.log_ratio + batch.energy / alpha, batch.valid)
+    metrics = {"alpha": alpha, "residual_std": x.std().item()}
+    if on_policy:
+        log_weight = -batch.log_ratio[:on_policy] - batch.energy[:on_policy] / state.config.alpha
+        log_weight = gather_valid(log_weight, batch.valid[:on_policy])
+        metrics |= {"elbo": log_weight.mean().item(), "ess": ess(log_weight), "log_z": log_mean_exp(log_weight)[0]}
+    if state.objective.learns_log_z:
+        metrics["log_z_learned"] = state.log_z.item()
+    return metrics

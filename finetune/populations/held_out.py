@@ -1,0 +1,85 @@
+"""Held-out paths: tilted prior paths that no phase learns from, on which a policy is watched.
+
+    EUBO(policy) = EUBO(prior) - E_tilted[<z, delta> - ½ |delta|²]        delta: the policy's shift; z: the noise that was drawn
+
+is unbiased on any chain and any prior. On the paths that a phase learns from it can fall below log Z: they are then learned by
+heart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...samplers.denoiser import Denoiser
+from ...samplers.log_ratio import outputs, shift_moments
+from ...samplers.prior import Prior
+from ...samplers.trajectory import Trajectories
+from .population import Population
+
+DRAWN = 160  # tilted paths among them that are watched: a systematic draw, so that a heavy path counts more and costs once
+
+
+class Look(NamedTuple):
+    """What the held-out paths say of a policy: its EUBO, at their temperature; the nats of KL(tilted || prior) that it takes
+    away at the target's, and their standard error."""
+
+    eubo: float
+    gain: float
+    error: float
+
+
+class HeldOut:
+    """Tilted paths, with weights that sum to 1, out of prior paths that no phase learns from.
+
+    paths: the trajectories; weight [n]; eubo: the prior's, -E/alpha averaged over them; times: their temperature ``alpha`` over
+    the target's; prior_outputs: what the prior says at their states, which every look needs.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        paths: Trajectories,
+        weight: Tensor,
+        alpha: float,
+        times: float = 1.0,
+        prior_outputs: Tensor | None = None,
+    ) -> None:
+        assert paths.energy is not None
+        self.prior, self.paths, self.weight, self.alpha, self.times = prior, paths, weight, alpha, times
+        self.prior_outputs = outputs(prior.chain, prior.denoiser, paths) if prior_outputs is None else prior_outputs
+        self.eubo = -(weight * paths.energy.double()).sum().item() / alpha
+
+    @classmethod
+    def draw(cls, prior: Prior, population: Population, alpha: float, times: float, generator: torch.Generator) -> HeldOut:
+        """Paths of the population by their weight at ``times`` the target's temperature ``alpha``."""
+        index, count = population.draw(DRAWN, times * alpha, generator).unique(return_counts=True)
+        return cls(prior, population.trajectories.select(index), count.double() / count.sum(), times * alpha, times)
+
+    def state_dict(self) -> dict[str, Any]:
+        paths = self.paths
+        tensors = {"states": paths.states, "energy": paths.energy, "weight": self.weight, "outputs": self.prior_outputs}
+        return {"alpha": self.alpha, "times": self.times, **tensors}
+
+    @classmethod
+    def from_state_dict(cls, prior: Prior, state: dict[str, Any]) -> HeldOut:
+        kept = {name: state[name].to(prior.device) for name in ("states", "energy", "weight", "outputs")}
+        paths = Trajectories(kept["states"], energy=kept["energy"])
+        return cls(prior, paths, kept["weight"], state["alpha"], state["times"], kept["outputs"])
+
+    def moments(self, policy: Denoiser, target: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """[2 or 3, n] `shift_moments` of the policy on these paths."""
+        return shift_moments(self.prior.chain, policy, self.paths, self.prior_outputs, target)
+
+    def look(self, policy: Denoiser) -> Look:
+        """With delta the policy's shift, E<z, delta> - E ½|delta|² is what its EUBO is below the prior's. Where the paths are of
+        a milder law than the target, E<z, delta> grows from there by ``times``, if log h is linear."""
+        along, size = self.moments(policy)
+        eubo = self.eubo - (self.weight * (along - size)).sum().item()
+        nats = self.times * along - size
+        mean = (self.weight * nats).sum()
+        return Look(eubo, mean.item(), math.sqrt((self.weight * (nats - mean)).square().sum().item()))
