@@ -21,50 +21,47 @@ from tiltune.samplers.denoiser import evaluate
 ROWS = 256
 
 
-class Watched(Trainer):
-    """A trainer that measures each step again.
+class Watched:
+    """Measures each step of a training again, apart from the bound.
 
     shares: nats over the bound; updates, bounds: seconds in all updates, and of these in the bound.
     """
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.shares, self.updates, self.bounds, self.ended = [], 0.0, 0.0, None
+    def __init__(self, state):
+        self.state, self.shares, self.updates, self.bounds, self.ended = state, [], 0.0, 0.0, None
+        self.step, self.shorten, self.limits = state.optimization.step, state.bound.shorten, []
+        state.optimization.step, state.bound.shorten = self.measured, self.timed
 
-    def states(self):
-        kernels, bank = self.prior.chain.num_kernels, self.bank.trajectories
+    def rows(self):
+        kernels, paths = self.state.prior.chain.num_kernels, self.state.preparation.population.trajectories
         step = torch.arange(ROWS) % kernels
-        path = torch.randint(len(bank), (ROWS,), generator=torch.Generator().manual_seed(1))
-        return bank.states[step, path], step
+        path = torch.randint(len(paths), (ROWS,), generator=torch.Generator().manual_seed(1))
+        return paths.states[step, path], step
 
     @torch.no_grad()
     def outputs(self, state, step):
-        return evaluate(self.policy, self.prior.chain, state, step, None)
+        return evaluate(self.state.wrapped, self.state.prior.chain, state, step, None)
 
-    def _step(self, most, peak):
-        started, limits = time.perf_counter(), []
-        shorten = self.bound.shorten
-
-        def timed(before, weights, limit):
-            began = time.perf_counter()
-            nats = shorten(before, weights, limit)
-            self.bounds += time.perf_counter() - began
-            limits.append(limit)
-            return nats
-
-        if self.ended is not None:
-            self.updates += started - self.ended
-        state, step = self.states()
-        before = self.outputs(state, step)
-        self.bound.shorten = timed
+    def timed(self, before, weights, limit):
         began = time.perf_counter()
-        nats = super()._step(most, peak)
+        nats = self.shorten(before, weights, limit)
+        self.bounds += time.perf_counter() - began
+        self.limits.append(limit)
+        return nats
+
+    def measured(self, bound):
+        if self.ended is not None:
+            self.updates += time.perf_counter() - self.ended
+        state, step = self.rows()
+        before = self.outputs(state, step)
+        self.limits = []
+        began = time.perf_counter()
+        nats = self.step(bound)
         self.updates += time.perf_counter() - began
-        del self.bound.shorten
-        chain = self.prior.chain
+        chain = self.state.prior.chain
         shift = chain.kernel_shift(state, step, self.outputs(state, step), before).double()
         kl = (0.5 * shift.flatten(1).square().sum(1)).mean().item() * chain.num_kernels
-        self.shares += [kl / limit for limit in limits]
+        self.shares += [kl / limit for limit in self.limits]
         self.ended = time.perf_counter()
         return nats
 
@@ -84,13 +81,14 @@ def main() -> None:
         prior=replace(recipe.prior, steps=options.steps),
         train=replace(recipe.train, alpha=options.alpha, seed=options.seed),
     )
-    trainer = Watched(run.load_prior(config, None), run.load_energies(config, None), config.train)
+    trainer = Trainer(run.load_prior(config, None), run.load_energies(config, None), config.train)
+    watched = Watched(trainer.state)
     trainer.train()
-    share = torch.tensor(trainer.shares)
+    share = torch.tensor(watched.shares)
     print(
         f"{len(share)} updates: nats moved over the bound, median {share.median():.3f}, 99% {share.quantile(0.99):.2f},"
         f" largest {share.max():.2f}; above 1: {(share > 1).sum()}, above 2: {(share > 2).sum()};"
-        f" the bound took {trainer.bounds / trainer.updates:.1%} of their time"
+        f" the bound took {watched.bounds / watched.updates:.1%} of their time"
     )
 
 

@@ -141,7 +141,7 @@ class Optimization:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Errors: ValueError for the state_dict of a policy that trains other weights."""
+        """Errors: ValueError for the state of a policy that trains other weights."""
         named, shard = self._named(), self.processes.shard
         if named.keys() != state_dict["weights"].keys():
             raise ValueError("the checkpoint is of another policy: it trains other weights. Resume with the config of the run.")
@@ -151,9 +151,9 @@ class Optimization:
         weights = self.weights
         moments = {
             index: {name: value if name == "step" else shard(value, weights[index]) for name, value in own.items()}
-            for index, own in state_dict["optimizer"]["state_dict"].items()
+            for index, own in state_dict["optimizer"]["state"].items()
         }
-        self._optimizer.load_state_dict({**state_dict["optimizer"], "state_dict": moments})
+        self._optimizer.load_state_dict({**state_dict["optimizer"], "state": moments})
         self._schedule.load_state_dict(state_dict["schedule"])
         self.scaler.load_state_dict(state_dict["scaler"])
         saved = state_dict["average"]

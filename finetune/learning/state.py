@@ -31,6 +31,7 @@ from .step_bound import StepBound
 from .step_guard import StepGuard
 from .temperature import Temperature
 
+FORMAT = 2  # of a checkpoint's state; 1 was that of 0.3.0
 SHARED_SIZES = ("batch_size", "bank_size", "warm_start_rows", "forward_rows")  # the processes split these
 ON_ALL = (FloatingPointError, EnergyError, ProcessError)  # errors that all processes raise at the same place
 
@@ -177,7 +178,7 @@ class TrainState:
         """What all processes know of the last complete step. Shards are gathered for the process that writes; called by all."""
         processes = {"count": self.processes.count, "sharded": self.processes.sharded}
         parts = {name: part.state_dict() for name, part in self.shared.items()}
-        return {"global_step": self.global_step, "processes": processes, **parts}
+        return {"format": FORMAT, "global_step": self.global_step, "processes": processes, **parts}
 
     def own_state_dict(self) -> dict[str, Any]:
         """What only this process knows of the same moment."""
@@ -186,8 +187,13 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any], own: dict[str, Any]) -> None:
         """Go on from a checkpoint. Where other processes made it, a warning says what is no longer the same.
 
-        Errors: ValueError for the state of a policy that trains other weights.
+        Errors: ValueError for the state of another version of Tiltune, or of a policy that trains other weights.
         """
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                "another version of Tiltune wrote this checkpoint, and this one cannot read it: go on with that version, or start"
+                " the run again with --overwrite."
+            )
         for name, part in self.shared.items():
             part.load_state_dict(state[name])
         self.global_step = state["global_step"]

@@ -47,10 +47,8 @@ class StepBound:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.share = state_dict["share"]
-        if state_dict["state_dict"] is not None:
-            self.state, self.step, self.weight = (
-                state_dict[name].to(self.prior.device) for name in ("state_dict", "step", "weight")
-            )
+        if state_dict["state"] is not None:
+            self.state, self.step, self.weight = (state_dict[name].to(self.prior.device) for name in ("state", "step", "weight"))
 
     @torch.no_grad()
     def look_at(self, states: Tensor, generator: torch.Generator) -> None:

@@ -259,9 +259,7 @@ def train(
                 "stopped": f"{type(stopped).__name__}: {stopped}" if isinstance(stopped, Exception) else None,
                 "new_steps": trainer.global_step - resumed,
                 "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
-                "energy_calls": trainer.state.energies.meter.calls
-                if processes.count == 1
-                else trainer.history[-1]["energy_calls"],
+                "energy_calls": meter.calls if processes.count == 1 else trainer.history[-1]["energy_calls"],
                 "bank_ess": trainer.state.preparation.effective,
                 "log_z": None if result is None else result.log_z,
                 "improvement": None if result is None or result.improvement is None else result.improvement.to_dict(),

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from tiltune.finetune.estimators import weighted_mean
-from tiltune.finetune.learning.behaviors import BEHAVIORS, NEEDS_BANK, Context, PriorBank, draw, temperature_within_reach
+from tiltune.finetune.learning.behaviors import BEHAVIORS, NEEDS_BANK, Context, draw
+from tiltune.finetune.populations.population import Population, temperature_within_reach
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import Denoiser, evaluate
 from tiltune.samplers.log_ratio import step_log_ratio
@@ -60,7 +61,7 @@ def make_context(chain: Chain, noise_scale: float = 1.0, progress: float = 0.0, 
     for parameter in policy.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     drawn = rollout(prior, None, size, generator)
-    bank = PriorBank(drawn.with_(energy=energy(prior.to_data(drawn.terminal)), log_behavior=None))
+    bank = Population(drawn.with_(energy=energy(prior.to_data(drawn.terminal)), log_behavior=None))
     return Context(prior, policy, bank, ALPHA, progress, noise_scale)
 
 
@@ -133,11 +134,11 @@ def test_log_behavior_of_the_tilted_law() -> None:
     assert torch.allclose(drawn.log_behavior, -drawn.energy / ALPHA - log_z, atol=1e-4)
 
 
-def make_bank(size: int = 50) -> PriorBank:
+def make_bank(size: int = 50) -> Population:
     generator = torch.Generator().manual_seed(0)
     values = 2 * torch.rand(size, generator=generator)
     values[3], values[7] = math.inf, math.nan
-    return PriorBank(Trajectories(states=torch.randn(2, size, 1, generator=generator), energy=values))
+    return Population(Trajectories(states=torch.randn(2, size, 1, generator=generator), energy=values))
 
 
 def test_systematic_resampling_is_unbiased() -> None:

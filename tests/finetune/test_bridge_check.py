@@ -7,10 +7,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from tiltune.finetune.config.sections import TrainConfig
-from tiltune.finetune.learning.behaviors import PriorBank
 from tiltune.finetune.learning.bridge_check import bridge_bias
 from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.populations.population import Population
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
@@ -88,23 +88,24 @@ def test_plain_rows_take_stored_next_states_where_the_bridge_is_biased(error, br
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         trainer.train()
-    assert trainer.forward_kl.bridged is bridged
+    preparation = trainer.state.preparation
+    assert preparation.forward_kl.bridged is bridged
     said = [str(warning.message) for warning in raised if "not the exact denoiser" in str(warning.message)]
     assert len(said) == (0 if bridged else 1)
     step = torch.full((50,), 4)
-    _, following = trainer.forward_kl.rows(step)
-    states = trainer.bank.trajectories.states
+    _, following = preparation.forward_kl.rows(step)
+    states = preparation.population.trajectories.states
     stored = (following[:, None] == states[5][None]).all(2).any(1)
     assert stored.all() if not bridged else not stored.any()
-    kept = ForwardKL(prior, trainer.policy, trainer.bank, None, config, trainer.generator)
-    kept.restore(trainer.forward_kl.state())
+    kept = ForwardKL(prior, trainer.state.wrapped, preparation.population, None, config, torch.Generator())
+    kept.load_state_dict(preparation.forward_kl.state_dict())
     assert kept.bridged is bridged
 
 
 def test_controlled_rows_are_not_asked():
     """At E = 0 their factor w - h is 0, whatever the bridge says."""
     prior = prior_of("ddpm", -0.3)
-    bank = PriorBank(paths_of(prior, 100).with_(energy=torch.zeros(100)))
+    bank = Population(paths_of(prior, 100).with_(energy=torch.zeros(100)))
     forward = ForwardKL(prior, Linear(prior.chain, -0.3), bank, object(), TrainConfig(), torch.Generator())
     assert forward.bridged_and_controlled
     config = TrainConfig(
@@ -114,4 +115,4 @@ def test_controlled_rows_are_not_asked():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer.train()
-    assert trainer.forward_kl.bridged
+    assert trainer.state.preparation.forward_kl.bridged

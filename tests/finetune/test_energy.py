@@ -201,7 +201,7 @@ def test_infinite_energies_reach_every_objective_capped(name: str) -> None:
     config = TrainConfig(alpha=0.5, max_energy=30.0)
     trainer = Trainer(prior, lambda x: x.sum(1), config, progress=False)
     energy = torch.tensor([1.0, math.inf, 3.0, math.nan, 1e9, 2.0])
-    capped, valid = trainer.capped(energy)
+    capped, valid = trainer.state.energies.capped(energy)
     ceiling = 1.0 + 30.0 * 0.5
     assert capped.tolist() == [1.0, ceiling, 3.0, 0.0, ceiling, 2.0]
     assert valid.tolist() == [True, True, True, False, True, True]
@@ -214,11 +214,11 @@ def test_infinite_energies_reach_every_objective_capped(name: str) -> None:
     assert torch.isfinite(ratio.grad).all()
     assert ratio.grad[:, 3].eq(0).all()
     # The ceiling is the first batch's and stays.
-    assert trainer.capped(torch.tensor([-5.0, math.inf]))[0].tolist() == [-5.0, ceiling]
+    assert trainer.state.energies.capped(torch.tensor([-5.0, math.inf]))[0].tolist() == [-5.0, ceiling]
 
 
 def test_a_batch_without_any_finite_energy_is_refused() -> None:
     prior = Prior(MLPDenoiser(dim=1, width=4, depth=1, fourier_features=2), brownian_chain(2), (1,))
     trainer = Trainer(prior, lambda x: x.sum(1), progress=False)
     with pytest.raises(EnergyError, match="no mass where the prior samples"):
-        trainer.capped(torch.full((4,), math.inf))
+        trainer.state.energies.capped(torch.full((4,), math.inf))

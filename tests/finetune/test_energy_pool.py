@@ -24,6 +24,7 @@ from tiltune.finetune.energies.error import EnergyError
 from tiltune.finetune.energies.names import combine
 from tiltune.finetune.energies.weighted_sum import WeightedSum
 from tiltune.finetune.energies.workers.pool import EnergyPool
+from tiltune.finetune.learning.state import TrainState
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.runs import checkpoint
 from tiltune.finetune.runs import run as runs
@@ -249,7 +250,8 @@ def trained(task: LinearGaussian, energy: Any, config: TrainConfig = MIXED) -> t
     trainer = Trainer(task.prior(), energy, config, policy=policy, progress=False)
     result = trainer.train()
     weights = [weight.detach() for weight in result.policy.parameters()]
-    return str(trainer.history), weights, result.log_z, trainer.meter.calls, trainer.meter.cache_hits
+    meter = trainer.state.energies.meter
+    return str(trainer.history), weights, result.log_z, meter.calls, meter.cache_hits
 
 
 def same(first: Any, second: Any) -> bool:
@@ -260,7 +262,7 @@ def same(first: Any, second: Any) -> bool:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bank of several chunks."""
     assert rows_at_once((2,), torch.device("cpu")) > 60
-    monkeypatch.setattr("tiltune.finetune.learning.trainer.rows_at_once", lambda shape, device: 13)
+    monkeypatch.setattr("tiltune.finetune.populations.importance.rows_at_once", lambda shape, device: 13)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -293,8 +295,8 @@ def test_the_next_samples_are_drawn_while_the_energy_works(task: LinearGaussian,
 
     from tiltune.samplers.rollout import rollout
 
-    monkeypatch.setattr("tiltune.finetune.learning.trainer.rollout", counting)
-    monkeypatch.setattr("tiltune.finetune.learning.behaviors.rollout", counting)
+    for module in ("populations.importance", "learning.preparation", "learning.monitor", "learning.behaviors"):
+        monkeypatch.setattr(f"tiltune.finetune.{module}.rollout", counting)
     probe, bank, held_out, update, judged = [False] * 4, [*[True] * 4, False], [True, False], [True, False], [False]
     waits = iter([*probe, *bank, *held_out, *judged, *update, *judged])
     met: list[bool] = []
@@ -336,15 +338,15 @@ def test_a_hung_energy_stops_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(
 
     plain = replace(config, energy=EnergyConfig(config.energy.terms))
     runs.train(plain, tmp_path / "whole", progress=False)
-    run, taken = tmp_path / "run", Trainer._step_taken
+    run, complete = tmp_path / "run", TrainState.complete_step
 
-    def hang_after_the_first_update(trainer: Trainer, bar: Any) -> None:
-        taken(trainer, bar)
-        if trainer.taken == 5:
+    def hang_after_the_first_update(state: TrainState, bar: Any) -> None:
+        complete(state, bar)
+        if state.global_step == 5:
             (tmp_path / "hang").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step_taken", hang_after_the_first_update)
+        patch.setattr(TrainState, "complete_step", hang_after_the_first_update)
         with pytest.raises(EnergyError, match=r"did not answer for \d+ samples within 0\.5 s.*last of 3 attempts"):
             runs.train(config, run, progress=False)
     assert not children()

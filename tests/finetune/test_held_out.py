@@ -10,12 +10,15 @@ from torch.distributions import Normal
 
 from tiltune.finetune.config.sections import TrainConfig
 from tiltune.finetune.estimators import weighted_mean
-from tiltune.finetune.learning import trainer as trainer_module
-from tiltune.finetune.learning.behaviors import PriorBank
-from tiltune.finetune.learning.held_out import DRAWN, HeldOut, Improvement, Kept
+from tiltune.finetune.learning import monitor, updates
+from tiltune.finetune.learning.improvement import Improvement
+from tiltune.finetune.learning.kept import Kept
+from tiltune.finetune.learning.monitor import JUDGED
 from tiltune.finetune.learning.step_bound import StepBound
-from tiltune.finetune.learning.trainer import JUDGED, Trainer
+from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.learning.value_drift import ValueDrift
+from tiltune.finetune.populations.held_out import DRAWN, HeldOut
+from tiltune.finetune.populations.population import Population
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
@@ -80,8 +83,8 @@ def test_the_gain_is_what_the_eubo_falls_by(task, factor):
 def test_the_drawn_paths_stand_for_all(task):
     """The systematic draw has the gain of all weighted paths within 4 of its standard errors, and weights that sum to 1."""
     paths = paths_of(task, 1000)
-    whole = HeldOut(task.prior(), paths, PriorBank(paths).log_weight(task.alpha).double().softmax(0), task.alpha)
-    drawn = HeldOut.draw(task.prior(), PriorBank(paths), task.alpha, 1.0, torch.Generator().manual_seed(1))
+    whole = HeldOut(task.prior(), paths, Population(paths).log_weight(task.alpha).double().softmax(0), task.alpha)
+    drawn = HeldOut.draw(task.prior(), Population(paths), task.alpha, 1.0, torch.Generator().manual_seed(1))
     assert len(drawn.paths) <= DRAWN and drawn.weight.sum().item() == pytest.approx(1.0)
     policy, _ = moved(task, 1.0)
     _, gain, error = drawn.look(policy)
@@ -97,7 +100,7 @@ def test_the_standard_error_is_the_spread_over_independent_sets(task):
     gains, errors = [], []
     for seed in range(40):
         generator = torch.Generator().manual_seed(100 + seed)
-        drawn = HeldOut.draw(task.prior(), PriorBank(paths_of(task, 400, seed)), task.alpha, 1.0, generator)
+        drawn = HeldOut.draw(task.prior(), Population(paths_of(task, 400, seed)), task.alpha, 1.0, generator)
         _, gain, error = drawn.look(policy)
         gains.append(gain)
         errors.append(error)
@@ -108,8 +111,8 @@ def test_the_standard_error_is_the_spread_over_independent_sets(task):
 
 
 def test_a_restored_set_is_the_same(task):
-    held_out = HeldOut.draw(task.prior(), PriorBank(paths_of(task, 300)), task.alpha, 1.0, torch.Generator().manual_seed(1))
-    again = HeldOut.from_state(task.prior(), held_out.state_dict())
+    held_out = HeldOut.draw(task.prior(), Population(paths_of(task, 300)), task.alpha, 1.0, torch.Generator().manual_seed(1))
+    again = HeldOut.from_state_dict(task.prior(), held_out.state_dict())
     policy, _ = moved(task, 1.0)
     assert again.look(policy) == held_out.look(policy) and again.eubo == held_out.eubo
 
@@ -150,7 +153,7 @@ def test_the_gain_is_continued_from_a_milder_temperature(task, factor):
     """Paths at twice the target's: the closed form at the target's own within 4 standard errors (p < 1e-4), log h being linear.
     The control: as if they were of the target, the optimal policy is seen to gain nothing, its half to gain most."""
     policy, closed = moved(task, factor)
-    paths = PriorBank(paths_of(task, 3000))
+    paths = Population(paths_of(task, 3000))
     weight = paths.log_weight(2 * task.alpha).double().softmax(0)
     look = HeldOut(task.prior(), paths.trajectories, weight, 2 * task.alpha, 2.0).look(policy)
     assert look.gain == pytest.approx(closed, abs=4 * look.error)
@@ -280,15 +283,15 @@ def test_a_warm_start_away_from_the_target_ends_at_the_prior(task, monkeypatch, 
 
 def test_updates_that_ruin_a_policy_end_at_the_warm_start(task, monkeypatch):
     """Gradients of the updates with their sign turned: the policy is the one that the warm start reached, to the last bit."""
-    backward = trainer_module.backward_trajectories
+    backward = updates.backward_trajectories
 
     def turned(policy, chain, paths, g, *rest, **more):
         backward(policy, chain, paths, -g, *rest, **more)
 
-    monkeypatch.setattr(trainer_module, "backward_trajectories", turned)
+    monkeypatch.setattr(updates, "backward_trajectories", turned)
     ends = []
-    for updates in (0, 8):
-        config = replace(SMALL, warm_start="value_drift", learning_rate=0.1, step_nats=2.0, updates=updates)
+    for count in (0, 8):
+        config = replace(SMALL, warm_start="value_drift", learning_rate=0.1, step_nats=2.0, updates=count)
         result = Trainer(task.prior(), task.energy, config, policy=policy_of(task.prior()), progress=False).train()
         ends.append((weights_of(result.policy), result.improvement))
     assert ends[1][1].reached == "the warm start" and ends[0][1] == ends[1][1]
@@ -309,7 +312,7 @@ def test_warm_start_and_updates_are_judged_by_the_same_noise(task, monkeypatch, 
     config = replace(SMALL, learning_rate=1e-6, seed=seed)
     result = Trainer(task.prior(), task.energy, config, policy=policy_of(task.prior()), progress=False).train()
     assert result.improvement.reached == "the updates", "and they win a tie"
-    monkeypatch.setattr(trainer_module, "JUDGING_SEED", trainer_module.JUDGING_SEED + 7)
+    monkeypatch.setattr(monitor, "JUDGING_SEED", monitor.JUDGING_SEED + 7)
     Trainer(task.prior(), task.energy, replace(config, updates=0), policy=policy_of(task.prior()), progress=False).train()
     before, after, other = judged
     assert before != after and after == pytest.approx(before, abs=1e-3)
@@ -322,14 +325,14 @@ def test_a_target_beyond_the_paths_is_seen_from_a_milder_one_and_that_is_said(ta
     learned there and continued takes more than half of log Z - ELBO. The control may use any share, and says nothing."""
     steep = LinearGaussian(task.chain, torch.zeros(2, dtype=torch.float64), torch.tensor([3.4, -1.7], dtype=torch.float64))
     if reached:
-        monkeypatch.setattr("tiltune.finetune.learning.behaviors.ENOUGH", 0.0)
-        monkeypatch.setattr("tiltune.finetune.learning.behaviors.FEWEST", 0)
+        monkeypatch.setattr("tiltune.finetune.populations.population.ENOUGH", 0.0)
+        monkeypatch.setattr("tiltune.finetune.populations.population.FEWEST", 0)
     config = replace(SMALL, warm_start="value_drift", warm_start_updates=120, soft_value_updates=100, updates=0)
     trainer = Trainer(steep.prior(), steep.energy, config, policy=policy_of(steep.prior()), progress=False)
     result = trainer.train()
     said = result.improvement
     assert (said.reach == 1) == reached == ("too few prior samples have weight at this alpha" not in said.sentence)
-    assert trainer.held_out.alpha == pytest.approx(said.reach * steep.alpha)
+    assert trainer.state.preparation.held_out.alpha == pytest.approx(said.reach * steep.alpha)
     own = rollout(steep.prior(), result.policy, 3000, torch.Generator().manual_seed(50))
     elbo = (-steep.energy(own.terminal).double() / steep.alpha - own.step_log_ratio.sum(0).double()).mean().item()
     assert steep.log_z - elbo < 0.5 * steep.log_z  # of the prior itself ELBO is 0

@@ -13,7 +13,9 @@ from diffusers import DDPMScheduler
 from tiltune.finetune.config.sections import PriorConfig, RunConfig, TrainConfig
 from tiltune.finetune.distributed.signals import Preempted
 from tiltune.finetune.energies.cache import CachedEnergy
+from tiltune.finetune.learning.metrics_log import MetricsLog
 from tiltune.finetune.learning.objectives import OBJECTIVES
+from tiltune.finetune.learning.state import FORMAT
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.runs import checkpoint
 from tiltune.finetune.runs import run as runs
@@ -82,10 +84,10 @@ def test_resumed_at_any_step_it_is_the_same_run(name, task, tmp_path):
     config = CASES[name]
 
     def keep(trainer):
-        folder = tmp_path / str(trainer.taken)
+        folder = tmp_path / str(trainer.global_step)
         folder.mkdir()
-        write_state(folder, "run", trainer.state())
-        write_state(folder, "process", trainer.own_state())
+        write_state(folder, "run", trainer.state_dict())
+        write_state(folder, "process", trainer.own_state_dict())
 
     whole = ended(trainer_of(task, config, on_checkpoint=keep))
     steps = sorted(int(folder.name) for folder in tmp_path.iterdir())
@@ -95,7 +97,7 @@ def test_resumed_at_any_step_it_is_the_same_run(name, task, tmp_path):
     for step in steps:
         torch.manual_seed(step)  # nothing hangs on the global generator
         resumed = trainer_of(task, config)
-        resumed.restore(read_state(tmp_path / str(step), "run"), read_state(tmp_path / str(step), "process"))
+        resumed.load_state_dict(read_state(tmp_path / str(step), "run"), read_state(tmp_path / str(step), "process"))
         assert same(ended(resumed), whole), step
 
 
@@ -104,21 +106,22 @@ def test_a_state_that_forgets_something_is_caught(lost, task):
     """The control: with one entry as it is at the start of a run, the check above fails."""
     config = replace(CASES["soft value"], tempering_ess=0.9)
     states: dict[int, Any] = {}
-    whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.taken: both(trainer)})))
+    whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.global_step: both(trainer)})))
     step = {"forward_kl": 3, "average": 2}.get(lost, 6)  # of the updates' average only what comes closest is left
     common, own = states[step]
-    state = own if lost in own else common
-    blank = trainer_of(task, config)._between_steps()
     if lost == "forward_kl":  # the slope is measured between the halves of the warm start
-        state[lost]["slope"] = torch.zeros_like(state[lost]["slope"])
+        forward = own["preparation"]["forward_kl"]
+        forward["slope"] = torch.zeros_like(forward["slope"])
     elif lost == "average":
-        state[lost] = [torch.zeros_like(one) for one in state[lost]]
+        common["optimization"]["average"] = [torch.zeros_like(one) for one in common["optimization"]["average"]]
     elif lost == "optimizer":
-        state[lost]["state"] = {}
+        common["optimization"]["optimizer"]["state"] = {}
+    elif lost == "meter":
+        common["energies"]["counts"] = [[0, 0, 0, 0]]
     else:
-        state[lost] = blank[lost] if lost == "meter" else torch.Generator().manual_seed(1).get_state()
+        own["noise"]["generator"] = torch.Generator().manual_seed(1).get_state()
     resumed = trainer_of(task, config)
-    resumed.restore(common, own)
+    resumed.load_state_dict(common, own)
     assert not same(ended(resumed), whole)
 
 
@@ -129,24 +132,24 @@ def test_a_state_that_forgets_something_of_the_value_drift_is_caught(lost, task)
     if lost == "scale":
         config, at = replace(config, warm_start_updates=8), 5  # after half of them, where it is set
     states: dict[int, Any] = {}
-    whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.taken: both(trainer)})))
+    whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.global_step: both(trainer)})))
     common, own = states[at]
     if lost == "factor":
-        own["value_drift"]["factor"] = torch.zeros_like(own["value_drift"]["factor"])
+        own["preparation"]["value_drift"]["factor"] = torch.zeros_like(own["preparation"]["value_drift"]["factor"])
     elif lost == "scale":
-        own["value_drift"]["scale"] = 0.0
+        own["preparation"]["value_drift"]["scale"] = 0.0
     elif lost == "share":
         assert own["bound"]["share"] < 0.5
         own["bound"]["share"] = 1.0
     else:
-        own["held_out"]["weight"] = own["held_out"]["weight"].flip(0)
+        own["preparation"]["held_out"]["weight"] = own["preparation"]["held_out"]["weight"].flip(0)
     resumed = trainer_of(task, config)
-    resumed.restore(common, own)
+    resumed.load_state_dict(common, own)
     assert not same(ended(resumed), whole)
 
 
 def both(trainer):
-    return copied(trainer.state()), copied(trainer.own_state())
+    return copied(trainer.state_dict()), copied(trainer.own_state_dict())
 
 
 def copied(state):
@@ -183,16 +186,25 @@ def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache
     result = trainer.train()
     assert result.interrupted and result.preempted
     resumed = trainer_of(task, config, CachedEnergy(task.energy) if cache else task.energy)
-    resumed.restore(*kept[-1])
+    resumed.load_state_dict(*kept[-1])
     assert same(ended(resumed), whole)
+
+
+@pytest.mark.parametrize("written", [{"format": FORMAT - 1}, {}])
+def test_the_state_of_another_version_is_refused_with_what_to_do(written, task):
+    trainer = trainer_of(task, SIZES)
+    state, own = both(trainer)
+    trainer.load_state_dict(state, own)  # the control
+    del state["format"]
+    with pytest.raises(ValueError, match=r"another version of Tiltune wrote this checkpoint.*--overwrite"):
+        trainer.load_state_dict({**state, **written}, own)
 
 
 def test_the_state_of_another_policy_is_refused(task):
     trainer = trainer_of(task, SIZES)
-    trainer._boundary = trainer._between_steps()
     other = Trainer(task.prior(), task.energy, SIZES, policy=MLPDenoiser(width=4, depth=1, fourier_features=1), progress=False)
     with pytest.raises(ValueError, match="of another policy"):
-        other.restore(trainer.state(), trainer.own_state())
+        other.load_state_dict(trainer.state_dict(), trainer.own_state_dict())
 
 
 # --- as a run folder --------------------------------------------------------------------------------------------------
@@ -291,7 +303,7 @@ def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_
         runs.train(config, run, energy=breaking(11, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    known = read_state(checkpoint.last(run / "checkpoints"), "run")["history"]
+    known = read_state(checkpoint.last(run / "checkpoints"), "run")["log"]["history"]
     assert not (run / "run.json").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > len(known)
     with pytest.raises(ValueError, match="already holds a run"):
         runs.train(config, run, energy=ink, progress=False)
@@ -358,14 +370,14 @@ def test_a_damaged_checkpoint_is_fallen_back_from_loudly_and_never_from_a_path(c
 
 def test_what_breaks_behind_the_optimizers_step_leaves_no_checkpoint_of_half_a_step(config, whole, tmp_path, monkeypatch):
     """Full disks and other processes break off there. Weights of one step with the counters of another would not go on."""
-    run, record = tmp_path / "run", Trainer._record
+    run, record = tmp_path / "run", MetricsLog.record
 
-    def full(trainer, bar, phase, update, values):
-        if trainer.taken == 7:
+    def full(log, bar, global_step, line):
+        if global_step == 7:
             raise OSError("no space left")
-        record(trainer, bar, phase, update, values)
+        record(log, bar, global_step, line)
 
-    monkeypatch.setattr(Trainer, "_record", full)
+    monkeypatch.setattr(MetricsLog, "record", full)
     with pytest.raises(OSError, match="no space left"):
         runs.train(config, run, energy=ink, progress=False)
     monkeypatch.undo()

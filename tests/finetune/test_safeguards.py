@@ -12,9 +12,9 @@ from tiltune.finetune.config.sections import TrainConfig
 from tiltune.finetune.energies.energy import EnergyMeter
 from tiltune.finetune.energies.error import EnergyError
 from tiltune.finetune.estimators import weighted_mean
-from tiltune.finetune.learning.behaviors import PriorBank
 from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.populations.population import Population
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
 from tiltune.samplers.prior import Prior
@@ -58,8 +58,8 @@ def test_the_warm_start_at_zero_energy_leaves_the_prior_unchanged(name):
     chain = CHAINS[name]()
     prior = gaussian_prior(chain)
     trainer = Trainer(prior, lambda x: torch.zeros(len(x)), TrainConfig(seed=3), policy=residual_policy(prior), progress=False)
-    bank = PriorBank(rollout(prior, None, 20_000, trainer.generator).with_(energy=torch.zeros(20_000)))
-    forward = ForwardKL(prior, trainer.policy, bank, None, trainer.config, trainer.generator)
+    bank = Population(rollout(prior, None, 20_000, trainer.state.noise.generator).with_(energy=torch.zeros(20_000)))
+    forward = ForwardKL(prior, trainer.state.wrapped, bank, None, trainer.state.config, trainer.state.noise.generator)
     worst = 0.0
     for k in range(chain.num_kernels):
         step = torch.full((20_000,), k)

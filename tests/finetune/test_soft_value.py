@@ -8,12 +8,13 @@ import torch
 from diffusers import DDPMScheduler
 
 from tiltune.finetune.config.sections import TrainConfig
-from tiltune.finetune.learning.behaviors import PriorBank
 from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.gradients import backward_likelihood
 from tiltune.finetune.learning.objectives import Batch, reinforce_kl
 from tiltune.finetune.learning.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value, standardized, states_of
 from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.populations.importance import importance_population
+from tiltune.finetune.populations.population import Population
 from tiltune.samplers.denoiser import ResidualDenoiser, evaluate
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.rollout import rollout
@@ -33,7 +34,7 @@ def task():
 @pytest.fixture(scope="module")
 def bank(task):
     drawn = rollout(task.prior(), None, 4000, torch.Generator().manual_seed(0))
-    return PriorBank(drawn.with_(energy=task.energy(drawn.terminal)))
+    return Population(drawn.with_(energy=task.energy(drawn.terminal)))
 
 
 def exact(task, state, step):
@@ -60,7 +61,7 @@ def test_it_learns_the_closed_form(task, bank, fitted):
     assert error(fitted) < 0.5 * nothing
     mixed = bank.trajectories.energy[torch.randperm(4000, generator=torch.Generator().manual_seed(2))]
     blind = fit_soft_value(
-        PriorBank(bank.trajectories.with_(energy=mixed)), task.chain, task.alpha, 100, torch.Generator().manual_seed(1)
+        Population(bank.trajectories.with_(energy=mixed)), task.chain, task.alpha, 100, torch.Generator().manual_seed(1)
     )
     assert error(blind) > 0.9 * nothing
 
@@ -220,9 +221,11 @@ def forward_kl(task, count, slope=1.0):
     config = TrainConfig(soft_value_updates=1, forward_rows=500, bank_size=count)
     trainer = Trainer(task.prior(), task.energy, config, policy=Shift(task), progress=False)
     value: Any = ExactValue(task)
-    forward = ForwardKL(trainer.prior, trainer.policy, trainer.fill_bank(count), value, config, trainer.generator)
+    state, generator = trainer.state, trainer.state.noise.generator
+    population = importance_population(state.energies, count, config.alpha, generator, state.log.bar)
+    forward = ForwardKL(state.prior, state.wrapped, population, value, config, generator)
     forward.slope *= slope
-    return forward, trainer.policy.denoiser.theta
+    return forward, state.wrapped.denoiser.theta
 
 
 def same(tensor):
@@ -290,17 +293,19 @@ def test_forward_rows_give_the_forward_kl_gradient(task, factor):
 
 
 def test_the_returned_weights_are_the_running_average(task):
-    seen = []
-
-    class Watched(Trainer):
-        def _step(self, most, peak):
-            before = [weight.clone() for weight in self._trained()]
-            taken = super()._step(most, peak)
-            seen.append((before, [weight.clone() for weight in self._trained()]))
-            return taken
-
     config = TrainConfig(warm_start="none", behavior={"on_policy": 1.0}, updates=6, batch_size=16, ema_decay=0.6)
-    result = Watched(task.prior(), task.energy, config, policy=Shift(task), progress=False).train()
+    trainer = Trainer(task.prior(), task.energy, config, policy=Shift(task), progress=False)
+    optimization, seen = trainer.state.optimization, []
+    step = optimization.step
+
+    def noted(bound):
+        before = [weight.clone() for weight in optimization.weights]
+        nats = step(bound)
+        seen.append((before, [weight.clone() for weight in optimization.weights]))
+        return nats
+
+    optimization.step = noted
+    result = trainer.train()
     average = seen[0][0]
     for taken, (_, after) in enumerate(seen, 1):
         decay = min(0.6, taken / (taken + 9))
@@ -322,7 +327,7 @@ def test_half_precision_trains_with_a_scaled_gradient():
     prior = Prior(DiffusersDenoiser(network, autocast=torch.float16), brownian_chain(4), (2,))
     config = TrainConfig(warm_start="none", behavior={"on_policy": 1.0}, updates=12, batch_size=64, learning_rate=1e-2)
     trainer = Trainer(prior, lambda x: x[:, 0], config, progress=False)
-    assert trainer.scaler.is_enabled()
+    assert trainer.state.optimization.scaler.is_enabled()
     result = trainer.train()
     moved = [not torch.equal(a, b) for a, b in zip(network.parameters(), result.policy.parameters(), strict=True)]
     assert all(torch.isfinite(weight).all() for weight in result.policy.parameters()) and any(moved)
@@ -340,13 +345,13 @@ def test_a_trainer_trains_once(task):
 def test_a_few_huge_penalties_do_not_fill_the_scale_that_is_regressed_on():
     """1% of the paths at 1e20: the others keep most of the spread. Forbidden ones count as the worst that has an energy."""
     energy = torch.linspace(0, 3, 1000)
-    usual, spread = standardized(PriorBank(Trajectories(torch.zeros(2, 1000, 1), energy=energy)), 1.0)
+    usual, spread = standardized(Population(Trajectories(torch.zeros(2, 1000, 1), energy=energy)), 1.0)
     energy[::100] = 1e20
-    reward, wide = standardized(PriorBank(Trajectories(torch.zeros(2, 1000, 1), energy=energy)), 1.0)
+    reward, wide = standardized(Population(Trajectories(torch.zeros(2, 1000, 1), energy=energy)), 1.0)
     assert wide < 5 * spread and reward.isfinite().all()
     ordinary = torch.ones(1000, dtype=torch.bool)
     ordinary[::100] = False
     assert (reward[ordinary].max() - reward[ordinary].min()) * wide == pytest.approx(3.0, abs=0.02)
     energy[::100] = math.inf
-    forbidden, _ = standardized(PriorBank(Trajectories(torch.zeros(2, 1000, 1), energy=energy)), 1.0)
+    forbidden, _ = standardized(Population(Trajectories(torch.zeros(2, 1000, 1), energy=energy)), 1.0)
     assert torch.allclose(forbidden[::100], forbidden[ordinary].min()) and usual.std() == pytest.approx(1.0, abs=1e-5)

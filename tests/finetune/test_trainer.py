@@ -6,7 +6,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from tiltune.finetune.distributed.processes import Processes
 from tiltune.finetune.energies.energy import Energy
 from tiltune.finetune.energies.error import EnergyError
 from tiltune.finetune.learning.behaviors import BEHAVIORS
+from tiltune.finetune.learning.log_z import LogZ
 from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.temperature import Temperature
 from tiltune.finetune.learning.trainer import Trainer, TrainResult
 from tiltune.samplers.denoiser import Denoiser, ResidualDenoiser
 from tiltune.samplers.log_ratio import step_log_ratio
@@ -200,33 +202,29 @@ def test_tempering_lowers_alpha_monotonically_to_the_one_configured() -> None:
 
 
 def test_tempering_does_not_look_at_masked_energies() -> None:
-    task = make_task()
-    trainer = Trainer(
-        task.prior(), task.energy, make_config(tempering_ess=0.5), policy=small_policy(task.prior()), progress=False
-    )
-    trainer.alpha = math.inf
+    temperature = Temperature(make_config(tempering_ess=0.5), Processes(torch.device("cpu")))
+    temperature.begin()
     energy = 100 + 0.1 * torch.arange(10.0)
     energy[4] = 0.0  # what a masked energy becomes: it would outweigh all others by exp(100)
-    trainer._temper(Batch(torch.zeros(2, 10), energy, torch.arange(10) != 4), 10)
-    assert trainer.alpha == 1.0
+    batch = Batch(torch.zeros(2, 10), energy, torch.arange(10) != 4)
+    temperature.lower(batch, 10, 0.0, LogZ(0.1, torch.device("cpu")), None)
+    assert temperature.alpha == 1.0
 
 
 def test_processes_agree_on_one_temperature() -> None:
     """As many processes, each with its own batch: the mean of their temperatures, and never below the configured one."""
-    task = make_task()
-    trainer = Trainer(
-        task.prior(), task.energy, make_config(tempering_ess=0.5), policy=small_policy(task.prior()), progress=False
-    )
 
     class Three(Processes):
         def gather(self, value: Tensor) -> Tensor:
             return torch.cat([value, value + 0.5, value + 1.0])
 
-    trainer.processes = Three(torch.device("cpu"))
-    trainer.processes.count = 3
-    trainer.alpha = math.inf
-    trainer._temper(Batch(torch.zeros(2, 10), torch.zeros(10), torch.ones(10, dtype=torch.bool)), 10)
-    assert trainer.alpha == pytest.approx(1.5)
+    processes = Three(torch.device("cpu"))
+    processes.count = 3
+    temperature = Temperature(make_config(tempering_ess=0.5), processes)
+    temperature.begin()
+    batch = Batch(torch.zeros(2, 10), torch.zeros(10), torch.ones(10, dtype=torch.bool))
+    temperature.lower(batch, 10, 0.0, LogZ(0.1, torch.device("cpu")), None)
+    assert temperature.alpha == pytest.approx(1.5)
 
 
 def test_the_same_seed_repeats_bit_for_bit_and_leaves_the_global_generator_alone() -> None:
@@ -317,58 +315,56 @@ def test_an_interrupted_run_keeps_what_it_has_trained() -> None:
     assert not result.policy.training
 
 
-class Bursting(Trainer):
-    """The gradient of the given steps is multiplied before it is used; weights and Adam's state are noted around each step."""
+class Bursts:
+    """Multiplies the gradient of the given steps before it is used; notes weights, Adam's state and log Z around each step."""
 
-    factors: ClassVar[dict[int, float]] = {}
+    def __init__(self, trainer: Trainer, factors: dict[int, float]) -> None:
+        self.state, self.factors, self.moved = trainer.state, factors, list[bool]()
+        self.step = self.state.optimization.step
+        self.state.optimization.step = self.multiplied  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _step(self, most: float, peak: float) -> float | None:
-        for weight in self._trained_parameters():
-            assert weight.grad is not None
-            weight.grad *= self.factors.get(self.taken, 1.0)
-        before = self._noted()
-        nats = super()._step(most, peak)
-        self.moved = [*getattr(self, "moved", []), nats is not None]
+    def multiplied(self, bound: float) -> float | None:
+        for weight in self.state.wrapped.parameters():
+            if weight.requires_grad:
+                assert weight.grad is not None
+                weight.grad *= self.factors.get(self.state.global_step, 1.0)
+        before = self.noted()
+        nats = self.step(bound)
+        self.moved.append(nats is not None)
         if nats is None:
-            for old, new in zip(before, self._noted(), strict=True):
+            for old, new in zip(before, self.noted(), strict=True):
                 assert torch.equal(old, new)
         return nats
 
-    def _trained_parameters(self) -> list[nn.Parameter]:
-        return [weight for weight in self.policy.parameters() if weight.requires_grad]
+    def noted(self) -> list[Tensor]:
+        optimization = self.state.optimization
+        adam = [value for entry in optimization._optimizer.state.values() for value in entry.values()]
+        return [value.detach().clone() for value in [*optimization.weights, *adam, self.state.log_z.parameter]]
 
-    def _noted(self) -> list[Tensor]:
-        adam = [value for entry in self._optimizer.state.values() for value in entry.values()]
-        return [value.detach().clone() for value in [*self._trained(), *adam, self.log_z]]
+
+def trainer_with(config: TrainConfig, factors: dict[int, float]) -> tuple[Trainer, Bursts]:
+    task = make_task()
+    trainer = Trainer(task.prior(), task.energy, config, policy=small_policy(task.prior()), progress=False)
+    return trainer, Bursts(trainer, factors)
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bursting, "factors", {3: factor, 4: factor})
-    task = make_task()
-    trainer = Bursting(
-        task.prior(), task.energy, make_config(objective="rtb", updates=6), policy=small_policy(task.prior()), progress=False
-    )
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(factor: float) -> None:
+    trainer, bursts = trainer_with(make_config(objective="rtb", updates=6), {3: factor, 4: factor})
     result = trainer.train()
-    assert trainer.moved == [True, True, True, False, False, True]
-    assert [record.get("skipped", False) for record in result.history] == [not moved for moved in trainer.moved]
+    assert bursts.moved == [True, True, True, False, False, True]
+    assert [record.get("skipped", False) for record in result.history] == [not moved for moved in bursts.moved]
 
 
-def test_too_many_steps_left_out_in_a_row_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bursting, "factors", dict.fromkeys(range(2, 20), math.nan))
-    task = make_task()
-    config = make_config(updates=20, max_skipped=3)
-    trainer = Bursting(task.prior(), task.energy, config, policy=small_policy(task.prior()), progress=False)
+def test_too_many_steps_left_out_in_a_row_stop_the_run() -> None:
+    trainer, bursts = trainer_with(make_config(updates=20, max_skipped=3), dict.fromkeys(range(2, 20), math.nan))
     with pytest.raises(FloatingPointError, match="4 steps in a row were left out"):
         trainer.train()
-    assert trainer.moved == [True, True, False, False, False]
+    assert bursts.moved == [True, True, False, False]
 
 
 @pytest.mark.parametrize("spike_factor", [None, 5.0])
-def test_a_spike_is_left_out_only_where_that_is_asked_for(spike_factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bursting, "factors", {22: 1e3})
-    task = make_task()
-    config = make_config(updates=25, spike_factor=spike_factor)
-    trainer = Bursting(task.prior(), task.energy, config, policy=small_policy(task.prior()), progress=False)
+def test_a_spike_is_left_out_only_where_that_is_asked_for(spike_factor: float | None) -> None:
+    trainer, bursts = trainer_with(make_config(updates=25, spike_factor=spike_factor), {22: 1e3})
     trainer.train()
-    assert trainer.moved == [True] * 22 + [spike_factor is None] + [True] * 2
+    assert bursts.moved == [True] * 22 + [spike_factor is None] + [True] * 2

@@ -9,12 +9,12 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from tiltune.finetune.config.sections import TrainConfig
-from tiltune.finetune.learning.behaviors import PriorBank
-from tiltune.finetune.learning.held_out import HeldOut
 from tiltune.finetune.learning.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value
 from tiltune.finetune.learning.step_bound import StepBound
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.learning.value_drift import ValueDrift
+from tiltune.finetune.populations.held_out import HeldOut
+from tiltune.finetune.populations.population import Population
 from tiltune.samplers.denoiser import evaluate
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.table import chain_from_scheduler
@@ -33,7 +33,7 @@ def task():
 @pytest.fixture(scope="module")
 def bank(task):
     drawn = rollout(task.prior(), None, 4000, torch.Generator().manual_seed(0))
-    return PriorBank(drawn.with_(energy=task.energy(drawn.terminal)))
+    return Population(drawn.with_(energy=task.energy(drawn.terminal)))
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +383,7 @@ def test_half_of_the_rows_are_of_the_tilted_law(task, bank):
 def held_out_of(task, count=4000, times=1.0):
     """All of so many new prior paths, by their weight at ``times`` the target's temperature."""
     drawn = rollout(task.prior(), None, count, torch.Generator().manual_seed(20))
-    paths = PriorBank(drawn.with_(energy=task.energy(drawn.terminal)))
+    paths = Population(drawn.with_(energy=task.energy(drawn.terminal)))
     weight = paths.log_weight(times * task.alpha).double().softmax(0)
     return HeldOut(task.prior(), paths.trajectories, weight, times * task.alpha, times)
 
@@ -541,7 +541,7 @@ def test_the_cumulants_learn_the_optimal_drift(task, bank):
     with the energies of other paths it does not."""
 
     def left(energy):
-        shuffled = PriorBank(bank.trajectories.with_(energy=energy))
+        shuffled = Population(bank.trajectories.with_(energy=energy))
         value = fit_soft_value(shuffled, task.chain, task.alpha, 150, torch.Generator().manual_seed(1))
         drift = drift_of(task, shuffled, value, None)
         drift.factor = torch.tensor([[0.0, 1.0]]).repeat(task.chain.num_kernels, 1)

@@ -56,7 +56,7 @@ def test_adam_and_one_cycle_go_on_bitwise_from_plain_state(restored: tuple[str, 
 
 @pytest.mark.parametrize("drawn", [1, 7, 16, 625])
 def test_a_generator_goes_on_exactly(drawn: int, tmp_path: Path) -> None:
-    """`Trainer._between_steps`: the noise behind a checkpoint. Of an odd number of normals, half a pair stays inside."""
+    """`Noise`: the noise behind a checkpoint. Of an odd number of normals, half a pair stays inside."""
     generator, other = torch.Generator().manual_seed(3), torch.Generator()
     for count in (drawn, 1):
         torch.randn(count, generator=generator)

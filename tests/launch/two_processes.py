@@ -98,7 +98,7 @@ def gradients(rank: int) -> dict[str, float]:
             theirs, shared = gradient_of(objective, prior, wrapped, part, at_once, processes)
             found[f"{name} {split}"] = max(difference(shared, gradient), abs(loss - theirs) / max(1.0, abs(loss)))
         # The control: without the last, shared pass the gradient is this process's own.
-        with processes.hold(wrapped):
+        with processes.no_sync(wrapped):
             _, own = gradient_of(objective, prior, wrapped, part, 4, processes)
         found[f"{name}, not shared"] = difference(own, gradient)
     return found
@@ -116,7 +116,7 @@ def gradient_of(
     if processes is not None:
         shared = {"gather": processes.gather, "rank": processes.rank, "world_size": processes.count}
     loss, g = objective_gradient(objective, batch, 0.7, log_z, **shared)
-    held = {} if processes is None else {"held": lambda: processes.hold(policy)}
+    held = {} if processes is None else {"no_sync": lambda: processes.no_sync(policy)}
     backward_trajectories(policy, prior.chain, part, g, at_once * prior.chain.num_kernels, **held)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     found = [weight.grad.full_tensor() if hasattr(weight, "full_tensor") else weight.grad.clone() for weight in trained]
@@ -290,12 +290,12 @@ def failing(kind: str, rank: int) -> dict[str, Any]:
 
         made.prior.to_data = broken
     raised = caught(Exception, made.train)
-    return {"raised": raised, "steps": made.taken, "kept": kept[-1] if kept else None}
+    return {"raised": raised, "steps": made.global_step, "kept": kept[-1] if kept else None}
 
 
 def together(trainer: Trainer) -> int:
     """A checkpoint takes all processes: one that is asked for it alone waits here for ever."""
-    return int(trainer.processes.mean(trainer.taken))
+    return int(trainer.state.processes.mean(trainer.global_step))
 
 
 def stopping(rank: int) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def stopping(rank: int) -> dict[str, Any]:
     made = trainer(energy=energy, on_checkpoint=lambda trainer: kept.append(together(trainer)))
     result = made.train()
     interrupts._asked.clear()
-    return {"preempted": result.preempted, "steps": made.taken, "kept": kept[-1]}
+    return {"preempted": result.preempted, "steps": made.global_step, "kept": kept[-1]}
 
 
 def resuming(rank: int) -> dict[str, Any]:
@@ -327,16 +327,16 @@ def resuming(rank: int) -> dict[str, Any]:
             return type(tree)(map(copied, tree)) if isinstance(tree, list | tuple) else tree
 
         # As from the file: what is common is what process 0 wrote.
-        common = [copied(trainer.state())]
+        common = [copied(trainer.state_dict())]
         torch.distributed.broadcast_object_list(common)
-        states[trainer.taken] = (common[0], copied(trainer.own_state()))
+        states[trainer.global_step] = (common[0], copied(trainer.own_state_dict()))
 
     whole = trainer(on_checkpoint=keep)
     whole.train()
     equal = []
     for state in states.values():
         resumed = trainer()
-        resumed.restore(*state)
+        resumed.load_state_dict(*state)
         resumed.train()
         pairs = zip(weights(resumed.collected()), weights(whole.collected()), strict=True)
         equal.append(resumed.history == whole.history and all(torch.equal(a, b) for a, b in pairs))
@@ -344,13 +344,14 @@ def resuming(rank: int) -> dict[str, Any]:
     common, own = states[6]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        other.restore({**common, "processes": 1}, own)
+        alone = {"processes": {**common["processes"], "count": 1}, "energies": {**common["energies"], "counts": [[80, 0, 0, 0]]}}
+        other.load_state_dict({**common, **alone}, own)
     other.train()
     return {
         "steps": sorted(states),
         "equal": equal,
         "warned": [str(one.message) for one in said if "processes" in str(one.message)],
-        "other ended": other.taken,
+        "other ended": other.global_step,
         "calls": whole.history[-1]["energy_calls"],
     }
 
