@@ -86,7 +86,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children(recursive=True) if "energy_worker" in " ".join(one.cmdline())]
+    return [one for one in psutil.Process().children(recursive=True) if "workers.worker" in " ".join(one.cmdline())]
 
 
 @pytest.fixture(autouse=True)

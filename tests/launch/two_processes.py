@@ -203,14 +203,14 @@ def exported(rank: int, folder: Path, sharded: bool) -> dict[str, Any]:
     export_policy(result.policy, "pipeline", out)
     state, time = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([10, 20, 500, 990])
     with torch.no_grad():
-        live = made.policy(state, time)
+        live = made.state.wrapped(state, time)
         loaded = DDPMPipeline.from_pretrained(out).unet(state, time).sample
         before = prior.denoiser(state, time, None)
     return {
         "exported": (live - loaded).abs().max().item(),
         "moved": (live - before).abs().max().item(),
         "live": live.flatten().tolist(),
-        "chunk": made.forward_kl._chunk,  # pyright: ignore[reportOptionalMemberAccess]
+        "chunk": made.state.preparation.forward_kl._chunk,  # pyright: ignore[reportOptionalMemberAccess]
     }
 
 
@@ -281,14 +281,14 @@ def failing(kind: str, rank: int) -> dict[str, Any]:
 
     made = trainer(energy=energy, on_checkpoint=lambda trainer: kept.append(together(trainer)))
     if kind == "decoder":
-        decode = made.prior.to_data
+        decode = made.state.prior.to_data
 
         def broken(state: Tensor) -> Tensor:
             if rank == 1 and len(calls) >= 10:
                 raise MemoryError("out of memory")
             return decode(state)
 
-        made.prior.to_data = broken
+        made.state.prior.to_data = broken
     raised = caught(Exception, made.train)
     return {"raised": raised, "steps": made.global_step, "kept": kept[-1] if kept else None}
 
