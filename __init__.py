@@ -37,15 +37,20 @@ if TYPE_CHECKING:
     from .finetune.runs.export import export_policy
     from .finetune.runs.run import Run, open_run, train
     from .launch.pictures import run_figure
+    from .samplers.bridge import noise_back
     from .samplers.chain import Chain
     from .samplers.denoiser import ResidualDenoiser
-    from .samplers.loading.pretrained import load_policy
+    from .samplers.loading.policy import load_policy
+    from .samplers.loading.pretrained import load_prior
+    from .samplers.make_policy import make_policy, trainable_copy
     from .samplers.mlp import MLPDenoiser
-    from .samplers.policy import Policy, make_policy, trainable_copy
+    from .samplers.policy import Policy
     from .samplers.prior import Prior
     from .samplers.resampling import importance_resample
-    from .samplers.rollout import noise_back, rollout
-    from .samplers.schedulers.table import brownian_chain, chain_from_scheduler, place_timesteps
+    from .samplers.rollout import rollout
+    from .samplers.schedulers.brownian import brownian_chain
+    from .samplers.schedulers.dispatch import chain_from_scheduler
+    from .samplers.schedulers.placement import place_timesteps
     from .tasks.task import load_task
 
 _HOMES = {
@@ -77,10 +82,17 @@ _HOMES = {
     "launch.pictures": ("run_figure",),
     "samplers.chain": ("Chain",),
     "samplers.mlp": ("MLPDenoiser",),
-    "samplers.policy": ("Policy", "Prior", "ResidualDenoiser", "make_policy", "trainable_copy"),
-    "samplers.loading.pretrained": ("load_policy",),
-    "samplers.rollout": ("noise_back", "rollout"),
-    "samplers.schedulers.table": ("brownian_chain", "chain_from_scheduler", "place_timesteps"),
+    "samplers.denoiser": ("ResidualDenoiser",),
+    "samplers.prior": ("Prior",),
+    "samplers.policy": ("Policy",),
+    "samplers.make_policy": ("make_policy", "trainable_copy"),
+    "samplers.loading.pretrained": ("load_prior",),
+    "samplers.loading.policy": ("load_policy",),
+    "samplers.bridge": ("noise_back",),
+    "samplers.rollout": ("rollout",),
+    "samplers.schedulers.brownian": ("brownian_chain",),
+    "samplers.schedulers.dispatch": ("chain_from_scheduler",),
+    "samplers.schedulers.placement": ("place_timesteps",),
     "samplers.resampling": ("importance_resample",),
     "tasks.task": ("load_task",),
 }
@@ -107,6 +119,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "Trainer",
     "TrainResult",
     "Prior",
+    "load_prior",
     "Policy",
     "make_policy",
     "load_policy",

@@ -9,28 +9,17 @@ Step k runs along *sampling*: ``states[0]`` is the start, ``states[K]`` the samp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .kernel import GaussianKernel, Kernel, Row
+
 # Below this a standard deviation is a clamp of the scheduler (DDPM's 1e-10), not a noise.
 SIGMA_ZERO = 1e-6
 FORGOTTEN = 0.01  # share of the end that the start explains, at most, where it counts as forgotten
-
-
-class Row(NamedTuple):
-    """Coefficients of one step, or of a batch of steps (each then has shape [N, 1, ...])."""
-
-    p: Tensor | float
-    q: Tensor | float
-    c: Tensor | float
-    d: Tensor | float
-    e: Tensor | float
-    sigma: Tensor | float
-    input_scale: Tensor | float
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +29,10 @@ class Chain:
     Every column is a float64 tensor of shape [K]; ``signal`` and ``noise`` are [K + 1] and mean
     s_k ≈ signal_k x + noise_k eps for a clean sample x (nan where the chain has no such level).
 
-    ``decoder`` is the number of last rows that belong to the prior: policy and prior share them, they carry no
-    log-ratio, and the tilted law is exact for the chain as it is run. ``clip`` is the bound of x_hat, or None.
+    trained: the steps that carry a log-ratio, increasing. The others belong to the prior: policy and prior share them, so that
+    the tilted law is exact for the chain as it is run. ``clip`` is the bound of x_hat, or None.
 
-    Errors: ValueError where a row is non-finite or an inner row has no noise, since a noiseless kernel has no density.
+    Errors: ValueError where a row is non-finite or a trained row has no noise, since a noiseless kernel has no density.
     """
 
     name: str
@@ -58,13 +47,13 @@ class Chain:
     signal: Tensor
     noise: Tensor
     start_std: float
+    trained: tuple[int, ...]
     clip: float | None = None
-    decoder: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("timesteps", *Row._fields, "signal", "noise"):
+        for name in ("timesteps", *Row._fields, "input_scale", "signal", "noise"):
             object.__setattr__(self, name, getattr(self, name).detach().cpu().double())
-        for name in ("timesteps", *Row._fields):
+        for name in ("timesteps", *Row._fields, "input_scale"):
             column = getattr(self, name)
             bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
             if bad:
@@ -73,12 +62,14 @@ class Chain:
                     " kernel. Zero-terminal-SNR betas and variance_type='fixed_large_log' do this: use an ordinary beta"
                     " schedule and variance_type 'fixed_large' or 'fixed_small'."
                 )
-        if not self.num_kernels:
+        if not self.trained:
             raise ValueError(
                 f"{self.name}: the only step belongs to the prior as its decoder, so nothing is left to carry a log-ratio;"
                 " take at least two steps."
             )
-        quiet = (self.sigma[: self.num_kernels] < SIGMA_ZERO).nonzero().flatten().tolist()
+        inside = range(self.num_steps)
+        assert all(k in inside for k in self.trained) and sorted(set(self.trained)) == list(self.trained), self.trained
+        quiet = [k for k in self.trained if self.sigma[k] < SIGMA_ZERO]
         if quiet:
             raise ValueError(
                 f"{self.name}: step {quiet[0]} of {self.num_steps} draws no noise (sigma < {SIGMA_ZERO:g}), so the log-ratio of"
@@ -93,23 +84,51 @@ class Chain:
 
     @property
     def num_kernels(self) -> int:
-        """Rows that carry a log-ratio: all K but those of the decoder."""
-        return self.num_steps - self.decoder
+        """Number of trained steps: the rows of a matrix of log-ratios."""
+        return len(self.trained)
+
+    @property
+    def last_trained(self) -> int:
+        """The last step that carries a log-ratio; what follows is the decoder."""
+        return self.trained[-1]
+
+    @property
+    def decoder(self) -> int:
+        """Number of last steps that belong to the prior."""
+        return self.num_steps - 1 - self.last_trained
+
+    @cached_property
+    def _row_of_step(self) -> Tensor:
+        rows = torch.full((self.num_steps,), -1)
+        rows[list(self.trained)] = torch.arange(self.num_kernels)
+        return rows
+
+    def step_of_row(self, row: Tensor) -> Tensor:
+        """The steps of rows [n] of a matrix of log-ratios [num_kernels, B]; [n], on the device of ``row``."""
+        return torch.tensor(self.trained, device=row.device)[row]
+
+    def row_of_step(self, step: Tensor) -> Tensor:
+        """The rows of trained steps [n] in a matrix of log-ratios; [n], -1 where a step is not trained."""
+        return self._row_of_step.to(step.device)[step]
+
+    @cached_property
+    def kernel(self) -> Kernel:
+        """What one step is: its mean, its noise, its log-ratio."""
+        return GaussianKernel(self.p, self.q, self.c, self.d, self.e, self.sigma, self.clip)
 
     @property
     def sensitivity(self) -> Tensor:
         """[num_kernels] by how many of its standard deviations a kernel's mean moves where the network's output moves by 1."""
-        rows = slice(0, self.num_kernels)
+        rows = list(self.trained)
         return ((self.d * self.q + self.e)[rows] / self.sigma[rows]).abs()
-
-    @cached_property
-    def _floats(self) -> list[Row]:
-        columns = [getattr(self, name).tolist() for name in Row._fields]
-        return [Row(*values) for values in zip(*columns, strict=True)]
 
     @cached_property
     def _unscaled(self) -> bool:
         return bool((self.input_scale == 1).all())
+
+    @cached_property
+    def _scales(self) -> list[float]:
+        return self.input_scale.tolist()
 
     @cached_property
     def _tables(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
@@ -118,146 +137,27 @@ class Chain:
     def _table(self, like: Tensor) -> Tensor:
         key = (like.device, like.dtype)
         if key not in self._tables:
-            columns = [getattr(self, name) for name in (*Row._fields, "timesteps")]
-            self._tables[key] = torch.stack([*columns, self._growth]).to(like)
+            self._tables[key] = torch.stack([self.timesteps, self.input_scale]).to(like)
         return self._tables[key]
-
-    @cached_property
-    def _growth(self) -> Tensor:
-        """[K]: what the mean takes of the state beyond s_k itself (with the state's share of x_hat, unless that is clipped)."""
-        return self.c - 1 if self.clip is not None else self.c + self.d * self.p - 1
-
-    def row(self, step: int | Tensor, like: Tensor) -> Row:
-        """Coefficients at ``step``: floats for an int, tensors [N, 1, ...] shaped for ``like`` for a LongTensor [N]."""
-        if isinstance(step, int):
-            return self._floats[step]
-        columns = self._table(like)[: len(Row._fields), step]
-        return Row(*columns.reshape(len(Row._fields), -1, *[1] * (like.ndim - 1)))
 
     def timestep(self, step: int | Tensor, like: Tensor) -> Tensor:
         """The label a network is conditioned on, shape [] or [N]."""
-        return self._table(like)[len(Row._fields), step]
+        return self._table(like)[0, step]
 
     def network_input(self, state: Tensor, step: int | Tensor) -> Tensor:
         """What the network is fed: the state, divided by sqrt(sigma² + 1) for Euler ancestral."""
-        return state if self._unscaled else state * self.row(step, state).input_scale
-
-    def clean(self, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
-        """x_hat, clipped where the scheduler clips; shape of ``state``."""
-        return self._clean(self.row(step, state), state, output)
-
-    def _clean(self, row: Row, state: Tensor, output: Tensor) -> Tensor:
-        clean = row.p * state + row.q * output
-        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
-
-    def mean(self, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
-        """Mean of s_{k+1} given s_k and the network's output; shape of ``state``."""
-        row = self.row(step, state)
-        if self.clip is None:  # linear in both: two products instead of five
-            return (row.c + row.d * row.p) * state + (row.d * row.q + row.e) * output
-        return row.c * state + row.d * self._clean(row, state, output) + row.e * output
-
-    def kernel_shift(
-        self, state: Tensor, step: int | Tensor, policy_output: Tensor, prior_output: Tensor, *, straight: bool = False
-    ) -> Tensor:
-        """delta_k = (mu_policy - mu_prior) / sigma_k, from the difference of the outputs where x_hat is not clipped.
-
-        The means themselves are never subtracted: at 16384 dimensions and 1000 steps that costs nats in float32.
-        straight: where the mean takes nothing of the output but x_hat, gradients pass through the clipping of the policy's x_hat
-        as if it were not there, so that a pixel that lies beyond the bound can be called back. The value is the same. DDIM needs
-        no such help, and must not have it: beyond the bound its mean follows the output itself (e), the other way.
-        """
-        row = self.row(step, state)
-        difference = policy_output - prior_output
-        if self.clip is None:
-            return ((row.d * row.q + row.e) / row.sigma) * difference
-        clean = self._clean(row, state, policy_output)
-        if straight:
-            loose = row.p * state + row.q * policy_output
-            passed = torch.where(torch.as_tensor(row.e) == 0, loose, clean)
-            clean = passed + (clean - passed).detach()
-        return (row.d * (clean - self._clean(row, state, prior_output)) + row.e * difference) / row.sigma
-
-    def reachable(self, state: Tensor, step: int | Tensor, prior_output: Tensor, shift: Tensor) -> Tensor:
-        """The part of a wanted shift that x_hat can follow without leaving its bounds; all of it where nothing is clipped."""
-        if self.clip is None:
-            return shift
-        row = self.row(step, state)
-        # The shifts at both bounds; a raw output beside x_hat (e) moves with it.
-        ends = [
-            self.kernel_shift(state, step, (bound - row.p * state) / row.q, prior_output) for bound in (-self.clip, self.clip)
-        ]
-        lowest, highest = torch.minimum(*ends).clamp(max=0), torch.maximum(*ends).clamp(min=0)
-        return shift.clamp(lowest, highest)
-
-    def standardize(self, following: Tensor, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
-        """z_k = (s_{k+1} - mu) / sigma_k, taken from the increment s_{k+1} - s_k; shape of ``state``.
-
-        s_{k+1} - mu rounds at the state's size, the increment at the step's: 1e-4 against 4e-7 nats at 16384 dimensions and
-        1000 steps in float32.
-        """
-        row = self.row(step, state)
-        growth = self._table(state)[-1, step].reshape(-1, *[1] * (state.ndim - 1))
-        drift = growth * state
-        if self.clip is None:
-            drift = drift + (row.d * row.q + row.e) * output
-        else:
-            drift = drift + row.d * self._clean(row, state, output) + row.e * output
-        return ((following - state) - drift) / row.sigma
-
-    @cached_property
-    def bridge(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(c, d, tau) with s_{k+1} = c_k s_k + d_k x + tau_k eps for a known clean x: the chain noised back.
-
-        tau_k² = noise_{k+1}² - c_k² noise_k² keeps every s_k at its nominal law N(signal_k x, noise_k²), so that at
-        E = 0 the likelihood of these trajectories leaves the prior unchanged. Plain Markov noising is right only where c and
-        tau are those of DDPM.
-
-        Errors: ValueError where the table's levels do not follow from one another (DDIM on 'linspace' spacing, say).
-        """
-        rows = slice(0, self.num_kernels)
-        c = (self.c - self.e * self.p / self.q)[rows]
-        d = (self.d + self.e / self.q)[rows]
-        following = slice(1, self.num_kernels + 1)
-        misfit = (d - (self.signal[following] - c * self.signal[rows])).abs().max().item()
-        variance = self.noise[following] ** 2 - c**2 * self.noise[rows] ** 2
-        # What the last kernel before a decoder lands on feeds no further kernel, so only its mean matters there.
-        inner = variance[:-1] if self.decoder else variance
-        if not (misfit < 1e-4 and bool((inner > -1e-6).all())):
-            raise ValueError(
-                f"{self.name}: cannot noise samples back along this chain: its steps do not lead from one nominal noise"
-                f" level to the next (misfit {misfit:.2g}, smallest variance {variance.min().item():.2g}). DDIM does this on"
-                " 'linspace' and some 'trailing' spacings: use 'leading', or a step count that divides the training"
-                " steps, or train on rollouts only."
-            )
-        return c, d, variance.clamp(min=0).sqrt()
-
-    def bridged(self, state: Tensor, end: Tensor, step: Tensor) -> Tensor:
-        """c s_k + d x: the mean of s_{k+1} given s_k and the path's end x; state and end [n, ...], step [n]."""
-        c, d = (column.to(state)[step].reshape(-1, *[1] * (state.ndim - 1)) for column in self.bridge[:2])
-        return c * state + d * end
-
-    @cached_property
-    def forgets_given_next(self) -> bool:
-        """Whether s_k tells nothing more of x once s_{k+1} is known: c_k noise_k² signal_{k+1} = signal_k noise_{k+1}².
-
-        True for DDPM, DDIM with eta = 1 and the Brownian chain, false for a smaller eta and for the flow SDEs. Only then is
-        c s_k + d x the mean of s_{k+1} for a state s_k and an end x of the *same* path. False also without a bridge.
-        """
-        try:
-            c = self.bridge[0]
-        except ValueError:
-            return False
-        here, following = slice(0, self.num_kernels), slice(1, self.num_kernels + 1)
-        left = c * self.noise[here] ** 2 * self.signal[following]
-        return bool((left - self.signal[here] * self.noise[following] ** 2).abs().max() < 1e-4 * self.noise.max() ** 2)
+        if self._unscaled:
+            return state
+        if isinstance(step, int):
+            return state * self._scales[step]
+        return state * self._table(state)[1, step].reshape(-1, *[1] * (state.ndim - 1))
 
     @property
     def forgets_start(self) -> bool:
         """Whether next to nothing of the start is left in the end.
 
         Only then may an end that is noised anew stand for a state of its path: where the end follows from the start, it does not.
-        It is a stand-in, not the chain's own law, which `forgets_given_next` is about.
+        It is a stand-in, not the chain's own law, which `bridge.forgets_given_next` is about.
         """
         return self.remembered_share(1.0) <= FORGOTTEN
 
@@ -270,7 +170,8 @@ class Chain:
         if self.start_std == 0.0:
             return 0.0
         slope, spread = 1.0, 0.0
-        for k, row in enumerate(self._floats):
+        columns = [getattr(self, name).tolist() for name in Row._fields]
+        for k, row in enumerate(map(Row._make, zip(*columns, strict=True))):
             signal, noise = self.signal[k].item(), self.noise[k].item()
             gain = signal * variance / (signal**2 * variance + noise**2)
             factor = row.c + row.d * gain + row.e * (gain - row.p) / row.q
@@ -296,7 +197,7 @@ class Chain:
                 verdict = "REMEMBERED: a tilt of this direction is partly lost"
             start = f"share of the start in a component of variance {variance:g}: {share:.2g} ({verdict})"
         if self.decoder:
-            sigmas = " and ".join(f"{sigma:.2g}" for sigma in self.sigma[self.num_kernels :].tolist())
+            sigmas = " and ".join(f"{sigma:.2g}" for sigma in self.sigma[self.last_trained + 1 :].tolist())
             which = "step" if self.decoder == 1 else f"{self.decoder} steps"
             verbs = "belongs to the prior and carries" if self.decoder == 1 else "belong to the prior and carry"
             last = f"the last {which} (sigma {sigmas}) {verbs} no ratio"
@@ -308,3 +209,32 @@ class Chain:
             "sigma": f"a policy moves the means of {self.num_kernels} kernels and no sigma: what that cannot reach stays a gap",
             "sum": "log-ratios are sums over dimensions, never means",
         }
+
+
+def with_trained_steps(chain: Chain, first: int, last: int) -> Chain:
+    """The same chain, of which only the steps ``first`` to ``last`` (both included, counted from 0) are trained.
+
+    The prior samples as before. A policy is the prior at the other steps, so that no log-ratio is lost: a smaller class of
+    policies toward the same target, at a lower cost (the window of MixGRPO, arXiv 2507.21802).
+
+    Errors: ValueError where there are no such steps, and where one of them cannot be trained.
+    """
+    possible = range(chain.trained[0], chain.last_trained + 1)
+    if last < first:
+        raise ValueError(
+            f"the trained steps {first}:{last} are none; FIRST:LAST includes both ends, and LAST is not below FIRST."
+        )
+    if first < 0 or last >= chain.num_steps:
+        raise ValueError(
+            f"the trained steps {first}:{last} lie outside of the chain, whose {chain.num_steps} steps are 0 to"
+            f" {chain.num_steps - 1} from noise to sample."
+        )
+    window = tuple(range(first, last + 1))
+    own = [k for k in window if k not in chain.trained]
+    if own:
+        noise = "draws no noise" if chain.sigma[own[0]] < SIGMA_ZERO else "belongs to the prior"
+        raise ValueError(
+            f"step {own[0]} of the trained steps {first}:{last} {noise}, so it can carry no log-ratio; of this chain"
+            f" the steps {possible[0]} to {possible[-1]} can be trained."
+        )
+    return replace(chain, trained=window)

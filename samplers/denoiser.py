@@ -6,6 +6,7 @@ A denoiser is ``(state, timestep, condition) -> output``; nothing above it knows
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -66,6 +67,15 @@ class DiffusersDenoiser(nn.Module):
         channels = state.shape[1]
         return output[:, :channels] if output.shape[1] == 2 * channels else output
 
+    def save(self, folder: Path) -> None:
+        """config.json and diffusion_pytorch_model.safetensors, for diffusers' from_pretrained.
+
+        Errors: ValueError where the model is none of diffusers.
+        """
+        if not is_diffusers(self.model):
+            raise ValueError(f"{type(self.model).__name__} is no diffusers model; save its state_dict() yourself.")
+        self.model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+
 
 class ResidualDenoiser(nn.Module):
     """Frozen prior plus a network that starts at zero, for priors that cannot be trained (closed forms, black boxes).
@@ -84,6 +94,19 @@ class ResidualDenoiser(nn.Module):
         with torch.no_grad():
             prior = self._prior[0](state, timestep, condition)
         return prior.to(state.dtype) + self.residual(state, timestep, condition).to(state.dtype)
+
+    def save(self, folder: Path) -> None:
+        """The residual network alone as a diffusers model, in residual/.
+
+        Errors: ValueError where it is none.
+        """
+        if not isinstance(self.residual, DiffusersDenoiser):
+            raise ValueError(
+                f"a residual policy is saved as a diffusers model, and its network is a {type(self.residual).__name__}; give"
+                " ResidualDenoiser a diffusers model (MLPDenoiser, UNet2DModel), or save the state_dict() of its .residual"
+                " yourself."
+            )
+        self.residual.save(folder / "residual")
 
 
 def zero_output_layer_(network: nn.Module) -> None:

@@ -1,17 +1,10 @@
-"""log policy - log prior of Gaussian kernels, in difference form: nats, summed over dimensions, float32.
-
-Two log-densities are never subtracted. With z = (s' - mu_prior) / sigma and delta = (mu_policy - mu_prior) / sigma,
-
-    l = <z, delta> - ½ ||delta||²          from stored states
-    l = <eps, delta> + ½ ||delta||²        from the noise that the policy itself drew  (z = eps + delta)
-"""
+"""Log-ratios of stored trajectories, over flat rows (k, b): all trained steps k of all trajectories b, k slowest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from .chain import Chain
@@ -19,27 +12,24 @@ from .denoiser import Denoiser, evaluate
 from .trajectory import Trajectories, rows_at_once
 
 
-def log_ratio_from_noise(noise: Tensor, shift: Tensor) -> Tensor:
-    """<eps, delta> + ½ ||delta||²; noise, shift: [N, ...] → [N]. On-policy only: ``noise`` is what the policy drew."""
-    return (shift * torch.add(noise, shift, alpha=0.5)).flatten(1).sum(1)
-
-
-def log_ratio_from_states(z: Tensor, shift: Tensor) -> Tensor:
-    """<z, delta> - ½ ||delta||²; z = (s' - mu_prior) / sigma, shift: [N, ...] → [N]. Any trajectory."""
-    return (shift * torch.sub(z, shift, alpha=0.5)).flatten(1).sum(1)
-
-
 def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Flat (k, b) rows → (state [n, ...], next state [n, ...], step [n], condition [n, ...] or None), k slowest."""
+    """Flat (k, b) rows → (state [n, ...], next state [n, ...], step [n], condition [n, ...] or None), k slowest.
+
+    k counts the trained steps, as the rows of a matrix of log-ratios do.
+    """
     batch = len(trajectories)
-    total = chain.num_kernels * batch
-    state, following = (
-        rearrange(part[: chain.num_kernels], "k b ... -> (k b) ...")[rows]
-        for part in (trajectories.states[:-1], trajectories.states[1:])
-    )
-    index = torch.arange(*rows.indices(total), device=state.device)
-    condition = None if trajectories.condition is None else trajectories.condition[index % batch]
-    return state, following, torch.div(index, batch, rounding_mode="floor"), condition
+    first, stop, _ = rows.indices(chain.num_kernels * batch)
+    row = torch.arange(first, stop, device=trajectories.states.device)
+    step = chain.step_of_row(torch.div(row, batch, rounding_mode="floor"))
+    path = row % batch
+    flat = trajectories.states.flatten(0, 1)
+    at: slice | Tensor = step * batch + path
+    begin, end = (chain.trained[i // batch] * batch + i % batch for i in (first, stop - 1))
+    beside = slice(begin, end + 1), slice(begin + batch, end + 1 + batch)
+    # Steps that follow one another lie beside one another: views, where an index would copy.
+    here, following = beside if end - begin == stop - 1 - first else (at, at + batch)
+    condition = None if trajectories.condition is None else trajectories.condition[path]
+    return flat[here], flat[following], step, condition
 
 
 @torch.no_grad()
@@ -56,8 +46,9 @@ def step_log_ratio(
         state, following, step, condition = rows_of(trajectories, chain, rows)
         prior_output = evaluate(prior, chain, state, step, condition)
         policy_output = evaluate(policy, chain, state, step, condition)
-        z = chain.standardize(following, state, step, prior_output)
-        ratios.append(log_ratio_from_states(z, chain.kernel_shift(state, step, policy_output, prior_output)))
+        z = chain.kernel.standardize(following, state, step, prior_output)
+        shift = chain.kernel.shift(state, step, policy_output, prior_output)
+        ratios.append(chain.kernel.log_ratio_from_states(z, shift))
     return torch.cat(ratios).reshape(chain.num_kernels, len(trajectories))
 
 
@@ -69,7 +60,7 @@ def shift_moments(
     prior_outputs: Tensor,
     target: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """[2 or 3, B] of stored trajectories, summed over their kernels: <z, delta>, ½ ||delta||² and <delta_target, delta>.
+    """[2 or 3, B] of stored trajectories, summed over their trained steps: <z, delta>, ½ ||delta||² and <delta_target, delta>.
 
     prior_outputs: [num_kernels · B, ...] of the prior at their states (`outputs`). target: (state, step, prior output) → a shift.
     """
@@ -77,8 +68,8 @@ def shift_moments(
     for rows in _chunks(trajectories, chain):
         state, following, step, condition = rows_of(trajectories, chain, rows)
         prior_output = prior_outputs[rows]
-        shift = chain.kernel_shift(state, step, evaluate(policy, chain, state, step, condition), prior_output)
-        others = [chain.standardize(following, state, step, prior_output), 0.5 * shift]
+        shift = chain.kernel.shift(state, step, evaluate(policy, chain, state, step, condition), prior_output)
+        others = [chain.kernel.standardize(following, state, step, prior_output), 0.5 * shift]
         if target is not None:
             others.append(target(state, step, prior_output))
         found.append(torch.stack([(shift * other).flatten(1).sum(1) for other in others]))

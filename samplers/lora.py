@@ -7,7 +7,7 @@ import sys
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from .adapter_switch import AdapterSwitch
 from .denoiser import DiffusersDenoiser, is_diffusers
 from .loading.folder import read_json
-
-if TYPE_CHECKING:
-    from .prior import Source
+from .prior import Source
 
 Layers = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -33,12 +31,15 @@ def peft() -> Any:
 
 
 class LoraDenoiser(nn.Module):
-    """The prior's own denoiser, run with one adapter on. Its trainable parameters are the adapter's; the rest is frozen."""
+    """The prior's own denoiser, run with one adapter on. Its trainable parameters are the adapter's; the rest is frozen.
 
-    def __init__(self, base: DiffusersDenoiser, name: str, config: Any) -> None:
+    source: where the prior was loaded from, for whoever loads the saved adapter; None where it was put together by hand.
+    """
+
+    def __init__(self, base: DiffusersDenoiser, name: str, config: Any, source: Source | None = None) -> None:
         super().__init__()
         assert base.adapters is not None
-        self.base, self.name, self.config = base, name, config
+        self.base, self.name, self.config, self.source = base, name, config, source
         self.switch = base.adapters
 
     def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -67,8 +68,20 @@ class LoraDenoiser(nn.Module):
         for key, weight in own.items():
             weight.copy_(state[key])
 
+    def save(self, folder: Path) -> None:
+        """adapter_config.json and adapter_model.safetensors, as peft's PeftModel.from_pretrained(network, folder) reads them."""
+        from safetensors.torch import save_file
 
-def add_adapters(denoiser: Any, rank: int, targets: tuple[str, ...] = (), alpha: float | None = None) -> LoraDenoiser:
+        config = copy.copy(self.config)
+        config.target_modules = sorted(config.target_modules)  # a set, in an order that changes from run to run
+        config.base_model_name_or_path = None if self.source is None else self.source.path
+        config.save_pretrained(str(folder))
+        save_file(self.adapter_state(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def add_adapters(
+    denoiser: Any, rank: int, targets: tuple[str, ...] = (), alpha: float | None = None, source: Source | None = None
+) -> LoraDenoiser:
     """Put fresh adapters of ``rank`` into a denoiser's network, in place; they are off until the result is called.
 
     targets: names of linear or convolutional layers, or endings of such names. None given: every such layer that is larger
@@ -100,7 +113,7 @@ def add_adapters(denoiser: Any, rank: int, targets: tuple[str, ...] = (), alpha:
         library.inject_adapter_in_model(config, model, adapter_name=name)
     switch.add(name, list(_adapted(model, name).values()))
     denoiser.adapters = switch
-    return LoraDenoiser(denoiser, name, config)
+    return LoraDenoiser(denoiser, name, config, source)
 
 
 def _adapted(model: nn.Module, name: str) -> dict[str, nn.Module]:
@@ -156,19 +169,8 @@ def without_adapters(denoiser: DiffusersDenoiser, merge: str | None = None) -> D
     return plain
 
 
-def save_adapter(denoiser: LoraDenoiser, folder: Path, source: Source | None) -> None:
-    """adapter_config.json and adapter_model.safetensors, as peft's PeftModel.from_pretrained(network, folder) reads them."""
-    from safetensors.torch import save_file
-
-    config = copy.copy(denoiser.config)
-    config.target_modules = sorted(config.target_modules)  # a set, in an order that changes from run to run
-    config.base_model_name_or_path = None if source is None else source.path
-    config.save_pretrained(str(folder))
-    save_file(denoiser.adapter_state(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def load_adapter(denoiser: DiffusersDenoiser, folder: Path) -> LoraDenoiser:
-    """The adapter that `save_adapter` wrote, put into a denoiser's network. peft never sees the file of the config.
+def load_adapter(denoiser: DiffusersDenoiser, folder: Path, source: Source | None = None) -> LoraDenoiser:
+    """The adapter that `LoraDenoiser.save` wrote, put into a denoiser's network. peft never sees the file of the config.
 
     Errors: ValueError where it does not fit, and for options of peft that `make_policy` does not set.
     """
@@ -184,7 +186,7 @@ def load_adapter(denoiser: DiffusersDenoiser, folder: Path) -> LoraDenoiser:
         # Before anything of that rank is allocated.
         if {weight.shape[:1] for name, weight in state.items() if ".lora_A." in name} != {(rank,)}:
             raise ValueError(f"its weights are not of rank {rank}.")
-        loaded = add_adapters(denoiser, rank, targets, alpha)
+        loaded = add_adapters(denoiser, rank, targets, alpha, source)
         loaded.load_adapter_state(state)
     except ValueError as error:
         reason = str(error).splitlines()[0]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +30,9 @@ class Prior:
     """A frozen denoiser and the chain it is run with: together they define p_prior, the law of what is sampled.
 
     shape: of one state, without the batch. to_data: maps terminal states [B, ...] to the samples an energy sees (a
-    scale, or a latent decoder); the identity where None. `Prior.from_pretrained` also fills source, scheduler (the diffusers
-    scheduler that the chain was read from), step_options (what its step takes besides, DDIM's eta) and decisions (what the
-    loader decided, three lines).
+    scale, or a latent decoder); the identity where None. `load_prior` also fills source, scheduler (the diffusers scheduler that
+    the chain was read from), step_options (what its step takes besides, DDIM's eta) and decisions (what the loader decided, a
+    line each).
     """
 
     def __init__(
@@ -55,37 +54,6 @@ class Prior:
         self._to_data = to_data
         if isinstance(self.denoiser, nn.Module):
             self.denoiser.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        steps: int = 50,
-        *,
-        eta: float = 1.0,
-        variance: Literal["fixed_large", "fixed_small"] | None = None,
-        noise: Literal["memoryless", "flow_grpo"] = "memoryless",
-        noise_level: float = 0.7,
-        label: int | None = None,
-        precision: Literal["float32", "bf16", "fp16"] = "float32",
-        channels_last: bool = False,
-        device: torch.device | str | None = None,
-    ) -> Prior:
-        """A pretrained diffusers sampler as a prior; what the arguments mean and what is refused: `pretrained.load_prior`."""
-        from .loading.pretrained import load_prior
-
-        return load_prior(
-            path,
-            steps,
-            eta=eta,
-            variance=variance,
-            noise=noise,
-            noise_level=noise_level,
-            label=label,
-            precision=precision,
-            channels_last=channels_last,
-            device=device,
-        )
 
     @torch.no_grad()
     def to_data(self, state: Tensor) -> Tensor:

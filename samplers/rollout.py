@@ -1,18 +1,55 @@
-"""Trajectories forward along the chain, and terminal samples noised back along it."""
+"""Trajectories forward along the chain."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .chain import SIGMA_ZERO
+from .chain import SIGMA_ZERO, Chain
 from .denoiser import Denoiser, evaluate
-from .log_ratio import log_ratio_from_noise, log_ratio_from_states
 from .prior import Prior
 from .trajectory import Trajectories
+
+Drawing = Literal["policy", "prior"]
+
+
+class Step(NamedTuple):
+    """following: [N, ...] the next state. log_ratio: [N] nats, None where the step is not trained or there is no policy."""
+
+    following: Tensor
+    log_ratio: Tensor | None
+
+
+@torch.no_grad()
+def step(
+    prior: Prior,
+    policy: Denoiser | None,
+    state: Tensor,
+    k: int,
+    noise: Tensor | None,
+    condition: Tensor | None = None,
+    *,
+    drawn_by: Drawing = "policy",
+) -> Step:
+    """Denoising step k: s_{k+1} from s_k [N, ...] and standard noise, and log policy - log prior of it.
+
+    noise: [N, ...] as `step_noise` draws it, None at a step without noise. The prior takes the steps that are not trained, and
+    all of them where ``policy`` is None or drawn_by is 'prior'.
+    """
+    chain, kernel = prior.chain, prior.chain.kernel
+    prior_output = evaluate(prior.denoiser, chain, state, k, condition)
+    if policy is None or k not in chain.trained:
+        drawn = kernel.mean(state, k, prior_output) if noise is None else kernel.sample(state, k, prior_output, noise)
+        return Step(drawn, None)
+    assert noise is not None
+    policy_output = evaluate(policy, chain, state, k, condition)
+    shift = kernel.shift(state, k, policy_output, prior_output)
+    if drawn_by == "prior":
+        return Step(kernel.sample(state, k, prior_output, noise), kernel.log_ratio_from_states(noise, shift))
+    return Step(kernel.sample(state, k, policy_output, noise), kernel.log_ratio_from_noise(noise, shift))
 
 
 @torch.no_grad()
@@ -22,69 +59,79 @@ def rollout(
     batch: int,
     generator: torch.Generator,
     *,
-    noise_scale: float = 1.0,
+    drawn_by: Drawing = "policy",
     start: Tensor | None = None,
     condition: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
     keep: bool = True,
-    compared: Denoiser | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Trajectories:
     """Draw ``batch`` trajectories from the policy, or from the prior where ``policy`` is None.
 
-    noise_scale: > 1 inflates the noise of every kernel (not of the start); ``log_behavior`` stays exact.
-    start: [batch, ...] fixed starts; drawn where None.
+    drawn_by: 'prior' gives the policy's log-ratio on the *prior's* own trajectories; the policy draws nothing.
+    start: [batch, ...] fixed starts, whose dtype is that of the trajectories; drawn where None.
     keep: False keeps only the terminal samples (``states`` is then [1, batch, ...]).
-    compared: a policy whose log-ratio on the *prior's* own trajectories is wanted; it draws nothing.
-    on_step: called before every kernel; what it raises ends the rollout.
+    on_step: called before every step; what it raises ends the rollout.
 
-    Returns trajectories with ``log_behavior`` and, from or compared with a policy, ``step_log_ratio`` set. No gradient is kept.
+    Returns trajectories with ``log_behavior`` and, with a policy, ``step_log_ratio`` set. No gradient is kept.
     """
-    assert policy is None or compared is None, "a policy's own trajectories have its log-ratio already"
-    chain, device = prior.chain, prior.device
-
-    def gaussian() -> Tensor:
-        return torch.randn((batch, *prior.shape), generator=generator, device=device, dtype=dtype)
-
-    state = chain.start_std * gaussian() if start is None else start.to(device=device, dtype=dtype)
+    chain = prior.chain
+    state = draw_start(prior, batch, generator) if start is None else start.to(prior.device)
     # Written in place: a list of states and their stack would hold every trajectory twice.
     states = state.new_empty((chain.num_steps + 1 if keep else 1, *state.shape))
     states[0] = state
     ratios = []
-    inflation = torch.zeros(batch, device=device, dtype=dtype)
-    for step in range(chain.num_kernels):
+    for k in range(chain.num_steps):
         if on_step is not None:
             on_step()
-        row = chain.row(step, state)
-        noise = gaussian() * noise_scale if noise_scale != 1.0 else gaussian()
-        prior_output = evaluate(prior.denoiser, chain, state, step, condition)
-        if policy is None:
-            mean = chain.mean(state, step, prior_output)
-            if compared is not None:
-                shift = chain.kernel_shift(state, step, evaluate(compared, chain, state, step, condition), prior_output)
-                ratios.append(log_ratio_from_states(noise, shift))
-        else:
-            policy_output = evaluate(policy, chain, state, step, condition)
-            mean = chain.mean(state, step, policy_output)
-            shift = chain.kernel_shift(state, step, policy_output, prior_output)
-            ratios.append(log_ratio_from_noise(noise, shift))
-        if noise_scale != 1.0:
-            inflation = inflation + _inflation(noise, noise_scale)
-        state = mean + row.sigma * noise
+        state, ratio = step(prior, policy, state, k, step_noise(chain, k, state, generator), condition, drawn_by=drawn_by)
+        if ratio is not None:
+            ratios.append(ratio)
         if keep:
-            states[step + 1] = state
-    for step, following in enumerate(decoded(prior, state, generator, condition), chain.num_kernels + 1):
-        state = following
-        if keep:
-            states[step] = state
+            states[k + 1] = state
     states[-1] = state
-    step_log_ratio = torch.stack(ratios) if ratios else None
-    return Trajectories(
-        states=states,
-        step_log_ratio=step_log_ratio,
-        log_behavior=inflation if step_log_ratio is None or policy is None else step_log_ratio.sum(0) + inflation,
-        condition=condition,
-    )
+    log_ratio = torch.stack(ratios) if ratios else None
+    behavior = log_ratio.sum(0) if log_ratio is not None and drawn_by == "policy" else state.new_zeros(len(state))
+    return Trajectories(states=states, step_log_ratio=log_ratio, log_behavior=behavior, condition=condition)
+
+
+def draw_start(prior: Prior, batch: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[batch, ...] starts s_0 ~ N(0, start_std²), the same for policy and prior."""
+    return prior.chain.start_std * torch.randn((batch, *prior.shape), generator=generator, device=prior.device, dtype=dtype)
+
+
+def step_noise(chain: Chain, k: int, state: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Standard noise of the shape of ``state`` for step k; None at a step that draws none."""
+    if chain.kernel.std(k, state) < SIGMA_ZERO:
+        return None
+    return torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype)
+
+
+@torch.no_grad()
+def denoise(
+    prior: Prior,
+    denoiser: Denoiser,
+    state: Tensor,
+    generator: torch.Generator,
+    condition: Tensor | None = None,
+    *,
+    first: int = 0,
+) -> Iterator[Tensor]:
+    """The states that follow s_first [N, ...], step by step to the sample: a rollout without log-ratios, one network a step.
+
+    ``denoiser`` takes the trained steps, the prior's network the others.
+    """
+    chain = prior.chain
+    for k in range(first, chain.num_steps):
+        noise = step_noise(chain, k, state, generator)
+        output = evaluate(denoiser if k in chain.trained else prior.denoiser, chain, state, k, condition)
+        state = chain.kernel.mean(state, k, output) if noise is None else chain.kernel.sample(state, k, output, noise)
+        yield state
+
+
+def decoded(prior: Prior, state: Tensor, generator: torch.Generator, condition: Tensor | None = None) -> list[Tensor]:
+    """The states that follow the last trained step's [N, ...], by the prior; the last is the sample. Empty without a decoder."""
+    first = prior.chain.last_trained + 1
+    return list(denoise(prior, prior.denoiser, state, generator, condition, first=first))
 
 
 def in_parts(count: int, steps: int, on_progress: Callable[[int], None] | None) -> Callable[[], None]:
@@ -97,49 +144,3 @@ def in_parts(count: int, steps: int, on_progress: Callable[[int], None] | None) 
             on_progress(count * (k + 1) // steps - count * k // steps)
 
     return step
-
-
-def _inflation(noise: Tensor, scale: float) -> Tensor:
-    """log N(noise; 0, scale²) - log N(noise; 0, 1), [N]."""
-    flat = noise.flatten(1)
-    return 0.5 * (1 - scale**-2) * flat.square().sum(1) - flat.shape[1] * math.log(scale)
-
-
-@torch.no_grad()
-def decoded(prior: Prior, state: Tensor, generator: torch.Generator, condition: Tensor | None = None) -> list[Tensor]:
-    """The states that follow the last kernel's [N, ...], by the chain's rows that belong to the prior; the last is the sample."""
-    chain, states = prior.chain, []
-    for step in range(chain.num_kernels, chain.num_steps):
-        output = evaluate(prior.denoiser, chain, state, step, condition)
-        state, sigma = chain.mean(state, step, output), chain.row(step, state).sigma
-        if sigma >= SIGMA_ZERO:
-            state = state + sigma * torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype)
-        states.append(state)
-    return states
-
-
-@torch.no_grad()
-def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condition: Tensor | None = None) -> Trajectories:
-    """Fresh trajectories that end at given samples [B, ...]: s_0 ~ N(a_0 x, b_0²), s_{k+1} = c s_k + d x + tau eps.
-
-    Where the last rows are a decoder the trajectory ends at what they make, not at the given sample, since that is the
-    sample the chain would give: evaluate the energy there. Their behavior density is unknown (None).
-    """
-    chain = prior.chain
-    c, d, tau = (column.tolist() for column in chain.bridge)
-
-    def gaussian() -> Tensor:
-        return torch.randn(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype)
-
-    if chain.start_std == 0.0:
-        state = torch.zeros_like(samples)
-    else:
-        state = chain.signal[0].item() * samples + chain.noise[0].item() * gaussian()
-    states = [state]
-    for step in range(chain.num_kernels):
-        state = c[step] * state + d[step] * samples
-        if tau[step] > 0:
-            state = state + tau[step] * gaussian()
-        states.append(state)
-    states += decoded(prior, state, generator, condition)
-    return Trajectories(states=torch.stack(states), condition=condition)

@@ -53,7 +53,7 @@ def build_chain(steps: int = 50) -> Chain:
     """DDPM, cosine, large variance, trailing: it forgets its start, and its last step draws the noise of its first label."""
     from diffusers import DDPMScheduler
 
-    from ..samplers.schedulers.table import chain_from_scheduler
+    from ..samplers.schedulers.dispatch import chain_from_scheduler
 
     options = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
     return chain_from_scheduler(DDPMScheduler(variance_type="fixed_large", timestep_spacing="trailing", **options), steps)

@@ -108,7 +108,9 @@ def build_chain(name: str, num_steps: int | None = None) -> Chain:
     if name not in CHAINS:
         raise ValueError(f"unknown chain {name!r}; the mixture task has {', '.join(CHAINS)}.")
     steps = DEFAULT_STEPS[name] if num_steps is None else num_steps
-    from ..samplers.schedulers.table import brownian_chain, chain_from_scheduler, place_timesteps
+    from ..samplers.schedulers.brownian import brownian_chain
+    from ..samplers.schedulers.dispatch import chain_from_scheduler
+    from ..samplers.schedulers.placement import place_timesteps
 
     if name == "brownian":
         return brownian_chain(steps)

@@ -59,7 +59,7 @@ class Watched:
         nats = self.step(bound)
         self.updates += time.perf_counter() - began
         chain = self.state.prior.chain
-        shift = chain.kernel_shift(state, step, self.outputs(state, step), before).double()
+        shift = chain.kernel.shift(state, step, self.outputs(state, step), before).double()
         kl = (0.5 * shift.flatten(1).square().sum(1)).mean().item() * chain.num_kernels
         self.shares += [kl / limit for limit in self.limits]
         self.ended = time.perf_counter()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...samplers.denoiser import Denoiser
 from ...samplers.prior import Prior
-from ...samplers.rollout import in_parts, rollout
+from ...samplers.rollout import Drawing, in_parts, rollout
 from ...samplers.trajectory import rows_at_once
 from ..energies.energy import Energy, EnergyMeter
 from ..estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
@@ -114,20 +114,21 @@ def gather_evidence(
     chunk = rows_at_once(prior.shape, prior.device)
     for first in range(0, size, chunk):
         count = min(chunk, size - first)
-        for side, drawing, compared in ((policy_side, policy, None), (prior_side, None, policy)):
-            step = in_parts(count, chain.num_kernels, on_progress)
-            drawn = rollout(prior, drawing, count, generator, keep=False, compared=compared, on_step=step)
+        sides: tuple[tuple[Drawing, list[tuple[Tensor, ...]]], ...] = (("policy", policy_side), ("prior", prior_side))
+        for drawn_by, side in sides:
+            step = in_parts(count, chain.num_steps, on_progress)
+            drawn = rollout(prior, policy, count, generator, drawn_by=drawn_by, keep=False, on_step=step)
             assert drawn.step_log_ratio is not None
             data = prior.to_data(drawn.terminal)
             side.append((data, meter(data, **prior.context(count)), drawn.step_log_ratio.sum(0)))
-            if side is policy_side:
+            if drawn_by == "policy":
                 step_kl += drawn.step_log_ratio.double().sum(1).cpu() / size
     start_log_weight = None
     if chain.start_std > 0 and starts:
         start = chain.start_std * torch.randn((starts, *prior.shape), generator=generator, device=prior.device)
         log_weights = []
         for part in start.repeat_interleave(rollouts, 0).split(chunk):
-            step = in_parts(len(part), chain.num_kernels, on_progress)
+            step = in_parts(len(part), chain.num_steps, on_progress)
             drawn = rollout(prior, policy, len(part), generator, start=part, keep=False, on_step=step)
             assert drawn.step_log_ratio is not None
             energies = meter(prior.to_data(drawn.terminal), **prior.context(len(part)))

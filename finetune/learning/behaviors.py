@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...samplers.bridge import noise_back
+from ...samplers.inflated import inflated_rollout
 from ...samplers.prior import Prior
-from ...samplers.rollout import noise_back, rollout
+from ...samplers.rollout import rollout
 from ...samplers.trajectory import Trajectories
 from ..config.sections import TrainConfig
 from ..populations.population import Population
@@ -46,7 +48,7 @@ def prior(context: Context, count: int, generator: torch.Generator) -> Trajector
 def inflated(context: Context, count: int, generator: torch.Generator) -> Trajectories:
     """Policy rollouts with every kernel's noise times ``noise_scale``, annealed to 1 over the run."""
     scale = 1 + (context.noise_scale - 1) * (1 - context.progress)
-    drawn = rollout(context.prior, context.policy, count, generator, noise_scale=scale, on_step=context.on_step)
+    drawn = inflated_rollout(context.prior, context.policy, count, generator, scale, on_step=context.on_step)
     return drawn.with_(step_log_ratio=None)
 
 

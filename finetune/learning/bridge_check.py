@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...samplers.bridge import bridge_of
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import Trajectories, rows_at_once
@@ -27,7 +28,7 @@ def bridge_bias(prior: Prior, paths: Trajectories) -> float:
     nothing to find.
     """
     chain, states = prior.chain, paths.states[:, :PATHS]
-    count = states.shape[1]
+    count, bridge = states.shape[1], bridge_of(chain)
     rows = rows_at_once(prior.shape, prior.device)
     total = 0.0
     for k in range(chain.num_kernels):
@@ -35,9 +36,9 @@ def bridge_bias(prior: Prior, paths: Trajectories) -> float:
         for state, end in zip(states[k].split(rows), states[-1].split(rows), strict=True):
             step = torch.full((len(state),), k, device=state.device)
             output = evaluate(prior.denoiser, chain, state, step, None)
-            sigma = chain.row(step, state).sigma
-            residuals.append((chain.bridged(state, end, step) - chain.mean(state, step, output)) / sigma)
-            features.append(torch.stack([chain.clean(state, step, output), state, torch.ones_like(state)]))
+            sigma = chain.kernel.std(step, state)
+            residuals.append((bridge.mean(state, end, step) - chain.kernel.mean(state, step, output)) / sigma)
+            features.append(torch.stack([chain.kernel.clean(state, step, output), state, torch.ones_like(state)]))
         feature, z = torch.cat(features, 1).flatten(2).double(), torch.cat(residuals).flatten(1).double()
         halves = slice(0, count // 2), slice(count // 2, count)
         total += sum(_gain(feature, z, learned, judged) for learned, judged in (halves, halves[::-1])) / count

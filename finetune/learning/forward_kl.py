@@ -4,8 +4,8 @@
     plain    -l_k, the trajectory likelihood, on paths drawn by exp(-E/alpha)
     controlled   with a soft value, which takes out most of the noise: docs/theory.md
 
-The log-ratio is linear in s_{k+1}, so that c s_k + d x for the path's end x (`Chain.bridged`) puts its mean in its place. Where
-the chain does not allow it (`Chain.forgets_given_next`), or the prior's network is too far from an exact denoiser
+The log-ratio is linear in s_{k+1}, so that c s_k + d x for the path's end x (`Bridge.mean`) puts its mean in its place. Where
+the chain does not allow it (`forgets_given_next`), or the prior's network is too far from an exact denoiser
 (`bridge_bias`), the stored next state itself is used.
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...samplers.bridge import bridge_of, forgets_given_next
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import rows_at_once
@@ -55,7 +56,9 @@ class ForwardKL:
         self.prior, self.policy, self.bank, self.soft_value = prior, policy, bank, soft_value
         self.config, self.generator, self.no_sync = config, generator, no_sync
         self.slope = torch.ones(prior.chain.num_kernels, device=bank.trajectories.states.device)
-        self.bridged = prior.chain.forgets_given_next
+        # Only then may a path's end stand in for its next state at all.
+        self.bridge = bridge_of(prior.chain) if forgets_given_next(prior.chain) else None
+        self.bridged = self.bridge is not None
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured."""
@@ -69,7 +72,7 @@ class ForwardKL:
     @property
     def bridged_and_controlled(self) -> bool:
         """Whether `measure_slope` has something to correct."""
-        return self.soft_value is not None and self.prior.chain.forgets_given_next
+        return self.soft_value is not None and self.bridge is not None
 
     def backward(self, count: int, scale: Callable[[Tensor], Tensor], factor: float = 1.0) -> Tensor:
         """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss. ``scale``: that of a gradient scaler."""
@@ -91,12 +94,13 @@ class ForwardKL:
 
         A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
         """
-        chain, states = self.prior.chain, self.bank.trajectories.states
+        states = self.bank.trajectories.states
         index = self.bank.draw(len(step), self.config.alpha, self.generator)
         state = states[step, index]
         if not self.bridged:
             return state, states[step + 1, index]
-        return state, chain.bridged(state, states[-1, index], step)
+        assert self.bridge is not None
+        return state, self.bridge.mean(state, states[-1, index], step)
 
     def check_bridge(self, agreed: Callable[[float], float]) -> float:
         """Use bridged next states only where the bank's paths at E = 0 show that they may be; returns `bridge_bias`, nats.
@@ -125,8 +129,8 @@ class ForwardKL:
                 state, step = states[k, some], torch.full_like(some, k)
                 prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
                 output = evaluate(self.policy, chain, state, step, None)
-                shift = chain.kernel_shift(state, step, output, prior_output)
-                drawn[k] += (shift * chain.standardize(states[k + 1, some], state, step, prior_output)).sum()
+                shift = chain.kernel.shift(state, step, output, prior_output)
+                drawn[k] += (shift * chain.kernel.standardize(states[k + 1, some], state, step, prior_output)).sum()
                 own[k] += shift.square().sum()
         around = torch.ones(1, 1, 3, device=states.device)
         above, below = (functional.conv1d(total[None, None], around, padding=1)[0, 0] for total in (drawn, own))
@@ -145,7 +149,7 @@ class ForwardKL:
         even = torch.full((chain.num_kernels,), 1 / chain.num_kernels, device=states.device)
         all_steps = stratified(even, count, self.generator)
         all_paths = torch.multinomial(mixture, count, replacement=True, generator=self.generator)
-        fresh = FRESH if chain.forgets_given_next else 0.0
+        fresh = 0.0 if self.bridge is None else FRESH
         all_states = states_of(chain, states, all_paths, all_steps, fresh, self.generator)
         total = torch.zeros((), device=states.device)
         chunk = self._chunk
@@ -154,10 +158,10 @@ class ForwardKL:
             state, step, path = part
             with torch.no_grad():
                 prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
-            if chain.forgets_given_next:
-                mean = chain.mean(state, step, prior_output)
+            if self.bridge is not None:
+                mean = chain.kernel.mean(state, step, prior_output)
                 slope = self.slope[step].reshape(-1, *[1] * (state.ndim - 1))
-                following = torch.lerp(mean, chain.bridged(state, states[-1, path], step), slope)
+                following = torch.lerp(mean, self.bridge.mean(state, states[-1, path], step), slope)
             else:
                 following = states[step + 1, path]
             share = scale(factor * chain.num_kernels / (count * mixture[path]))
@@ -196,6 +200,6 @@ class ForwardKL:
                     for part in zip(state.split(chunk), step.split(chunk), strict=True)
                 ]
             )
-            z = chain.standardize(following, state, step, output)
+            z = chain.kernel.standardize(following, state, step, output)
         residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()
         return 0.5 * residual / residual.sum() + 0.5 / chain.num_kernels

@@ -71,10 +71,9 @@ def backward_rows(
     state, following [n, ...]; step [n]; g [n].
     """
     output = evaluate(policy, chain, state, step, condition)
-    z = (following - chain.mean(state, step, output)) / chain.row(step, state).sigma
-    total = (-0.5 * g * z.square().flatten(1).sum(1)).sum()
-    total.backward()
-    return total.detach()
+    density = chain.kernel.log_density(following, state, step, output)
+    density.backward(g)
+    return (g * density.detach()).sum()
 
 
 def backward_likelihood(
@@ -94,8 +93,8 @@ def backward_likelihood(
     prior_output, state, following [n, ...]; step, weight, control [n].
     """
     output = evaluate(policy, chain, state, step, None)
-    shift = chain.kernel_shift(state, step, output, prior_output).flatten(1)
-    z = chain.standardize(following, state, step, prior_output).flatten(1)
+    shift = chain.kernel.shift(state, step, output, prior_output).flatten(1)
+    z = chain.kernel.standardize(following, state, step, prior_output).flatten(1)
     total = (0.5 * weight * shift.square().sum(1) - (weight - control) * (z * shift).sum(1)).sum()
     total.backward()
     return total.detach()

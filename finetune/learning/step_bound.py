@@ -73,7 +73,7 @@ class StepBound:
     def _nats(self, output: Tensor) -> float:
         """The mean over the processes."""
         assert self.state is not None
-        shift = self.prior.chain.kernel_shift(self.state, self.step, output, self._output).double().flatten(1)
+        shift = self.prior.chain.kernel.shift(self.state, self.step, output, self._output).double().flatten(1)
         return self.agreed((0.5 * self.weight * shift.square().sum(1)).sum().item())
 
     @torch.no_grad()

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from ...samplers.policy import Policy, trainable_copy
+from ...samplers.bridge import bridge_of
+from ...samplers.make_policy import trainable_copy
+from ...samplers.policy import Policy
 from ...samplers.prior import Prior
 from ..config.sections import TrainConfig
 from ..distributed.signals import Preempted
@@ -72,11 +74,11 @@ class Trainer:
         wrong = set(config.shares) - OBJECTIVES[config.objective].behaviors
         assert not wrong, f"config admitted {wrong} for {config.objective}"
         if "noised_back" in config.shares:
-            _ = prior.chain.bridge  # refuses a chain that cannot be noised back, before any work
+            bridge_of(prior.chain)  # refuses a chain that cannot be noised back, before any work
         if policy is None:
             policy = trainable_copy(prior)
         if not isinstance(policy, Policy):
-            policy = Policy(prior, policy, "full")
+            policy = Policy(prior, policy)
         save = None if on_checkpoint is None else lambda: on_checkpoint(self)
         self.state = TrainState(prior, energy, config, policy, metrics=metrics, progress=progress, save=save, on_record=on_record)
         self._begun = self._restored = False

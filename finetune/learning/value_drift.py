@@ -90,7 +90,7 @@ class ValueDrift:
             state = mean.detach().requires_grad_(True)
             values = self.soft_value.estimates(state, step + 1, path, 1.0).sum(0)
             gradients = [torch.autograd.grad(value, state, retain_graph=True)[0] for value in values]
-        return torch.stack(gradients) * self.prior.chain.row(step, mean).sigma
+        return torch.stack(gradients) * self.prior.chain.kernel.std(step, mean)
 
     @torch.no_grad()
     def measure(self, on_progress: Callable[[int], None] | None = None) -> None:
@@ -111,8 +111,8 @@ class ValueDrift:
             for some, weight in zip(path.split(rows), times.split(rows), strict=True):
                 state, step = states[k, some], torch.full_like(some, k)
                 output = evaluate(self.prior.denoiser, chain, state, step, None)
-                z = chain.standardize(states[k + 1, some], state, step, output)
-                shift = self._gradients(chain.mean(state, step, output), step, some).flatten(2).double()
+                z = chain.kernel.standardize(states[k + 1, some], state, step, output)
+                shift = self._gradients(chain.kernel.mean(state, step, output), step, some).flatten(2).double()
                 drawn[k] += torch.einsum("ind,nd,n->i", shift, z.flatten(1).double(), weight)
                 own[k] += torch.einsum("ind,jnd,n->ij", shift, shift, weight)
             if on_progress:
@@ -135,10 +135,10 @@ class ValueDrift:
         """The same, at a temperature lower by ``times`` than the one that was learned at."""
         chain = self.prior.chain
         with torch.enable_grad():
-            mean = chain.mean(state, step, prior_output).detach().requires_grad_(True)
+            mean = chain.kernel.mean(state, step, prior_output).detach().requires_grad_(True)
             value = (scale * self.factor[step] * self.soft_value.estimates(mean, step + 1, None, times)).sum()
-            shift = torch.autograd.grad(value, mean)[0] * chain.row(step, mean).sigma
-        return chain.reachable(state, step, prior_output, shift)
+            shift = torch.autograd.grad(value, mean)[0] * chain.kernel.std(step, mean)
+        return chain.kernel.reachable(state, step, prior_output, shift)
 
     @torch.no_grad()
     def rescale(self, policy: nn.Module, held_out: HeldOut, gather: Callable[[Tensor], Tensor]) -> None:
@@ -192,7 +192,7 @@ class ValueDrift:
             target = self.target(some, at, prior_output)
             with nullcontext() if some is parts[-1][0] else self.no_sync():
                 output = evaluate(policy, chain, some, at, None)
-                miss = chain.kernel_shift(some, at, output, prior_output, straight=True) - target
+                miss = chain.kernel.shift(some, at, output, prior_output, straight=True) - target
                 share = eased[at] / (count * self._probability[at])
                 missed, asked = (0.5 * share * side.flatten(1).square().sum(1) for side in (miss, target))
                 loss = scale(missed.sum())

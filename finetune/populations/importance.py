@@ -68,7 +68,7 @@ def prior_paths(
 
 def _moving(prior: Prior, processes: Processes, bar: Any, count: int) -> Callable[[], None]:
     """What to call at every step of a rollout: it listens to the other processes, and moves the bar by ``count`` in all."""
-    move = in_parts(count, prior.chain.num_kernels, bar.update)
+    move = in_parts(count, prior.chain.num_steps, bar.update)
 
     def step() -> None:
         processes.poll()

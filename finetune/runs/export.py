@@ -68,7 +68,7 @@ def _check(policy: Policy, format: str, out: Path) -> None:
     if policy.prior.source is None or policy.prior.scheduler is None:
         raise ValueError(
             "this policy's prior was put together by hand, so nothing says what scheduler to deploy it with; Policy.save writes"
-            " its network, and Prior.from_pretrained makes priors that can be exported."
+            " its network, and load_prior makes priors that can be exported."
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty, and nothing is overwritten; name a new folder.")
@@ -84,12 +84,11 @@ def _network(policy: Policy, format: str) -> nn.Module:
 
 
 def _write_adapter(policy: Policy, partial: Path, out: Path) -> str:
-    from ...samplers.loading.pretrained import save_policy
     from ...samplers.lora import LoraDenoiser
 
     prior, denoiser = policy.prior, policy.denoiser
     assert isinstance(denoiser, LoraDenoiser)
-    save_policy(policy, partial)
+    policy.save(partial)
     (partial / "policy.json").unlink()
     prior.scheduler.save_pretrained(partial / "scheduler")
     network = denoiser.base.model

@@ -485,7 +485,7 @@ def _device(config: RunConfig) -> str:
 
 
 def _initial_policy(config: RunConfig, prior: Prior) -> Policy:
-    from ...samplers.policy import make_policy
+    from ...samplers.make_policy import make_policy
 
     chosen = config.policy
     return make_policy(
@@ -525,7 +525,7 @@ def open_run(folder: str | Path, task: Task | None = None) -> Run:
 
     Errors: ValueError for a folder without a finished run, or with files that do not fit together.
     """
-    from ...samplers.loading.pretrained import load_policy
+    from ...samplers.loading.policy import load_policy
 
     folder = Path(folder)
     config = read_config(folder)

@@ -82,10 +82,10 @@ def make_case(name: Literal["mlp", "unet", "unet+lora"], steps: int, batch: int,
     """
     import torch
 
+    from ...samplers.make_policy import make_policy, trainable_copy
     from ...samplers.mlp import MLPDenoiser
-    from ...samplers.policy import make_policy, trainable_copy
     from ...samplers.prior import Prior
-    from ...samplers.schedulers.table import brownian_chain
+    from ...samplers.schedulers.brownian import brownian_chain
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -151,7 +151,6 @@ def naive_update(case: Case, generator: torch.Generator, on_states: Callable[[Te
 
     from ...finetune.learning.objectives import Batch, log_variance
     from ...samplers.denoiser import evaluate
-    from ...samplers.log_ratio import log_ratio_from_states
 
     chain, device = case.prior.chain, case.prior.device
     states = torch.zeros((chain.num_steps + 1, case.batch, *case.prior.shape), device=device)
@@ -162,11 +161,11 @@ def naive_update(case: Case, generator: torch.Generator, on_states: Callable[[Te
         with torch.no_grad():
             prior_output = evaluate(case.prior.denoiser, chain, state, step, None)
         policy_output = evaluate(case.policy, chain, state, step, None)
-        shift = chain.kernel_shift(state, step, policy_output, prior_output)
+        shift = chain.kernel.shift(state, step, policy_output, prior_output)
         with torch.no_grad():
             noise = torch.randn(state.shape, generator=generator, device=device)
-            states[step + 1] = chain.mean(state, step, policy_output) + chain.row(step, state).sigma * noise
-        ratios.append(log_ratio_from_states(noise + shift.detach(), shift))
+            states[step + 1] = chain.kernel.mean(state, step, policy_output) + chain.kernel.std(step, state) * noise
+        ratios.append(chain.kernel.log_ratio_from_states(noise + shift.detach(), shift))
     energy = quadratic(case.prior.to_data(states[-1]))
     log_variance(Batch(torch.stack(ratios), energy, ~energy.isnan()), 1.0, torch.zeros((), device=device)).backward()
 
@@ -406,9 +405,9 @@ def log_ratio_errors(case: Case, device: str) -> dict[str, Any]:
     with torch.no_grad():
         for step in range(chain.num_kernels):
             state, following = drawn.states[step], drawn.states[step + 1]
-            sigma = torch.tensor(chain.row(step, state).sigma, device=device)
+            sigma = torch.tensor(chain.kernel.std(step, state), device=device)
             densities = [
-                Normal(chain.mean(state, step, evaluate(network, chain, state, step, None)), sigma).log_prob(following)
+                Normal(chain.kernel.mean(state, step, evaluate(network, chain, state, step, None)), sigma).log_prob(following)
                 for network in (policy, prior)
             ]
             subtracted += densities[0].flatten(1).sum(1) - densities[1].flatten(1).sum(1)

@@ -8,8 +8,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from ..bridge import bridge_of
 from ..chain import Chain
-from ..schedulers.table import chain_from_scheduler
+from ..schedulers.dispatch import chain_from_scheduler
 
 SHORT = 100  # steps from which on the two variances of DDPM come close
 REMEMBERED = 0.1  # share of the start, as `Chain.conditions` judges it
@@ -55,7 +56,8 @@ def start_hint(chain: Chain, scheduler: Any, shape: tuple[int, ...], **settings:
             with suppress(ValueError):  # a chain that does not fit the table, or that cannot be noised back as this one can
                 other = build()
                 share = other.remembered_share(variance)
-                if share < WORTH_IT * left and other.bridge:
+                if share < WORTH_IT * left:
+                    bridge_of(other)
                     found[words] = share
         if found:
             said.append(", or ".join(f"{words} lowers it to {share:.2g}" for words, share in found.items()))

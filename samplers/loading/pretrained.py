@@ -1,26 +1,23 @@
-"""Pretrained diffusers samplers as priors, and policies to and from their folders."""
+"""Pretrained diffusers samplers as priors."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..chain import Chain
 from ..denoiser import DiffusersDenoiser
-from ..policy import Policy, beside, residual_of
 from ..prior import Prior, Source
-from ..schedulers.table import chain_from_scheduler
-from .folder import DECODERS, DENOISERS, Layout, load_model, load_scheduler, locate, read_json, read_layout
+from ..schedulers.dispatch import chain_from_scheduler
+from .folder import DECODERS, DENOISERS, Layout, load_model, load_scheduler, locate, read_layout
 from .hints import start_hint, variance_hint
+from .latent_decoder import LatentDecoder
 from .networks import check_label, num_classes, state_shape
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Latents a decoder's call takes: it works at full resolution, where a batch of a rollout's size does not fit.
-DECODE_BATCH = 16
 
 
 def load_prior(
@@ -46,7 +43,7 @@ def load_prior(
     states and log-ratios are float32.
 
     Energies see samples in the model's space, [-1, 1] nominal and not clamped: a DDPMPipeline's images are
-    (sample / 2 + 0.5).clamp(0, 1) of them. Latents are decoded first, without a graph, `DECODE_BATCH` at a time.
+    (sample / 2 + 0.5).clamp(0, 1) of them. Latents are decoded first, without a graph, `latent_decoder.DECODE_BATCH` at a time.
 
     Errors: ValueError, one sentence, for whatever does not fit.
     """
@@ -88,26 +85,6 @@ def load_prior(
         step_options={"eta": eta} if type(scheduler).__name__ == "DDIMScheduler" else {},
         decisions=tuple(line for line in decisions if line is not None),
     )
-
-
-class LatentDecoder(nn.Module):
-    """Latents [B, C, h, w] → images [B, c, H, W] in model space, decoded as the pipelines do: vae.decode(latents / scale)."""
-
-    def __init__(self, vae: nn.Module, channels: int) -> None:
-        super().__init__()
-        self.vae = vae.requires_grad_(False).eval()
-        self.config: Any = vae.config
-        if self.config.latent_channels != channels:
-            raise ValueError(
-                f"the decoder takes latents of {self.config.latent_channels} channels, but the denoiser makes {channels}; they"
-                " are not of one pipeline."
-            )
-
-    @torch.no_grad()
-    def forward(self, state: Tensor) -> Tensor:
-        latents = state / self.config.scaling_factor + (self.config.get("shift_factor") or 0.0)
-        parts = [self.vae.decode(part).sample for part in latents.split(DECODE_BATCH)]  # pyright: ignore[reportCallIssue]
-        return torch.cat(parts)
 
 
 def _scheduler(layout: Layout, variance: str | None) -> Any:
@@ -165,59 +142,3 @@ def _condition_line(model: Any, label: int | None) -> str:
         if model.out_channels == 2 * model.config.in_channels:
             line += "; the learned variance channels are left out, as DiTPipeline does"
     return line
-
-
-def save_policy(policy: Policy, folder: Path) -> None:
-    """What `Policy.save` writes, beside a policy.json with the kind.
-
-    full: config.json and diffusion_pytorch_model.safetensors, for diffusers' from_pretrained. lora: adapter_config.json and
-    adapter_model.safetensors, for peft's PeftModel.from_pretrained. residual: a diffusers model in residual/.
-    """
-    denoiser: Any = policy.denoiser
-    network = {"full": denoiser, "residual": getattr(denoiser, "residual", None)}.get(policy.kind)
-    if policy.kind != "lora" and not isinstance(network, DiffusersDenoiser):
-        raise ValueError(
-            f"a {policy.kind} policy is saved as a diffusers model, and this one's network is a {type(network).__name__}; save"
-            " its state_dict() yourself."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if policy.kind == "lora":
-        from ..lora import save_adapter
-
-        save_adapter(denoiser, folder, policy.prior.source)
-    else:
-        assert isinstance(network, DiffusersDenoiser)
-        network.model.save_pretrained(folder if policy.kind == "full" else folder / "residual")  # pyright: ignore[reportCallIssue]
-    (folder / "policy.json").write_text(json.dumps({"kind": policy.kind}) + "\n")
-
-
-def load_policy(prior: Prior, folder: str | Path) -> Policy:
-    """A policy that `Policy.save` wrote, on the prior that it was made of.
-
-    Errors: ValueError for a folder that holds none, broken weights, and a policy of another prior's network.
-    """
-    folder = Path(folder)
-    kind = read_json(folder / "policy.json").get("kind")
-    base = prior.denoiser
-    if kind not in ("full", "lora", "residual"):
-        raise ValueError(f"{folder}/policy.json names the policy kind {kind!r}; full, lora and residual are known.")
-    if not isinstance(base, DiffusersDenoiser):
-        raise ValueError("this prior is not a diffusers model, so no saved policy fits it.")
-    if kind == "lora":
-        from ..lora import load_adapter
-
-        return Policy(prior, load_adapter(base, folder), "lora")
-    place = folder if kind == "full" else folder / "residual"
-    network, _ = load_model(place, (type(base.model).__name__,), type(base.model))
-    if kind == "full" and _architecture(network) != _architecture(base.model):
-        raise ValueError(f"the policy in {folder} is not of this prior's network: their configs differ.")
-    denoiser = beside(prior, network)
-    if kind == "residual":
-        residual = residual_of(prior)
-        residual.residual = denoiser
-        denoiser = residual
-    return Policy(prior, denoiser.requires_grad_(True), kind)
-
-
-def _architecture(model: Any) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(model.to_json_string()).items() if not key.startswith("_")}

@@ -14,7 +14,8 @@ import torch
 
 from ...samplers.chain import Chain
 from ...samplers.mlp import MLPDenoiser, precondition_for_
-from ...samplers.schedulers.table import brownian_chain, chain_from_scheduler
+from ...samplers.schedulers.brownian import brownian_chain
+from ...samplers.schedulers.dispatch import chain_from_scheduler
 from ..mixture import DATA, in_states, prior_mixture
 
 

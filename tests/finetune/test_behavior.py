@@ -18,11 +18,12 @@ from tiltune.finetune.populations.population import Population, temperature_with
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import Denoiser, evaluate
 from tiltune.samplers.log_ratio import step_log_ratio
+from tiltune.samplers.make_policy import trainable_copy
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import trainable_copy
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
 
 ALPHA, BANK = 0.8, 400
@@ -101,7 +102,7 @@ def path_log_density(chain: Chain, network: Denoiser, drawn: Trajectories, scale
     for step in range(chain.num_kernels):
         state, following = drawn.states[step], drawn.states[step + 1]
         with torch.no_grad():
-            mean = chain.mean(state, step, evaluate(network, chain, state, step, None))
+            mean = chain.kernel.mean(state, step, evaluate(network, chain, state, step, None))
         kernel = Normal(mean.double(), scale * chain.sigma[step].item())
         total += kernel.log_prob(following.double()).sum(1)
     return total

@@ -11,9 +11,11 @@ from tiltune.finetune.learning.bridge_check import bridge_bias
 from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.populations.population import Population
+from tiltune.samplers.bridge import bridge_of
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
 CHAINS = {
@@ -49,7 +51,8 @@ def closed_form(prior):
     """Σ_k ½ E|r_k|² with r_k = (c s + d E[s_K | s] - mu)/sigma, by recursion: everything is linear, E[s_K | s_k] = Π g_j s_k."""
     chain, clean = prior.chain, prior.denoiser.clean
     gain = chain.c + chain.d * clean + chain.e * prior.denoiser.gain
-    c, d, _ = chain.bridge
+    bridge = bridge_of(chain)
+    c, d = bridge.c, bridge.d
     variance, total = torch.tensor(chain.start_std**2, dtype=torch.float64), 0.0
     for k in range(chain.num_kernels):
         slope = (c[k] + d[k] * gain[k:].prod() - gain[k]) / chain.sigma[k]

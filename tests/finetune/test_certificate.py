@@ -16,7 +16,7 @@ from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import Denoiser
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import brownian_chain
+from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 SIZE = 4000

@@ -23,10 +23,12 @@ from tiltune.finetune.certificate.deployment import (
 from tiltune.finetune.certificate.evidence import Evidence, gather_evidence
 from tiltune.finetune.estimators import weighted_mean
 from tiltune.samplers.loading.pretrained import load_prior
+from tiltune.samplers.make_policy import make_policy
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
-from tiltune.samplers.policy import Policy, make_policy
+from tiltune.samplers.policy import Policy
 from tiltune.samplers.prior import Prior
-from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
 STEPS = 8
 # Its last step draws noise, so that the trained chain is what diffusers runs, to the last step.
@@ -118,7 +120,7 @@ class Silent(torch.nn.Module):
 def test_large_states_come_in_small_batches() -> None:
     scheduler, done = DDPMScheduler(**NOISY_END), []
     prior = Prior(Silent(), chain_from_scheduler(scheduler, 2), (1, 128, 256), scheduler=scheduler)
-    draw_deployed(Policy(prior, Silent(), "residual"), Deployed("", scheduler, 2, {}), 3, seeded(), done.append)
+    draw_deployed(Policy(prior, Silent()), Deployed("", scheduler, 2, {}), 3, seeded(), done.append)
     assert done == [1, 1, 0, 1]  # two samples, then one, over two steps each
 
 

@@ -17,7 +17,7 @@ from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.prior import Prior
-from tiltune.samplers.schedulers.table import brownian_chain
+from tiltune.samplers.schedulers.brownian import brownian_chain
 
 X = torch.arange(8.0)[:, None].expand(8, 3)
 

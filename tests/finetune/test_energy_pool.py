@@ -30,7 +30,7 @@ from tiltune.finetune.runs import checkpoint
 from tiltune.finetune.runs import run as runs
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.schedulers.table import chain_from_scheduler
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.trajectory import rows_at_once
 from tiltune.tasks.linear_gaussian import LinearGaussian
 

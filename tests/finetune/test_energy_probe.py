@@ -22,7 +22,7 @@ from tiltune.finetune.energies.workers.pool import EnergyPool
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.prior import Prior
-from tiltune.samplers.schedulers.table import brownian_chain
+from tiltune.samplers.schedulers.brownian import brownian_chain
 
 CALLS = itertools.count(1)  # a draw could hit a number that is within rounding of the one before
 X = torch.tensor([[0.3, -1.2], [2.0, 0.4], [-0.7, 0.1], [1.1, 1.5]])

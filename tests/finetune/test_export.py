@@ -30,10 +30,11 @@ from tiltune.finetune.runs.export import export_policy
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.loading.folder import PICKLES
 from tiltune.samplers.loading.pretrained import load_prior
+from tiltune.samplers.make_policy import make_policy
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Policy, make_policy
+from tiltune.samplers.policy import Policy
 from tiltune.samplers.prior import Prior
-from tiltune.samplers.schedulers.table import chain_from_scheduler
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
 STEPS = 3
 

@@ -16,12 +16,13 @@ from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
 from tiltune.launch.verbs.bench import KeptBytes, ignore, make_case, naive_update, two_pass_update
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import evaluate
-from tiltune.samplers.log_ratio import log_ratio_from_states, rows_of, step_log_ratio
+from tiltune.samplers.log_ratio import rows_of, step_log_ratio
+from tiltune.samplers.make_policy import trainable_copy
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import trainable_copy
 from tiltune.samplers.prior import Prior
-from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
+from tiltune.samplers.rollout import draw_start, rollout
+from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
 
 ALPHA, BATCH = 0.6, 6
@@ -53,7 +54,7 @@ def make_setting(chain: Chain) -> tuple[Prior, nn.Module, Trajectories]:
     policy = trainable_copy(prior)
     for parameter in policy.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    drawn = rollout(prior, policy, BATCH, generator, dtype=torch.float64)
+    drawn = rollout(prior, policy, BATCH, generator, start=draw_start(prior, BATCH, generator, torch.float64))
     return prior, policy, drawn.with_(energy=drawn.terminal.square().sum(1))
 
 
@@ -70,9 +71,9 @@ def naive_gradient(name: str, prior: Prior, policy: nn.Module, trajectories: Tra
     policy, chain = copy.deepcopy(policy), prior.chain
     state, following, step, _ = rows_of(trajectories, chain, slice(None))
     prior_output = evaluate(prior.denoiser, chain, state, step, None)
-    shift = chain.kernel_shift(state, step, evaluate(policy, chain, state, step, None), prior_output)
-    z = (following - chain.mean(state, step, prior_output)) / chain.row(step, state).sigma
-    ratio = log_ratio_from_states(z, shift).reshape(chain.num_kernels, -1)
+    shift = chain.kernel.shift(state, step, evaluate(policy, chain, state, step, None), prior_output)
+    z = (following - chain.kernel.mean(state, step, prior_output)) / chain.kernel.row(step, state).sigma
+    ratio = chain.kernel.log_ratio_from_states(z, shift).reshape(chain.num_kernels, -1)
     log_z = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     batch = replace(make_batch(prior, policy, trajectories), step_log_ratio=ratio)
     OBJECTIVES[name].loss(batch, ALPHA, log_z, huber).backward()
@@ -109,7 +110,7 @@ def test_two_passes_are_the_naive_gradient(name: str, chain: str) -> None:
 def test_the_clip_is_active_in_the_clipped_chains(chain: str) -> None:
     prior, policy, trajectories = make_setting(CHAINS[chain]())
     state, _, step, _ = rows_of(trajectories, prior.chain, slice(None))
-    clean = prior.chain.clean(state, step, evaluate(policy, prior.chain, state, step, None))
+    clean = prior.chain.kernel.clean(state, step, evaluate(policy, prior.chain, state, step, None))
     share = (clean.abs() == prior.chain.clip).double().mean().item()
     assert 0.05 < share < 0.95
 

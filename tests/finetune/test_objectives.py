@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
-from tiltune.samplers.log_ratio import log_ratio_from_states
+from tiltune.samplers.schedulers.brownian import brownian_chain
 
 ALPHAS = (0.1, 0.5, 2.0)
 
@@ -194,7 +194,7 @@ def test_averaged_log_densities_would_change_the_temperature_by_the_dimension() 
     b = torch.randn(dim, generator=generator, dtype=torch.float64)
 
     def loss(mean: Tensor, share: float) -> float:
-        ratio = share * log_ratio_from_states(x, mean.expand_as(x))
+        ratio = share * brownian_chain(1).kernel.log_ratio_from_states(x, mean.expand_as(x))
         return evaluate("log_variance", Batch(ratio[None], x @ b, torch.ones(64, dtype=torch.bool)), alpha)[0]
 
     assert loss(-b / alpha, 1.0) < 1e-25

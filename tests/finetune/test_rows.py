@@ -4,7 +4,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from tiltune.finetune.learning.rows import step_share, stratified
-from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
 
 def test_steps_come_by_their_shares_to_one_row() -> None:
@@ -20,7 +21,7 @@ def test_the_sensitivity_is_what_a_change_of_the_output_moves() -> None:
     chain = chain_from_scheduler(DDPMScheduler(clip_sample=False, prediction_type="v_prediction"), 10)
     state, output = torch.randn(2, 1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for k in range(chain.num_kernels):
-        moved = chain.mean(state, k, output + 1) - chain.mean(state, k, output)
+        moved = chain.kernel.mean(state, k, output + 1) - chain.kernel.mean(state, k, output)
         torch.testing.assert_close(chain.sensitivity[k], moved.abs()[0, 0] / chain.sigma[k])
     share = step_share(chain)
     torch.testing.assert_close(share.sum(), torch.tensor(1.0))

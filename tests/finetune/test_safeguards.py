@@ -15,11 +15,13 @@ from tiltune.finetune.estimators import weighted_mean
 from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.populations.population import Population
+from tiltune.samplers.bridge import bridge_of, forgets_given_next
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 from tiltune.tasks.metrics.known_truth import w2
 
@@ -48,7 +50,7 @@ def residual_policy(prior):
 
 
 def test_which_chains_let_a_paths_own_end_stand_in_for_its_next_state():
-    found = {name for name, build in CHAINS.items() if build().forgets_given_next}
+    found = {name for name, build in CHAINS.items() if forgets_given_next(build())}
     assert found == {"ddpm", "ddim eta=1", "brownian"}
 
 
@@ -65,7 +67,7 @@ def test_the_warm_start_at_zero_energy_leaves_the_prior_unchanged(name):
         step = torch.full((20_000,), k)
         state, following = forward.rows(step)
         output = prior.denoiser(state, chain.timestep(step, state), None)
-        z = chain.standardize(following, state, step, output).double().flatten()
+        z = chain.kernel.standardize(following, state, step, output).double().flatten()
         s = state.double().flatten()
         for moment in (z, z * s):
             if moment.std() > 0:
@@ -78,13 +80,14 @@ def test_own_path_ends_on_a_chain_that_remembers_them_would_have_been_caught():
     chain = CHAINS["ddim eta=.5"]()
     prior = gaussian_prior(chain)
     drawn = rollout(prior, None, 20_000, torch.Generator().manual_seed(0))
-    c, d, _ = chain.bridge
+    bridge = bridge_of(chain)
+    c, d = bridge.c, bridge.d
     k = chain.num_kernels // 2
     step = torch.full((20_000,), k)
     state = drawn.states[k]
     following = c[k].item() * state + d[k].item() * drawn.states[-1]
     output = prior.denoiser(state, chain.timestep(step, state), None)
-    moment = (chain.standardize(following, state, step, output) * state).double().flatten()
+    moment = (chain.kernel.standardize(following, state, step, output) * state).double().flatten()
     assert moment.mean().abs() > 20 * moment.std() / math.sqrt(len(moment))
 
 

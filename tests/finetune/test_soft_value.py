@@ -18,7 +18,7 @@ from tiltune.finetune.populations.population import Population
 from tiltune.samplers.denoiser import ResidualDenoiser, evaluate
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import chain_from_scheduler
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
@@ -320,7 +320,7 @@ def test_half_precision_trains_with_a_scaled_gradient():
     """float16 autocast on the CPU: overflowing steps are left out, the others move the policy, log-ratios stay float32."""
     from tiltune.samplers.denoiser import DiffusersDenoiser
     from tiltune.samplers.prior import Prior
-    from tiltune.samplers.schedulers.table import brownian_chain
+    from tiltune.samplers.schedulers.brownian import brownian_chain
 
     network = MLPDenoiser(width=16, depth=1, fourier_features=4)
     torch.nn.init.normal_(network.outward.weight, std=0.1)

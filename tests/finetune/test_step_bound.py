@@ -11,7 +11,7 @@ from tiltune.finetune.learning.step_bound import GROWTH, StepBound
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import chain_from_scheduler
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}

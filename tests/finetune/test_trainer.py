@@ -26,7 +26,7 @@ from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import brownian_chain
+from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 STEPS = 5

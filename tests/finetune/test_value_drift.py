@@ -17,7 +17,7 @@ from tiltune.finetune.populations.held_out import HeldOut
 from tiltune.finetune.populations.population import Population
 from tiltune.samplers.denoiser import evaluate
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import chain_from_scheduler
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
@@ -94,7 +94,7 @@ def best_shift(task):
 
 def outputs_for(chain, state, step, clean):
     """The outputs at which the unclipped x_hat is ``clean``."""
-    row = chain.row(step, state)
+    row = chain.kernel.row(step, state)
     return (clean - row.p * state) / row.q
 
 
@@ -113,12 +113,12 @@ def test_straight_through_the_clipping_the_value_stays_and_a_gradient_comes(clip
     found = {}
     for straight in (False, True):
         output = beyond.clone().requires_grad_(True)
-        shift = clipped.kernel_shift(state, step, output, prior_output, straight=straight)
+        shift = clipped.kernel.shift(state, step, output, prior_output, straight=straight)
         shift.sum().backward()
         found[straight] = shift.detach(), output.grad
     assert torch.allclose(found[True][0], found[False][0], rtol=1e-5, atol=1e-5)
     assert found[False][1].abs().max() == 0
-    row = clipped.row(step, state)
+    row = clipped.kernel.row(step, state)
     assert torch.allclose(found[True][1], (row.d * row.q / row.sigma).expand_as(state), rtol=1e-5)
 
 
@@ -127,13 +127,13 @@ def test_within_the_bounds_and_without_clipping_straight_changes_nothing(clipped
     state, step, generator = rows()
     prior_output = torch.randn(state.shape, generator=generator)
     policy_output = prior_output + 0.1 * torch.randn(state.shape, generator=generator)
-    both = [task.chain.kernel_shift(state, step, policy_output, prior_output, straight=straight) for straight in (False, True)]
+    both = [task.chain.kernel.shift(state, step, policy_output, prior_output, straight=straight) for straight in (False, True)]
     assert torch.equal(*both)
     inside = [outputs_for(clipped, state, step, clean * torch.ones_like(state)) for clean in (0.2, 0.4)]
     gradients = []
     for straight in (False, True):
         output = inside[0].clone().requires_grad_(True)
-        clipped.kernel_shift(state, step, output, inside[1], straight=straight).sum().backward()
+        clipped.kernel.shift(state, step, output, inside[1], straight=straight).sum().backward()
         gradients.append(output.grad)
     assert torch.allclose(*gradients, rtol=1e-6)
 
@@ -141,14 +141,14 @@ def test_within_the_bounds_and_without_clipping_straight_changes_nothing(clipped
 def test_a_reachable_target_is_one_that_x_hat_can_take(clipped):
     """The policy whose x_hat moves by what was asked for has that very shift; beyond the bound, that of an x_hat at the bound."""
     state, step, generator = rows(seed=1)
-    row = clipped.row(step, state)
+    row = clipped.kernel.row(step, state)
     here = 0.9 * (2 * torch.rand(state.shape, generator=generator) - 1)
     there = 3.0 * (2 * torch.rand(state.shape, generator=generator) - 1)
     prior_output = outputs_for(clipped, state, step, here)
     asked = row.d / row.sigma * (there - here)
-    reachable = clipped.reachable(state, step, prior_output, asked)
+    reachable = clipped.kernel.reachable(state, step, prior_output, asked)
     policy_output = outputs_for(clipped, state, step, there.clamp(-1, 1))
-    reached = clipped.kernel_shift(state, step, policy_output, prior_output)
+    reached = clipped.kernel.shift(state, step, policy_output, prior_output)
     assert torch.allclose(reachable, reached, rtol=1e-3, atol=1e-4)
     inside = there.abs() < 1
     assert torch.allclose(reachable[inside], asked[inside], rtol=1e-3, atol=1e-4)
@@ -163,15 +163,15 @@ def test_reachable_is_the_nearest_shift_of_all_outputs_between_the_bounds(name, 
     chain = request.getfixturevalue(name)
     state, step, generator = rows(seed=2, kernels=chain.num_kernels)
     prior_output = outputs_for(chain, state, step, 3.0 * (2 * torch.rand(state.shape, generator=generator) - 1))
-    size = (chain.sensitivity.float()[step][:, None] / chain.row(step, state).q).abs()
+    size = (chain.sensitivity.float()[step][:, None] / chain.kernel.row(step, state).q).abs()
     asked = size * torch.randn(state.shape, generator=generator)
-    candidates = [chain.kernel_shift(state, step, prior_output, prior_output)]
+    candidates = [chain.kernel.shift(state, step, prior_output, prior_output)]
     for clean in torch.linspace(-1, 1, 201):
         output = outputs_for(chain, state, step, clean * torch.ones_like(state))
-        candidates.append(chain.kernel_shift(state, step, output, prior_output))
+        candidates.append(chain.kernel.shift(state, step, output, prior_output))
     lowest, highest = torch.stack(candidates).aminmax(dim=0)
     expected = asked.clamp(lowest, highest)
-    assert torch.allclose(chain.reachable(state, step, prior_output, asked), expected, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(chain.kernel.reachable(state, step, prior_output, asked), expected, rtol=1e-3, atol=1e-4)
     # Not all is reachable, and not nothing.
     changed = ((expected - asked).abs() > 0.1 * size).float().mean()
     assert 0.1 < changed < 0.9
@@ -185,13 +185,13 @@ def test_on_a_clipped_ddim_chain_the_target_is_found_from_beyond_the_bound(clipp
     state, step, generator = rows(seed=3, kernels=chain.num_kernels)
     prior_output = outputs_for(chain, state, step, torch.full_like(state, 1.5))
     size = chain.sensitivity.float()[step][:, None]
-    target = chain.reachable(state, step, prior_output, 0.2 * size * torch.randn(state.shape, generator=generator))
+    target = chain.kernel.reachable(state, step, prior_output, 0.2 * size * torch.randn(state.shape, generator=generator))
     output = prior_output.clone().requires_grad_(True)
 
     def loss():
-        shift = chain.kernel_shift(state, step, output, prior_output, straight=True)
+        shift = chain.kernel.shift(state, step, output, prior_output, straight=True)
         if not held:
-            loose = replace(chain, clip=None).kernel_shift(state, step, output, prior_output)
+            loose = replace(chain, clip=None).kernel.shift(state, step, output, prior_output)
             shift = loose + (shift - loose).detach()
         return (0.5 * ((shift - target) / size) ** 2).sum()
 
@@ -206,7 +206,7 @@ def test_on_a_clipped_ddim_chain_the_target_is_found_from_beyond_the_bound(clipp
 def test_without_clipping_every_target_is_reachable(task):
     state, step, generator = rows()
     shift = 100 * torch.randn(state.shape, generator=generator)
-    assert torch.equal(task.chain.reachable(state, step, torch.zeros_like(state), shift), shift)
+    assert torch.equal(task.chain.kernel.reachable(state, step, torch.zeros_like(state), shift), shift)
 
 
 # --- targets and factors --------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_the_exact_value_gives_the_optimal_policy(task, bank):
     step = torch.arange(STEPS - 1).repeat_interleave(50)
     state = bank.trajectories.states[step, torch.arange(len(step))]
     prior_output = evaluate(task.prior().denoiser, task.chain, state, step, None)
-    optimal = task.chain.kernel_shift(state, step, evaluate(task.policy(), task.chain, state, step, None), prior_output)
+    optimal = task.chain.kernel.shift(state, step, evaluate(task.policy(), task.chain, state, step, None), prior_output)
     assert optimal.abs().max() > 0.3
     assert torch.allclose(optimal, best_shift(task)[step].float(), atol=1e-5)
     drift.factor = torch.tensor([[1.0, 0.0]]).repeat(task.chain.num_kernels, 1)
@@ -312,7 +312,7 @@ def test_what_is_learned_by_heart_is_worth_nothing(task, bank, seen):
     """Judged by the other half, memory has no factor and no nats. Were it judged by itself, it would explain more than 3 nats."""
     chain, states = task.chain, bank.trajectories.states
     outputs = [evaluate(task.prior().denoiser, chain, states[k], k, None) for k in range(chain.num_kernels)]
-    means = torch.stack([chain.mean(states[k], k, output) for k, output in enumerate(outputs)])
+    means = torch.stack([chain.kernel.mean(states[k], k, output) for k, output in enumerate(outputs)])
     sigma = chain.sigma.float()
     drawn = torch.stack([(states[k + 1] - means[k]) / sigma[k] for k in range(chain.num_kernels)])
     half = torch.arange(4000) % 2
@@ -516,7 +516,7 @@ def test_mean_and_half_of_the_variance_are_log_h_where_the_energy_is_gaussian(ta
         state = at.repeat(20000, 1)
         for step_taken in range(k, chain.num_steps):
             output = evaluate(task.prior().denoiser, chain, state, step_taken, None)
-            state = chain.mean(state, step_taken, output)
+            state = chain.kernel.mean(state, step_taken, output)
             if step_taken < chain.num_kernels:
                 state = state + chain.sigma[step_taken].item() * torch.randn(state.shape, generator=generator)
         reward = -task.energy(state) / task.alpha

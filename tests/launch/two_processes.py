@@ -29,12 +29,14 @@ from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.runs.export import export_policy
 from tiltune.launch.cluster.torchrun import end_at_once
 from tiltune.samplers.denoiser import ResidualDenoiser
+from tiltune.samplers.loading.pretrained import load_prior
 from tiltune.samplers.log_ratio import step_log_ratio
+from tiltune.samplers.make_policy import make_policy
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Policy, make_policy
+from tiltune.samplers.policy import Policy
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import chain_from_scheduler
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
 CPU = torch.device("cpu")
@@ -88,12 +90,12 @@ def gradients(rank: int) -> dict[str, float]:
     prior = TASK.prior()
     processes = Processes(CPU)
     for name, objective in OBJECTIVES.items():
-        single = Policy(prior, policy(), "residual")
+        single = Policy(prior, policy())
         drawn = rollout(prior, single, 8, torch.Generator().manual_seed(3))
         drawn = drawn.with_(energy=TASK.energy(drawn.terminal))
         loss, gradient = gradient_of(objective, prior, single, drawn, len(drawn))
         part = drawn.select(torch.arange(4) + 4 * rank)
-        wrapped = processes.wrap(Policy(prior, policy(), "residual"))
+        wrapped = processes.wrap(Policy(prior, policy()))
         for split, at_once in (("2 x 4", 4), ("4 x 2", 2)):
             theirs, shared = gradient_of(objective, prior, wrapped, part, at_once, processes)
             found[f"{name} {split}"] = max(difference(shared, gradient), abs(loss - theirs) / max(1.0, abs(loss)))
@@ -192,7 +194,7 @@ def sharded_gradients(rank: int, prior: Prior) -> dict[str, Any]:
 
 def exported(rank: int, folder: Path, sharded: bool) -> dict[str, Any]:
     """What a short training leaves, as diffusers loads it: its output beside that of the policy that the training calls."""
-    prior = Prior.from_pretrained(images(folder / f"prior-{rank}-{sharded}"), steps=4)
+    prior = load_prior(images(folder / f"prior-{rank}-{sharded}"), steps=4)
     # A budget that takes several passes: how many follows from a measurement, which must be the same everywhere.
     config = replace(CONFIG, learning_rate=1e-3, warm_start_learning_rate=1e-4, ema_decay=0.0, memory_mb=0.2)
     config = replace(config, bank_size=6)  # too few to hold any out: what a short training leaves is kept, better or not
@@ -363,7 +365,7 @@ def uneven() -> str:
 def main() -> None:
     torch.set_num_threads(1)
     rank, folder = Processes(CPU).rank, Path(sys.argv[1])
-    prior = Prior.from_pretrained(images(folder / f"prior-{rank}"), steps=4)
+    prior = load_prior(images(folder / f"prior-{rank}"), steps=4)
     found = {
         "gradients": gradients(rank),
         "same noise": same_noise(rank),

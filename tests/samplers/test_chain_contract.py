@@ -12,12 +12,15 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from tiltune.samplers.bridge import bridge_of, noise_back
 from tiltune.samplers.chain import SIGMA_ZERO, Chain
 from tiltune.samplers.denoiser import Denoiser, ResidualDenoiser, evaluate
-from tiltune.samplers.log_ratio import log_ratio_from_states, rows_of
+from tiltune.samplers.log_ratio import rows_of
 from tiltune.samplers.prior import Prior
-from tiltune.samplers.rollout import decoded, noise_back
-from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler, place_timesteps
+from tiltune.samplers.rollout import decoded
+from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
+from tiltune.samplers.schedulers.placement import place_timesteps
 from tiltune.samplers.trajectory import Trajectories
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 
@@ -167,7 +170,7 @@ def row_misfit(scheduler: Any, chain: Chain, options: dict[str, Any]) -> float:
         state = state.float().double()
         output = output_for(scheduler, k, state, believed).float().double()
         theirs, drawn = their_step(scheduler, k, state, output, options)
-        ours = chain.mean(state, k, output) + chain.row(k, state).sigma * drawn
+        ours = chain.kernel.mean(state, k, output) + chain.kernel.row(k, state).sigma * drawn
         scale = max(1.0, state.abs().max().item(), theirs.abs().max().item())
         worst = max(worst, (ours - theirs).abs().max().item() / scale)
     return worst
@@ -221,7 +224,9 @@ def test_flow_grpo_rows_are_its_equation_9(num_steps: int, shift: float) -> None
         dt, below_one = t[k] - t[k + 1], t[k] if t[k] < 1 else t[k + 1]
         sigma = 0.7 * (t[k] / (1 - below_one)).sqrt()
         score_part = sigma**2 / (2 * t[k]) * (state + (1 - t[k]) * velocity)
-        torch.testing.assert_close(chain.mean(state, k, velocity), state - (velocity + score_part) * dt, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            chain.kernel.mean(state, k, velocity), state - (velocity + score_part) * dt, rtol=0, atol=1e-12
+        )
         assert chain.sigma[k].item() == pytest.approx((sigma * dt.sqrt()).item(), abs=1e-14)
 
 
@@ -242,7 +247,7 @@ def test_memoryless_rows_are_those_of_adjoint_matching(num_steps: int, shift: fl
         # One v is the flow's, the other the noise's drift, which holds (1 - t) v and so none at t = 1.
         speeds = 2 if tau[k] > 0 else 1
         mean = state + (speeds * -velocity - state / here) * step
-        torch.testing.assert_close(chain.mean(state, k, velocity), mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(chain.kernel.mean(state, k, velocity), mean, rtol=0, atol=1e-12)
         assert chain.sigma[k].item() == pytest.approx(variance.sqrt().item(), abs=1e-14)
 
 
@@ -253,7 +258,7 @@ def test_brownian_rows_are_those_of_the_rtb_paper(num_steps: int) -> None:
     state, drift = torch.randn(2, 64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert chain.start_std == 0
     for k in range(num_steps):
-        torch.testing.assert_close(chain.mean(state, k, drift), state + drift / num_steps, rtol=0, atol=1e-12)
+        torch.testing.assert_close(chain.kernel.mean(state, k, drift), state + drift / num_steps, rtol=0, atol=1e-12)
         assert chain.sigma[k].item() == pytest.approx(math.sqrt(5 / num_steps), abs=1e-14)
 
 
@@ -263,11 +268,11 @@ def test_kernel_shift_is_the_difference_of_means_over_sigma(name: str) -> None:
     generator = torch.Generator().manual_seed(2)
     for k in range(chain.num_kernels):
         state, prior, policy = torch.randn(3, 8, 6, generator=generator, dtype=torch.float64)
-        shift = chain.kernel_shift(state, k, policy, prior)
-        expected = (chain.mean(state, k, policy) - chain.mean(state, k, prior)) / chain.row(k, state).sigma
+        shift = chain.kernel.shift(state, k, policy, prior)
+        expected = (chain.kernel.mean(state, k, policy) - chain.kernel.mean(state, k, prior)) / chain.kernel.row(k, state).sigma
         torch.testing.assert_close(shift, expected, rtol=1e-8, atol=1e-8 * max(1.0, expected.abs().max().item()))
-        z = (policy - chain.mean(state, k, prior)) / chain.row(k, state).sigma
-        standardized = chain.standardize(policy, state, k, prior)
+        z = (policy - chain.kernel.mean(state, k, prior)) / chain.kernel.row(k, state).sigma
+        standardized = chain.kernel.standardize(policy, state, k, prior)
         torch.testing.assert_close(standardized, z, rtol=1e-8, atol=1e-8 * max(1.0, z.abs().max().item()))
 
 
@@ -278,14 +283,14 @@ def test_a_tensor_of_steps_is_those_steps(name: str) -> None:
     generator = torch.Generator().manual_seed(2)
     step = torch.randint(chain.num_kernels, (16,), generator=generator)
     state, prior, policy = torch.randn(3, 16, 2, 3, generator=generator, dtype=torch.float64)
-    mean, shift = chain.mean(state, step, policy), chain.kernel_shift(state, step, policy, prior)
-    z = chain.standardize(state, prior, step, policy)
+    mean, shift = chain.kernel.mean(state, step, policy), chain.kernel.shift(state, step, policy, prior)
+    z = chain.kernel.standardize(state, prior, step, policy)
     fed, label = chain.network_input(state, step), chain.timestep(step, state)
     for n, k in enumerate(step.tolist()):
         row = slice(n, n + 1)
-        torch.testing.assert_close(mean[row], chain.mean(state[row], k, policy[row]), rtol=1e-14, atol=1e-14)
-        torch.testing.assert_close(shift[row], chain.kernel_shift(state[row], k, policy[row], prior[row]))
-        torch.testing.assert_close(z[row], chain.standardize(state[row], prior[row], k, policy[row]))
+        torch.testing.assert_close(mean[row], chain.kernel.mean(state[row], k, policy[row]), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(shift[row], chain.kernel.shift(state[row], k, policy[row], prior[row]))
+        torch.testing.assert_close(z[row], chain.kernel.standardize(state[row], prior[row], k, policy[row]))
         torch.testing.assert_close(fed[row], chain.network_input(state[row], k), rtol=1e-14, atol=1e-14)
         assert label[n] == chain.timestep(k, state) == chain.timesteps[k]
 
@@ -339,8 +344,8 @@ def tlm_gradient(prior: Prior, trajectories: Trajectories) -> Tensor:
     prior_output = evaluate(prior.denoiser, chain, state, step, None)
     output = evaluate(policy, chain, state, step, None)
     assert torch.equal(output, prior_output)
-    z = chain.standardize(following, state, step, prior_output)
-    ratio = log_ratio_from_states(z, chain.kernel_shift(state, step, output, prior_output))
+    z = chain.kernel.standardize(following, state, step, prior_output)
+    ratio = chain.kernel.log_ratio_from_states(z, chain.kernel.shift(state, step, output, prior_output))
     (on_output,) = torch.autograd.grad(-ratio.sum(), output)
     per_row = torch.einsum("nd,nf->ndf", on_output, probe.features)
     each = per_row.reshape(chain.num_kernels, len(trajectories), 2, 8).sum(0)
@@ -355,16 +360,17 @@ COUNT = 8192
 def test_bridge_and_exact_network_agree(name: str) -> None:
     """For the network that says x_hat = x, the chain's mean is the bridge's: c s + d x."""
     chain = EVERY[name]()
-    c, d, _ = chain.bridge
+    bridge = bridge_of(chain)
+    c, d = bridge.c, bridge.d
     generator = torch.Generator().manual_seed(4)
     for k in range(chain.num_kernels):
         x = 2 * torch.rand(32, 2, generator=generator, dtype=torch.float64) - 1
         state = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         state = chain.signal[k] * x + chain.noise[k] * state
-        row = chain.row(k, state)
+        row = chain.kernel.row(k, state)
         output = (x - row.p * state) / row.q
         # The inner clip must not bite by rounding at |x| = 1: x is strictly inside.
-        torch.testing.assert_close(chain.mean(state, k, output), c[k] * state + d[k] * x, rtol=0, atol=1e-9)
+        torch.testing.assert_close(chain.kernel.mean(state, k, output), c[k] * state + d[k] * x, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", NOISED)
@@ -416,7 +422,8 @@ def test_control_markov_noising_is_right_for_ddpm_and_caught_on_ddim() -> None:
 def test_control_a_bridge_with_the_kernels_sigma_is_caught(name: str) -> None:
     """tau_k is not sigma_k: where they differ, the wrong one leaves the nominal levels and teaches at E = 0."""
     chain = EVERY[name]()
-    c, d, tau = chain.bridge
+    bridge = bridge_of(chain)
+    c, d, tau = bridge.c, bridge.d, bridge.tau
     assert not torch.allclose(tau, chain.sigma[: chain.num_kernels], rtol=0.05)
     generator = torch.Generator().manual_seed(12)
     prior, samples = exact_prior(chain), data().sample(COUNT, generator)
@@ -435,13 +442,13 @@ def test_bridge_noise_equals_the_known_ones() -> None:
     """DDPM: the posterior's (small) variance whatever the kernel's; DDIM and Euler ancestral: their own sigma."""
     small = EVERY["ddpm-fixed_small-epsilon-noclip-leading"]()
     large = EVERY["ddpm-fixed_large-epsilon-noclip-leading"]()
-    torch.testing.assert_close(large.bridge[2], small.sigma[:9], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(bridge_of(large).tau, small.sigma[:9], rtol=1e-5, atol=1e-8)
     for name in ("ddim-0.5-epsilon-noclip-leading", "ddim-1-sample-clip-leading", "euler-v", "flow-stochastic-shift3"):
         chain = EVERY[name]()
-        torch.testing.assert_close(chain.bridge[2], chain.sigma[: chain.num_kernels], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(bridge_of(chain).tau, chain.sigma[: chain.num_kernels], rtol=1e-4, atol=1e-6)
     brownian = brownian_chain(20)
     left = 1 - torch.arange(20, dtype=torch.float64) / 20
-    torch.testing.assert_close(brownian.bridge[2] ** 2, 5 / 20 * (left - 1 / 20) / left, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(bridge_of(brownian).tau ** 2, 5 / 20 * (left - 1 / 20) / left, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", EVERY)

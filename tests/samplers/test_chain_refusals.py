@@ -16,10 +16,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+from tiltune.samplers.bridge import noise_back
 from tiltune.samplers.chain import SIGMA_ZERO, Chain
 from tiltune.samplers.prior import Prior
-from tiltune.samplers.rollout import noise_back
-from tiltune.samplers.schedulers.table import LastStep, brownian_chain, chain_from_scheduler
+from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.schedulers.check import LastStep
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -193,9 +195,9 @@ def test_remembered_share_is_the_squared_correlation_of_start_and_sample() -> No
     for k in range(chain.num_steps):
         signal, noise = chain.signal[k], chain.noise[k]
         clean = signal * variance / (signal**2 * variance + noise**2) * state
-        row = chain.row(k, state)
+        row = chain.kernel.row(k, state)
         drawn = torch.randn(count, generator=generator, dtype=torch.float64)
-        state = chain.mean(state, k, (clean - row.p * state) / row.q) + row.sigma * drawn
+        state = chain.kernel.mean(state, k, (clean - row.p * state) / row.q) + row.sigma * drawn
     share = chain.remembered_share(variance)
     measured = torch.corrcoef(torch.stack([start, state]))[0, 1].item() ** 2
     assert abs(measured - share) < 4 * 2 * share**0.5 * (1 - share) / count**0.5

@@ -18,7 +18,7 @@ from diffusers import (
 
 from tiltune.samplers.loading.hints import start_hint, variance_hint, widest_variance
 from tiltune.samplers.loading.pretrained import load_prior
-from tiltune.samplers.schedulers.table import chain_from_scheduler
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
 SHAPE = (3, 16, 16)
 DEFAULTS: dict[str, Any] = {"eta": 1.0, "noise": "memoryless", "noise_level": 0.7}

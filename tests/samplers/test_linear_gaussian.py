@@ -8,10 +8,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from tiltune.samplers.bridge import noise_back
 from tiltune.samplers.chain import Chain
+from tiltune.samplers.inflated import inflated_rollout
 from tiltune.samplers.log_ratio import step_log_ratio
-from tiltune.samplers.rollout import noise_back, rollout
-from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
+from tiltune.samplers.rollout import draw_start, rollout
+from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
 from tiltune.tasks.linear_gaussian import LinearGaussian
 
@@ -22,7 +25,7 @@ def forgotten(num_steps: int) -> Chain:
     """Each step noises x_hat anew, and the first one starts at signal 0: nothing of s_0 is left. The last kernel, of little
     noise, carries a ratio here too: no policy explains the noise of a decoder."""
     chain = chain_from_scheduler(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=3.0), num_steps)
-    return replace(chain, decoder=1)
+    return replace(chain, trained=tuple(range(num_steps - 1)))
 
 
 CHAINS = {
@@ -47,8 +50,10 @@ def draw(task: LinearGaussian, behavior: str, count: int = 64, seed: int = 0) ->
         samples = 3 * torch.randn(count, len(task.mean), generator=generator, dtype=torch.float64)
         return noise_back(prior, samples, generator)
     policy = None if behavior == "prior" else task.policy()
-    scale = 1.7 if behavior == "inflated" else 1.0
-    drawn = rollout(prior, policy, count, generator, noise_scale=scale, dtype=torch.float64)
+    start = draw_start(prior, count, generator, torch.float64)
+    if behavior == "inflated":
+        return inflated_rollout(prior, task.policy(), count, generator, 1.7, start=start)
+    drawn = rollout(prior, policy, count, generator, start=start)
     if behavior == "arbitrary":  # no sampler's states: kicks of 5 sigma, shared by the batch; start and decoder are kept
         inner = drawn.states[1 : task.chain.num_kernels + 1]
         sigma = task.chain.sigma[: task.chain.num_kernels, None, None]
@@ -56,7 +61,7 @@ def draw(task: LinearGaussian, behavior: str, count: int = 64, seed: int = 0) ->
         if task.chain.decoder:
             last = task.chain.num_steps - 1
             label = task.chain.timestep(last, inner)
-            drawn.states[-1] = task.chain.mean(drawn.states[-2], last, prior.denoiser(drawn.states[-2], label, None))
+            drawn.states[-1] = task.chain.kernel.mean(drawn.states[-2], last, prior.denoiser(drawn.states[-2], label, None))
     return drawn
 
 

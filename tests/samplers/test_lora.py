@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from tiltune.samplers.denoiser import DiffusersDenoiser, evaluate
 from tiltune.samplers.lora import LoraDenoiser, without_adapters
+from tiltune.samplers.make_policy import make_policy, trainable_copy
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Policy, make_policy, trainable_copy
+from tiltune.samplers.policy import Policy
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import chain_from_scheduler
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
 KINDS: tuple[Any, ...] = ("full", "lora", "residual")
 CHAIN = chain_from_scheduler(DDPMScheduler(clip_sample=False), 4)
@@ -107,7 +108,7 @@ def test_batches_follow_the_size_of_the_states() -> None:
     done: list[int] = []
     for shape, expected in (((1, 256, 128), [2, 1]), ((2,), [3])):
         prior = Prior(Silent(), CHAIN, shape)
-        policy = Policy(prior, Silent(), "residual")
+        policy = Policy(prior, Silent())
         done.clear()
         assert policy.sample(3, on_progress=done.append).shape == (3, *shape)
         assert done == expected

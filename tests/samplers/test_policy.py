@@ -11,14 +11,17 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DMode
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from tiltune.samplers.bridge import noise_back
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import ResidualDenoiser, as_denoiser, evaluate, zero_output_layer_
-from tiltune.samplers.log_ratio import log_ratio_from_states, rows_of, step_log_ratio
+from tiltune.samplers.inflated import inflated_rollout
+from tiltune.samplers.log_ratio import rows_of, step_log_ratio
+from tiltune.samplers.make_policy import trainable_copy
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
-from tiltune.samplers.policy import trainable_copy
 from tiltune.samplers.prior import Prior
-from tiltune.samplers.rollout import decoded, noise_back, rollout
-from tiltune.samplers.schedulers.table import brownian_chain, chain_from_scheduler
+from tiltune.samplers.rollout import decoded, draw_start, rollout
+from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
 
 def decoder_chain(num_steps: int = 6) -> Chain:
@@ -98,7 +101,7 @@ def test_preconditioning_makes_a_zero_network_the_exact_denoiser_of_one_gaussian
         signal, noise = chain.signal[k].item(), chain.noise[k].item()
         output = evaluate(as_denoiser(network), chain, state, k, None)
         expected = signal * data_std**2 / (signal**2 * data_std**2 + noise**2) * state
-        torch.testing.assert_close(chain.clean(state, k, output), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(chain.kernel.clean(state, k, output), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -223,12 +226,19 @@ def test_log_behavior_is_the_behaviors_density_ratio(chain: Chain, trained: bool
     prior = Prior(mlp().double(), chain, (2,))
     policy = randomize_(trainable_copy(prior), seed=1) if trained else None
     mover = policy if policy is not None else prior.denoiser
-    drawn = rollout(prior, policy, 16, torch.Generator().manual_seed(0), noise_scale=scale, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    start = draw_start(prior, 16, generator, torch.float64)
+    if scale == 1.0:
+        drawn = rollout(prior, policy, 16, generator, start=start)
+    else:
+        drawn = inflated_rollout(prior, mover, 16, generator, scale, start=start)
     expected = torch.zeros(16, dtype=torch.float64)
     with torch.no_grad():
         for k in range(chain.num_kernels):
             state, following, sigma = drawn.states[k], drawn.states[k + 1], chain.sigma[k]
-            means = [chain.mean(state, k, evaluate(denoiser, chain, state, k, None)) for denoiser in (mover, prior.denoiser)]
+            means = [
+                chain.kernel.mean(state, k, evaluate(denoiser, chain, state, k, None)) for denoiser in (mover, prior.denoiser)
+            ]
             behavior = Normal(means[0], scale * sigma).log_prob(following)
             expected += (behavior - Normal(means[1], sigma).log_prob(following)).sum(1)
     assert drawn.log_behavior is not None
@@ -298,11 +308,11 @@ def test_a_few_tlm_steps_move_the_policy_toward_its_data(kind: str) -> None:
     state, following, step, _ = rows_of(drawn, prior.chain, slice(None))
     chain = prior.chain
     prior_output = evaluate(prior.denoiser, chain, state, step, None)
-    z = chain.standardize(following, state, step, prior_output)
+    z = chain.kernel.standardize(following, state, step, prior_output)
     likelihood = []
     for _ in range(15):
         output = evaluate(policy, chain, state, step, None)
-        ratio = log_ratio_from_states(z, chain.kernel_shift(state, step, output, prior_output))
+        ratio = chain.kernel.log_ratio_from_states(z, chain.kernel.shift(state, step, output, prior_output))
         likelihood.append(ratio.sum().item() / 32)
         optimizer.zero_grad()
         (-ratio.mean()).backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import pickle
 import shutil
@@ -31,13 +30,18 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.denoiser import ResidualDenoiser
-from tiltune.samplers.loading import pretrained
-from tiltune.samplers.loading.pretrained import LatentDecoder, load_policy, load_prior
+from tiltune.samplers.loading import latent_decoder
+from tiltune.samplers.loading.latent_decoder import LatentDecoder
+from tiltune.samplers.loading.policy import load_policy
+from tiltune.samplers.loading.pretrained import load_prior
+from tiltune.samplers.make_policy import make_policy
 from tiltune.samplers.mlp import MLPDenoiser
-from tiltune.samplers.policy import Policy, make_policy
+from tiltune.samplers.policy import Policy
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
+from tiltune.samplers.schedulers.brownian import brownian_chain
 
 STEPS = 5
 
@@ -226,7 +230,7 @@ def test_latents_are_decoded_as_their_pipeline_does(decoder: str, tmp_path: Path
     assert images(prior.to_data(drawn)).std(0).max() > 0.01  # one picture a latent
     assert "before the energy" in prior.decisions[0]
     torch.testing.assert_close(images(prior.to_data(drawn)), theirs, rtol=0, atol=1e-5)
-    monkeypatch.setattr(pretrained, "DECODE_BATCH", 2)
+    monkeypatch.setattr(latent_decoder, "DECODE_BATCH", 2)
     torch.testing.assert_close(images(prior.to_data(drawn)), theirs, rtol=0, atol=1e-5)
     with torch.enable_grad():
         assert not prior.to_data(drawn.requires_grad_()).requires_grad
@@ -268,8 +272,6 @@ def test_what_was_decided_is_three_lines(tmp_path: Path) -> None:
     assert prior.scheduler.config.variance_type == "fixed_large"
     assert prior.source is not None
     assert (prior.source.pipeline, prior.source.denoiser) == ("DDPMPipeline", "unet")
-    assert Prior.from_pretrained(tmp_path, 20, variance="fixed_large", precision="bf16").decisions == prior.decisions
-    assert inspect.signature(Prior.from_pretrained) == inspect.signature(load_prior)
 
 
 def test_a_ddim_pipeline_runs_ddim_whatever_scheduler_it_was_saved_with(tmp_path: Path) -> None:
@@ -658,10 +660,32 @@ def test_policies_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     by_hand = Prior(lambda state, timestep, condition=None: state, prior.chain, (1, 8, 8))
     with pytest.raises(ValueError, match="not a diffusers model, so no saved policy fits"):
         load_policy(by_hand, tmp_path / "full")
-    residual = Policy(by_hand, ResidualDenoiser(by_hand.denoiser, nn.Conv2d(1, 1, 1)), "residual")
-    with pytest.raises(ValueError, match=r"this one's network is a Conv2d; save its state_dict\(\) yourself"):
+    residual = Policy(by_hand, ResidualDenoiser(by_hand.denoiser, nn.Conv2d(1, 1, 1)))
+    with pytest.raises(ValueError, match=r"its network is a Conv2d; give ResidualDenoiser a diffusers model"):
         residual.save(tmp_path / "none")
+    full = Policy(by_hand, nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match=r"this one's network is a Conv2d; save its state_dict\(\) yourself"):
+        full.save(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_policys_kind_follows_from_its_denoiser(tmp_path):
+    """Whoever makes it: `make_policy`, or a user who gives a `ResidualDenoiser` to `Trainer`."""
+    prior = load_prior(pipeline_folder(tmp_path / "prior", unet()), STEPS)
+    for kind in ("full", "residual", "lora"):
+        assert make_policy(prior, kind, rank=1).kind == kind
+        assert Policy(prior, make_policy(prior, kind, rank=1).denoiser).kind == kind
+    black_box = Prior(lambda state, timestep, condition=None: 0 * state, brownian_chain(2), (2,))
+    network = MLPDenoiser(width=8, depth=1, fourier_features=4)
+    trainer = Trainer(
+        black_box, lambda x: x.square().sum(1), policy=ResidualDenoiser(black_box.denoiser, network), progress=False
+    )
+    policy = trainer.collected()
+    assert policy.kind == "residual"
+    policy.save(tmp_path / "policy")
+    assert json.loads((tmp_path / "policy" / "policy.json").read_text()) == {"kind": "residual"}
+    loaded = MLPDenoiser.from_pretrained(tmp_path / "policy" / "residual", use_safetensors=True)
+    assert all(torch.equal(weight, network.state_dict()[name]) for name, weight in loaded.state_dict().items())
 
 
 def test_a_shifted_latent_space_is_shifted_back():

@@ -10,7 +10,7 @@ from torch import nn
 from tiltune.samplers.policy import Policy
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.resampling import importance_resample, systematic
-from tiltune.samplers.schedulers.table import brownian_chain
+from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 from tiltune.tasks.linear_gaussian import LinearDenoiser, LinearGaussian
 from tiltune.tasks.metrics.known_truth import mode_tv
@@ -31,7 +31,7 @@ class AsModule(nn.Module):
 def half_way(task):
     """A policy that goes half of the optimal policy's way from the prior."""
     (slope, start), end = task.output, task.policy().offset
-    return Policy(task.prior(), AsModule(LinearDenoiser(task.chain, slope, 0.5 * (start + end))), "residual")
+    return Policy(task.prior(), AsModule(LinearDenoiser(task.chain, slope, 0.5 * (start + end))))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_wrong_mode_weights_are_set_right():
     truth = target_mixture()
     even = GaussianMixture(torch.full((9,), 1 / 9, dtype=torch.float64), truth.means, truth.covariances)
     prior = load_prior("ddpm", build_chain("ddpm"))
-    policy = Policy(prior, AsModule(MixtureDenoiser(in_states(even, "ddpm"), prior.chain)), "residual")
+    policy = Policy(prior, AsModule(MixtureDenoiser(in_states(even, "ddpm"), prior.chain)))
     generator = torch.Generator().manual_seed(0)
     drawn = importance_resample(policy, lambda x: -energy(x), 2000, generator, proposals=5000, batch=2500)
     assert mode_tv(drawn.samples, truth) < 0.06
@@ -109,7 +109,7 @@ def test_wrong_mode_weights_are_set_right():
 
 def test_a_prior_without_a_tilt_comes_back_as_it_is(linear):
     prior = linear.prior()
-    policy = Policy(prior, AsModule(prior.denoiser), "residual")
+    policy = Policy(prior, AsModule(prior.denoiser))
     steps = []
     drawn = importance_resample(
         policy, lambda x: torch.zeros(len(x)), 100, torch.Generator(), proposals=100, batch=32, on_progress=steps.append
@@ -125,7 +125,7 @@ def test_batches_follow_the_size_of_the_states():
             return 0 * state
 
     for shape, expected in (((1, 256, 128), [2, 1]), ((2,), [3])):
-        policy, steps = Policy(Prior(Silent(), brownian_chain(2), shape), Silent(), "residual"), []
+        policy, steps = Policy(Prior(Silent(), brownian_chain(2), shape), Silent()), []
         potential = lambda x: torch.zeros(len(x))  # noqa: E731
         importance_resample(policy, potential, 1, torch.Generator(), proposals=3, on_progress=steps.append)
         assert steps == expected

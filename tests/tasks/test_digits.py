@@ -153,14 +153,15 @@ def kernel_limit(digit, paths, rollouts):
 
     The best of them move every kernel by delta*(s) = E_tilted[z | s], which follows E |delta*|² / 2. The square is a product of
     two independent estimates: the noise that a tilted path drew, and the mean over fresh prior rollouts from the same state,
-    weighted by exp(-E/alpha), with the ends in place of the noise (`Chain.bridged`).
+    weighted by exp(-E/alpha), with the ends in place of the noise (`Bridge.mean`).
     """
     from tiltune.finetune.learning.trainer import Trainer
+    from tiltune.samplers.bridge import bridge_of
     from tiltune.samplers.denoiser import evaluate
 
     recipe = TASK.recipe()
     prior, energy, alpha = TASK.load_prior(recipe.prior), classes(digit), recipe.train.alpha
-    chain = prior.chain
+    chain, bridge = prior.chain, bridge_of(prior.chain)
     bank = Trainer(prior, energy, recipe.train, progress=False).fill_bank(6000)
     weight = bank.log_weight(alpha).double().softmax(0)
     total = (weight @ (-bank.trajectories.energy.double() / alpha)).item() - bank.log_z(alpha)
@@ -176,16 +177,16 @@ def kernel_limit(digit, paths, rollouts):
             index = bank.draw(paths, alpha, generator)
             start = bank.trajectories.states[k, index]
             first = torch.full((paths,), k)
-            own = chain.standardize(bank.trajectories.states[k + 1, index], start, first, outputs(start, first))
+            own = chain.kernel.standardize(bank.trajectories.states[k + 1, index], start, first, outputs(start, first))
             state = start.repeat_interleave(rollouts, 0)
             for step in range(k, chain.num_kernels):
                 steps = torch.full((len(state),), step)
-                mean = chain.mean(state, steps, outputs(state, steps))
+                mean = chain.kernel.mean(state, steps, outputs(state, steps))
                 state = mean + chain.sigma[step] * torch.randn(state.shape, generator=generator)
             share = (-energy(prior.to_data(state)) / alpha).view(paths, rollouts).softmax(1)
             step = torch.full((len(state),), k)
             repeated = start.repeat_interleave(rollouts, 0)
-            bridged = chain.standardize(chain.bridged(repeated, state, step), repeated, step, outputs(repeated, step))
+            bridged = chain.kernel.standardize(bridge.mean(repeated, state, step), repeated, step, outputs(repeated, step))
             bridged = bridged.flatten(1).view(paths, rollouts, -1)
             second = (share[..., None] * (bridged - bridged.mean(1, keepdim=True))).sum(1)
             product = 0.5 * (own.flatten(1) * second).sum(1)

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from tiltune.samplers.denoiser import evaluate
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
-from tiltune.samplers.schedulers.table import brownian_chain
+from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.tasks import mixture as task
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 
@@ -163,7 +163,7 @@ def test_mixture_denoiser_is_the_exact_clean_sample_of_every_step() -> None:
             if chain.noise[k] > 0:
                 state = torch.randn(4, 2, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
             output = evaluate(prior.denoiser, chain, state, k, None)
-            clean = chain.clean(state, k, output)
+            clean = chain.kernel.clean(state, k, output)
             expected = mixture.denoise(state, chain.signal[k], chain.noise[k])
             torch.testing.assert_close(clean, expected, rtol=1e-7, atol=1e-7)
             if chain.signal[k] == chain.noise[k] == 0:

@@ -1,0 +1,31 @@
+"""The decoder of a latent sampler, as the map from states to the images that an energy sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Latents a decoder's call takes: it works at full resolution, where a batch of a rollout's size does not fit.
+DECODE_BATCH = 16
+
+
+class LatentDecoder(nn.Module):
+    """Latents [B, C, h, w] → images [B, c, H, W] in model space, decoded as the pipelines do: vae.decode(latents / scale)."""
+
+    def __init__(self, vae: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.vae = vae.requires_grad_(False).eval()
+        self.config: Any = vae.config
+        if self.config.latent_channels != channels:
+            raise ValueError(
+                f"the decoder takes latents of {self.config.latent_channels} channels, but the denoiser makes {channels}; they"
+                " are not of one pipeline."
+            )
+
+    @torch.no_grad()
+    def forward(self, state: Tensor) -> Tensor:
+        latents = state / self.config.scaling_factor + (self.config.get("shift_factor") or 0.0)
+        parts = [self.vae.decode(part).sample for part in latents.split(DECODE_BATCH)]  # pyright: ignore[reportCallIssue]
+        return torch.cat(parts)

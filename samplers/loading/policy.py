@@ -1,0 +1,44 @@
+"""Policies from the folders that `Policy.save` wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..denoiser import DiffusersDenoiser
+from ..lora import load_adapter
+from ..make_policy import beside, residual_of
+from ..policy import Policy
+from ..prior import Prior
+from .folder import load_model, read_json
+
+
+def load_policy(prior: Prior, folder: str | Path) -> Policy:
+    """A policy that `Policy.save` wrote, on the prior that it was made of.
+
+    Errors: ValueError for a folder that holds none, broken weights, and a policy of another prior's network.
+    """
+    folder = Path(folder)
+    kind = read_json(folder / "policy.json").get("kind")
+    base = prior.denoiser
+    if kind not in ("full", "lora", "residual"):
+        raise ValueError(f"{folder}/policy.json names the policy kind {kind!r}; full, lora and residual are known.")
+    if not isinstance(base, DiffusersDenoiser):
+        raise ValueError("this prior is not a diffusers model, so no saved policy fits it.")
+    if kind == "lora":
+        return Policy(prior, load_adapter(base, folder, prior.source))
+    place = folder if kind == "full" else folder / "residual"
+    network, _ = load_model(place, (type(base.model).__name__,), type(base.model))
+    if kind == "full" and _architecture(network) != _architecture(base.model):
+        raise ValueError(f"the policy in {folder} is not of this prior's network: their configs differ.")
+    denoiser = beside(prior, network)
+    if kind == "residual":
+        residual = residual_of(prior)
+        residual.residual = denoiser
+        denoiser = residual
+    return Policy(prior, denoiser.requires_grad_(True))
+
+
+def _architecture(model: Any) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(model.to_json_string()).items() if not key.startswith("_")}

@@ -1,0 +1,105 @@
+"""Policies that start exactly at a prior: a copy, LoRA adapters, or a residual network beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from .denoiser import DiffusersDenoiser, ResidualDenoiser, is_diffusers
+from .lora import add_adapters, without_adapters
+from .policy import Policy, PolicyKind
+from .prior import Prior
+
+
+def make_policy(
+    prior: Prior,
+    kind: PolicyKind = "full",
+    *,
+    rank: int = 8,
+    targets: tuple[str, ...] = (),
+    gradient_checkpointing: bool = False,
+) -> Policy:
+    """A policy that starts exactly at the prior, in evaluation mode (dropout would make log-ratios a lottery).
+
+    rank, targets: of LoRA adapters; targets are names of layers or endings of such names ('to_q', 'resnets.0.conv1'), by
+    default every linear or convolutional layer larger than its adapter (`lora.add_adapters`). The weights that start at
+    random do so from a fixed seed. gradient_checkpointing: recompute activations in the backward pass.
+
+    Errors: ValueError for a prior that this kind cannot be made of, targets that match nothing, and a network that has no
+    gradient checkpointing.
+    """
+    if kind not in get_args(PolicyKind):
+        raise ValueError(f"policy kind {kind!r} is unknown; choose one of {', '.join(get_args(PolicyKind))}.")
+    if targets and kind != "lora":
+        raise ValueError(f"targets name layers for LoRA adapters, and a {kind!r} policy has none; leave them out.")
+    recompute = None
+    if kind == "full":
+        denoiser = trainable_copy(prior)
+        network = getattr(denoiser, "model", denoiser)
+    elif kind == "residual":
+        denoiser = residual_of(prior)
+        network = denoiser.residual.model
+    else:
+        denoiser = add_adapters(prior.denoiser, rank, targets, source=prior.source)
+        network, recompute = denoiser.base.model, denoiser.switch.checkpoint
+    if gradient_checkpointing:
+        _checkpoint(network, recompute)
+    return Policy(prior, denoiser)
+
+
+def trainable_copy(prior: Prior) -> nn.Module:
+    """A denoiser that starts as an exact copy of the prior and trains all its parameters.
+
+    In evaluation mode, where it stays: dropout would make its log-ratio to the prior a lottery.
+
+    Errors: ValueError where the prior's denoiser has no parameters; wrap it in `ResidualDenoiser` instead.
+    """
+    if not isinstance(prior.denoiser, nn.Module) or not any(True for _ in prior.denoiser.parameters()):
+        raise ValueError(
+            "this prior has no parameters to copy and train; pass policy=ResidualDenoiser(prior.denoiser, network), the"
+            " frozen prior plus a network that starts at zero."
+        )
+    if isinstance(prior.denoiser, DiffusersDenoiser) and prior.denoiser.adapters is not None:
+        denoiser = without_adapters(prior.denoiser)
+    else:
+        denoiser = copy.deepcopy(prior.denoiser)
+    return denoiser.requires_grad_(True).eval()
+
+
+def residual_of(prior: Prior) -> ResidualDenoiser:
+    """The frozen prior plus a network of its own kind and size, fresh weights and a zeroed last layer."""
+    base = prior.denoiser
+    if not (isinstance(base, DiffusersDenoiser) and is_diffusers(base.model)):
+        raise ValueError(
+            "this prior is not a diffusers model, so there is no config to build a residual network from; pass"
+            " policy=ResidualDenoiser(prior.denoiser, network) with a network of your own."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs as well
+        network = type(base.model).from_config(base.model.config)  # pyright: ignore[reportAttributeAccessIssue]
+    return ResidualDenoiser(base, beside(prior, network))
+
+
+def beside(prior: Prior, network: nn.Module) -> DiffusersDenoiser:
+    """A second network run as the prior's own is: its device, dtype, memory format, label and autocast."""
+    base = prior.denoiser
+    weights = list(base.model.parameters())
+    network = network.to(weights[0].device)
+    if weights[0].dtype != torch.float32:
+        network = network.to(weights[0].dtype)
+    if any(weight.ndim == 4 and not weight.is_contiguous() for weight in weights):
+        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return DiffusersDenoiser(network, label=base.label, autocast=base.autocast)
+
+
+def _checkpoint(network: nn.Module, recompute: Callable[..., Any] | None) -> None:
+    """Turn gradient checkpointing on, by torch's own function where ``recompute`` is None."""
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(network).__name__} has no gradient checkpointing; leave it off, or lower the chunk (memory_mb) instead."
+        )
+    network.enable_gradient_checkpointing(recompute)  # pyright: ignore[reportCallIssue]
