@@ -9,7 +9,7 @@ Step k runs along *sampling*: ``states[0]`` is the start, ``states[K]`` the samp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -69,7 +69,7 @@ class Chain:
             )
         inside = range(self.num_steps)
         assert all(k in inside for k in self.trained) and sorted(set(self.trained)) == list(self.trained), self.trained
-        quiet = [k for k in self.trained if self.sigma[k] < SIGMA_ZERO]
+        quiet = [k for k in self.trained if self.noiseless(k)]
         if quiet:
             raise ValueError(
                 f"{self.name}: step {quiet[0]} of {self.num_steps} draws no noise (sigma < {SIGMA_ZERO:g}), so the log-ratio of"
@@ -97,19 +97,30 @@ class Chain:
         """Number of last steps that belong to the prior."""
         return self.num_steps - 1 - self.last_trained
 
+    def noiseless(self, step: int) -> bool:
+        """Whether a step draws no noise."""
+        return self.sigma[step].item() < SIGMA_ZERO
+
     @cached_property
-    def _row_of_step(self) -> Tensor:
-        rows = torch.full((self.num_steps,), -1)
-        rows[list(self.trained)] = torch.arange(self.num_kernels)
-        return rows
+    def _maps(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    def _map(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """([num_kernels] the step of every row, [K] the row of every step or -1), on the device of ``like``."""
+        if like.device not in self._maps:
+            step = torch.tensor(self.trained)
+            row = torch.full((self.num_steps,), -1)
+            row[step] = torch.arange(len(step))
+            self._maps[like.device] = step.to(like.device), row.to(like.device)
+        return self._maps[like.device]
 
     def step_of_row(self, row: Tensor) -> Tensor:
-        """The steps of rows [n] of a matrix of log-ratios [num_kernels, B]; [n], on the device of ``row``."""
-        return torch.tensor(self.trained, device=row.device)[row]
+        """The steps of rows [n] of a matrix of log-ratios [num_kernels, B]; [n]."""
+        return self._map(row)[0][row]
 
     def row_of_step(self, step: Tensor) -> Tensor:
-        """The rows of trained steps [n] in a matrix of log-ratios; [n], -1 where a step is not trained."""
-        return self._row_of_step.to(step.device)[step]
+        """The rows of steps [n] in a matrix of log-ratios; [n], -1 where a step is not trained."""
+        return self._map(step)[1][step]
 
     @cached_property
     def kernel(self) -> Kernel:
@@ -197,7 +208,8 @@ class Chain:
                 verdict = "REMEMBERED: a tilt of this direction is partly lost"
             start = f"share of the start in a component of variance {variance:g}: {share:.2g} ({verdict})"
         if self.decoder:
-            sigmas = " and ".join(f"{sigma:.2g}" for sigma in self.sigma[self.last_trained + 1 :].tolist())
+            own = [f"{sigma:.2g}" for sigma in self.sigma[self.last_trained + 1 :].tolist()]
+            sigmas = " and ".join(own) if len(own) <= 3 else f"{own[0]} to {own[-1]}"
             which = "step" if self.decoder == 1 else f"{self.decoder} steps"
             verbs = "belongs to the prior and carries" if self.decoder == 1 else "belong to the prior and carry"
             last = f"the last {which} (sigma {sigmas}) {verbs} no ratio"
@@ -209,32 +221,3 @@ class Chain:
             "sigma": f"a policy moves the means of {self.num_kernels} kernels and no sigma: what that cannot reach stays a gap",
             "sum": "log-ratios are sums over dimensions, never means",
         }
-
-
-def with_trained_steps(chain: Chain, first: int, last: int) -> Chain:
-    """The same chain, of which only the steps ``first`` to ``last`` (both included, counted from 0) are trained.
-
-    The prior samples as before. A policy is the prior at the other steps, so that no log-ratio is lost: a smaller class of
-    policies toward the same target, at a lower cost (the window of MixGRPO, arXiv 2507.21802).
-
-    Errors: ValueError where there are no such steps, and where one of them cannot be trained.
-    """
-    possible = range(chain.trained[0], chain.last_trained + 1)
-    if last < first:
-        raise ValueError(
-            f"the trained steps {first}:{last} are none; FIRST:LAST includes both ends, and LAST is not below FIRST."
-        )
-    if first < 0 or last >= chain.num_steps:
-        raise ValueError(
-            f"the trained steps {first}:{last} lie outside of the chain, whose {chain.num_steps} steps are 0 to"
-            f" {chain.num_steps - 1} from noise to sample."
-        )
-    window = tuple(range(first, last + 1))
-    own = [k for k in window if k not in chain.trained]
-    if own:
-        noise = "draws no noise" if chain.sigma[own[0]] < SIGMA_ZERO else "belongs to the prior"
-        raise ValueError(
-            f"step {own[0]} of the trained steps {first}:{last} {noise}, so it can carry no log-ratio; of this chain"
-            f" the steps {possible[0]} to {possible[-1]} can be trained."
-        )
-    return replace(chain, trained=window)

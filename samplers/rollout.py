@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .chain import SIGMA_ZERO, Chain
+from .chain import Chain
 from .denoiser import Denoiser, evaluate
 from .prior import Prior
 from .trajectory import Trajectories
@@ -101,7 +101,7 @@ def draw_start(prior: Prior, batch: int, generator: torch.Generator, dtype: torc
 
 def step_noise(chain: Chain, k: int, state: Tensor, generator: torch.Generator) -> Tensor | None:
     """Standard noise of the shape of ``state`` for step k; None at a step that draws none."""
-    if chain.kernel.std(k, state) < SIGMA_ZERO:
+    if chain.noiseless(k):
         return None
     return torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype)
 

@@ -54,7 +54,7 @@ class LinearGaussian:
     def __post_init__(self) -> None:
         if self.chain.clip is not None:
             raise ValueError(f"{self.chain.name} clips x_hat, so its kernels are not linear; use clip_sample=False.")
-        if bool((self.chain.sigma[self.chain.num_kernels :] >= SIGMA_ZERO).any()):
+        if bool((self.chain.sigma[~self._trained] >= SIGMA_ZERO).any()):
             raise ValueError(
                 f"{self.chain.name} ends in a decoder that draws noise: the residual then keeps that noise and is zero for"
                 " no policy. Use a chain whose last row is noiseless or carries a ratio."
@@ -96,8 +96,13 @@ class LinearGaussian:
 
     @cached_property
     def _variances(self) -> Tensor:
-        """sigma² [K], 0 for a decoder."""
-        return torch.where(torch.arange(self.chain.num_steps) < self.chain.num_kernels, self.chain.sigma**2, 0.0)
+        """sigma² [K], 0 for a step that belongs to the prior."""
+        return torch.where(self._trained, self.chain.sigma**2, 0.0)
+
+    @property
+    def _trained(self) -> Tensor:
+        """[K] bool."""
+        return torch.tensor([k in self.chain.trained for k in range(self.chain.num_steps)])
 
     @cached_property
     def log_z(self) -> float:

@@ -34,7 +34,7 @@ class Watched:
 
     def rows(self):
         kernels, paths = self.state.prior.chain.num_kernels, self.state.preparation.population.trajectories
-        step = torch.arange(ROWS) % kernels
+        step = self.state.prior.chain.step_of_row(torch.arange(ROWS) % kernels)
         path = torch.randint(len(paths), (ROWS,), generator=torch.Generator().manual_seed(1))
         return paths.states[step, path], step
 

@@ -29,7 +29,7 @@ class Evidence:
 
     Policy side, [N]: ``samples`` [N, ...], ``energy``, ``log_ratio`` of policy rollouts.
     Target side, [M]: ``prior_samples`` [M, ...], ``prior_energy``, ``prior_log_ratio`` (the policy's Λ on prior paths).
-    step_kl: [num_kernels] mean log-ratio a step on policy rollouts. start_log_weight: [starts, rollouts] or None.
+    step_kl: [num_kernels] mean log-ratio of each trained step on policy rollouts. start_log_weight: [starts, rollouts] or None.
     """
 
     alpha: float

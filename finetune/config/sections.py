@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ...samplers.trained_steps import step_window
+
 ObjectiveName = Literal["rtb", "log_variance", "trust_pcl", "reinforce_kl", "tlm"]
 BEHAVIOR_NAMES = ("on_policy", "prior", "inflated", "tilted_prior", "noised_back")
 
@@ -190,6 +192,9 @@ class PriorConfig:
     """The noise that turns a flow into a stochastic sampler."""
     noise_level: float = 0.7
     """Scale of the flow_grpo noise."""
+    train_steps: str | None = None
+    """FIRST:LAST, counted from 0: the only steps that the policy changes; the others stay the prior's own. A shorter window costs
+    less and reaches less. None: every step that can be trained."""
     label: int | None = None
     """Class label of a class-conditional denoiser."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
@@ -202,6 +207,12 @@ class PriorConfig:
         _refuse(self.steps < 1, f"steps is {self.steps}; a chain has at least one step.")
         _refuse(not self.eta >= 0, f"eta is {self.eta}; it is DDIM's share of noise, above 0.")
         _refuse(not self.noise_level > 0, f"noise_level is {self.noise_level}; it must be positive.")
+        if self.train_steps is not None:
+            first, last = step_window(self.train_steps)
+            _refuse(
+                last >= self.steps,
+                f"train_steps {first}:{last} reaches beyond the chain, whose {self.steps} steps are 0 to {self.steps - 1}.",
+            )
         _refuse(self.label is not None and self.label < 0, f"label is {self.label}; class labels start at 0.")
 
 

@@ -31,7 +31,7 @@ def bridge_bias(prior: Prior, paths: Trajectories) -> float:
     count, bridge = states.shape[1], bridge_of(chain)
     rows = rows_at_once(prior.shape, prior.device)
     total = 0.0
-    for k in range(chain.num_kernels):
+    for k in chain.trained:
         features, residuals = [], []
         for state, end in zip(states[k].split(rows), states[-1].split(rows), strict=True):
             step = torch.full((len(state),), k, device=state.device)

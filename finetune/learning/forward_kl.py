@@ -39,7 +39,7 @@ class ForwardKL:
     """Gradients of KL(tilted || policy) on the bank's paths.
 
     no_sync: goes around a forward and backward of the policy that another one will follow, before its gradients are used.
-    slope [num_kernels]: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
+    slope [num_kernels], by trained step: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
     bridged: whether plain rows take the mean of s_{k+1} given the path's end; until `check_bridge`, wherever the chain allows it.
     """
 
@@ -78,9 +78,10 @@ class ForwardKL:
         """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss. ``scale``: that of a gradient scaler."""
         if self.soft_value is not None:
             return self._controlled(self.soft_value, count, scale, factor)
-        step = stratified(self._step_probability, count, self.generator)
+        row = stratified(self._step_probability, count, self.generator)
+        step = self.prior.chain.step_of_row(row)
         state, following = self.rows(step)
-        g = scale(-factor / (count * self._step_probability[step]))
+        g = scale(-factor / (count * self._step_probability[row]))
         chunk = self._chunk
         parts = list(zip(state.split(chunk), following.split(chunk), step.split(chunk), g.split(chunk), strict=True))
         losses = []
@@ -124,14 +125,14 @@ class ForwardKL:
         chain, states = self.prior.chain, self.bank.trajectories.states
         drawn, own = torch.zeros(2, chain.num_kernels, device=states.device)
         path = self.bank.draw(SLOPE_PATHS, self.config.alpha, self.generator)
-        for k in range(chain.num_kernels):
+        for row, k in enumerate(chain.trained):
             for some in path.split(rows_at_once(self.prior.shape, self.prior.device)):
                 state, step = states[k, some], torch.full_like(some, k)
                 prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
                 output = evaluate(self.policy, chain, state, step, None)
                 shift = chain.kernel.shift(state, step, output, prior_output)
-                drawn[k] += (shift * chain.kernel.standardize(states[k + 1, some], state, step, prior_output)).sum()
-                own[k] += shift.square().sum()
+                drawn[row] += (shift * chain.kernel.standardize(states[k + 1, some], state, step, prior_output)).sum()
+                own[row] += shift.square().sum()
         around = torch.ones(1, 1, 3, device=states.device)
         above, below = (functional.conv1d(total[None, None], around, padding=1)[0, 0] for total in (drawn, own))
         self.slope = torch.where(below > 0, above / below, 1.0).clamp(0.0, 1.0)
@@ -147,7 +148,7 @@ class ForwardKL:
         weight = self._weight
         mixture = 0.5 * (weight + 1)
         even = torch.full((chain.num_kernels,), 1 / chain.num_kernels, device=states.device)
-        all_steps = stratified(even, count, self.generator)
+        all_steps = chain.step_of_row(stratified(even, count, self.generator))
         all_paths = torch.multinomial(mixture, count, replacement=True, generator=self.generator)
         fresh = 0.0 if self.bridge is None else FRESH
         all_states = states_of(chain, states, all_paths, all_steps, fresh, self.generator)
@@ -160,7 +161,7 @@ class ForwardKL:
                 prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
             if self.bridge is not None:
                 mean = chain.kernel.mean(state, step, prior_output)
-                slope = self.slope[step].reshape(-1, *[1] * (state.ndim - 1))
+                slope = self.slope[chain.row_of_step(step)].reshape(-1, *[1] * (state.ndim - 1))
                 following = torch.lerp(mean, self.bridge.mean(state, states[-1, path], step), slope)
             else:
                 following = states[step + 1, path]
@@ -190,7 +191,7 @@ class ForwardKL:
         """[num_kernels]: half even, half by the root mean square of the prior's residual (x - x_hat) d / sigma."""
         chain = self.prior.chain
         per_step = 64
-        step = torch.arange(chain.num_kernels, device=self.prior.device).repeat_interleave(per_step)
+        step = chain.step_of_row(torch.arange(chain.num_kernels, device=self.prior.device)).repeat_interleave(per_step)
         with torch.no_grad():
             state, following = self.rows(step)
             chunk = rows_at_once(self.prior.shape, self.prior.device)

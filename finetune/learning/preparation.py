@@ -177,7 +177,7 @@ class Preparation:
         if state_dict["held_out"] is not None:
             self.held_out = HeldOut.from_state_dict(prior, state_dict["held_out"])
         if state_dict["soft_value"] is not None:
-            steps = prior.chain.num_kernels
+            steps = prior.chain.last_trained + 1
             self.soft_value = SoftValue.from_state_dict(state_dict["soft_value"], prior.shape, steps, device)
         self._make_teachers(self.population)
         assert self.forward_kl is not None

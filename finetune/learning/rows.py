@@ -1,4 +1,4 @@
-"""Which steps of the chain the rows of a batch are at."""
+"""Which trained steps of the chain the rows of a batch are at."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...samplers.chain import Chain
 
 
 def step_share(chain: Chain) -> Tensor:
-    """[num_kernels] the share of rows at each step: half even, half by `Chain.sensitivity`.
+    """[num_kernels] the share of rows at each trained step: half even, half by `Chain.sensitivity`.
 
     The narrow kernels at the end, where little is to be learned, hold nearly all of what a change of the network moves, in nats,
     and so nearly all of the noise of a gradient. With few rows there they drown what the others have to say.
@@ -19,7 +19,10 @@ def step_share(chain: Chain) -> Tensor:
 
 
 def stratified(probability: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Steps [count] drawn by ``probability`` [num_kernels]: one uniform draw, then equal strides."""
+    """Indices [count] drawn by ``probability`` [num_kernels]: one uniform draw, then equal strides.
+
+    They are rows of a matrix of log-ratios; `Chain.step_of_row` gives their steps.
+    """
     cumulative = probability.cumsum(0)
     first = torch.rand((), generator=generator, device=cumulative.device)
     points = (torch.arange(count, device=cumulative.device) + first) / count

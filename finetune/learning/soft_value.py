@@ -110,7 +110,7 @@ class SoftValue:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], shape: tuple[int, ...], steps: int, device: torch.device) -> SoftValue:
-        """The soft value whose `state_dict` this is, on states of this shape and a chain of ``steps`` kernels."""
+        """The soft value whose `state_dict` this is, on states of this shape, up to the step ``steps``."""
         networks = []
         for weights in state["networks"]:
             with torch.random.fork_rng(devices=[]):
@@ -191,22 +191,19 @@ def fit_soft_value(
     fresh = FRESH if chain.forgets_start else 0.0
     scale = states.flatten(1).std(1).clamp(min=1e-6)
     reward, spread = standardized(bank, learned)
+    last = chain.last_trained + 1  # nothing is asked before the first trained step, nor after what the last one leads to
     networks = []
     # Initial weights and dropout come from the global generator: forked, so that the caller's is left alone.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for side in (0, 1):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=device)))
-            network = (
-                ValueNetwork(tuple(states.shape[2:]), chain.num_kernels, scale[: chain.num_kernels + 1], spread)
-                .to(device)
-                .train()
-            )
+            network = ValueNetwork(tuple(states.shape[2:]), last, scale[: last + 1], spread).to(device).train()
             optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
             mine = (half == side).nonzero()[:, 0]
             for update in range(updates):
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / updates) * min(1.0, (update + 1) / 100)
                 path = mine[torch.randint(len(mine), (BATCH,), generator=generator, device=device)]
-                step = torch.randint(chain.num_kernels + 1, (BATCH,), generator=generator, device=device)
+                step = torch.randint(chain.trained[0], last + 1, (BATCH,), generator=generator, device=device)
                 value, mean, variance = network.heads(states_of(chain, states, path, step, fresh, generator), step).unbind(1)
                 miss = reward[path] - mean
                 loss = (weight[path] * functional.softplus(-value) + functional.softplus(value)).mean()

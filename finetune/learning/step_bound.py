@@ -55,8 +55,9 @@ class StepBound:
         """Measure on states of the trajectories ``states`` [K + 1, B, ...] from now on, at steps drawn by `step_share`."""
         device = states.device
         share = step_share(self.prior.chain).to(device)
-        self.step = stratified(share, ROWS, generator)
-        self.weight = (1 / (ROWS * share[self.step])).double()
+        row = stratified(share, ROWS, generator)
+        self.step = self.prior.chain.step_of_row(row)
+        self.weight = (1 / (ROWS * share[row])).double()
         path = torch.randint(states.shape[1], (ROWS,), generator=generator, device=device)
         self.state = states[self.step, path].clone()
 

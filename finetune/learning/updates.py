@@ -106,9 +106,8 @@ def _soft_values(state: TrainState, trajectories: Trajectories) -> Tensor | None
     soft_value = state.preparation.soft_value
     if soft_value is None:
         return None
-    kernels = state.prior.chain.num_kernels
     step = torch.zeros(len(trajectories), dtype=torch.long, device=state.prior.device)
-    return torch.stack([soft_value(trajectories.states[k], step + k) for k in range(kernels)])
+    return torch.stack([soft_value(trajectories.states[k], step + k) for k in state.prior.chain.trained])
 
 
 def _log_ratios(state: TrainState, parts: dict[str, Trajectories]) -> Tensor:

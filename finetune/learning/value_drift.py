@@ -48,7 +48,7 @@ class ValueDrift:
 
     no_sync: goes around a forward and backward of the policy that another one will follow. chunk: rows at once.
     trust: share of an update's bound in nats that the noise of its gradient leaves.
-    factor [num_kernels, 2]: of the two gradients at each step; scale: of their sum (`rescale`). explained: nats of
+    factor [num_kernels, 2]: of the two gradients at each trained step; scale: of their sum (`rescale`). explained: nats of
     KL(tilted || prior) that the target takes away before it is rescaled, at the temperature that was learned at, estimated on
     the paths that the factors were fitted to.
     """
@@ -107,14 +107,14 @@ class ValueDrift:
         drawn = torch.zeros(kernels, 2, dtype=torch.float64, device=states.device)
         own = torch.zeros(kernels, 2, 2, dtype=torch.float64, device=states.device)
         rows = rows_at_once(self.prior.shape, self.prior.device)
-        for k in range(kernels):
+        for row, k in enumerate(chain.trained):
             for some, weight in zip(path.split(rows), times.split(rows), strict=True):
                 state, step = states[k, some], torch.full_like(some, k)
                 output = evaluate(self.prior.denoiser, chain, state, step, None)
                 z = chain.kernel.standardize(states[k + 1, some], state, step, output)
                 shift = self._gradients(chain.kernel.mean(state, step, output), step, some).flatten(2).double()
-                drawn[k] += torch.einsum("ind,nd,n->i", shift, z.flatten(1).double(), weight)
-                own[k] += torch.einsum("ind,jnd,n->ij", shift, shift, weight)
+                drawn[row] += torch.einsum("ind,nd,n->i", shift, z.flatten(1).double(), weight)
+                own[row] += torch.einsum("ind,jnd,n->ij", shift, shift, weight)
             if on_progress:
                 on_progress(1)
         expected = torch.full((2,), EXPECTED, dtype=torch.float64, device=states.device)
@@ -136,7 +136,8 @@ class ValueDrift:
         chain = self.prior.chain
         with torch.enable_grad():
             mean = chain.kernel.mean(state, step, prior_output).detach().requires_grad_(True)
-            value = (scale * self.factor[step] * self.soft_value.estimates(mean, step + 1, None, times)).sum()
+            factor = self.factor[chain.row_of_step(step)]
+            value = (scale * factor * self.soft_value.estimates(mean, step + 1, None, times)).sum()
             shift = torch.autograd.grad(value, mean)[0] * chain.kernel.std(step, mean)
         return chain.kernel.reachable(state, step, prior_output, shift)
 
@@ -165,7 +166,7 @@ class ValueDrift:
             self.scale = min(max(c, 0.0), MOST)
 
     def eased(self, progress: float) -> Tensor:
-        """[num_kernels] what each step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.
+        """[num_kernels] what each trained step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.
 
         Kernels that an output moves more than the median's count less at first. Their curvature otherwise sets the pace of all,
         since one network serves all steps; it also makes them quick to come back to their place once they count in full.
@@ -180,20 +181,21 @@ class ValueDrift:
         """
         eased = self.eased(progress)
         chain, states = self.prior.chain, self.bank.trajectories.states
-        step = stratified(self._probability, count, self.generator)
+        row = stratified(self._probability, count, self.generator)
         path = torch.multinomial(self._mixture, count, replacement=True, generator=self.generator)
-        state = states[step, path]
+        state = states[chain.step_of_row(row), path]
         total = torch.zeros((), device=states.device)
         misses = torch.zeros_like(self._misses)
-        parts = list(zip(state.split(self.chunk), step.split(self.chunk), strict=True))
-        for some, at in parts:
+        parts = list(zip(state.split(self.chunk), row.split(self.chunk), strict=True))
+        for some, of in parts:
+            at = chain.step_of_row(of)
             with torch.no_grad():
                 prior_output = evaluate(self.prior.denoiser, chain, some, at, None)
             target = self.target(some, at, prior_output)
             with nullcontext() if some is parts[-1][0] else self.no_sync():
                 output = evaluate(policy, chain, some, at, None)
                 miss = chain.kernel.shift(some, at, output, prior_output, straight=True) - target
-                share = eased[at] / (count * self._probability[at])
+                share = eased[of] / (count * self._probability[of])
                 missed, asked = (0.5 * share * side.flatten(1).square().sum(1) for side in (miss, target))
                 loss = scale(missed.sum())
                 loss.backward()

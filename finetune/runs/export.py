@@ -168,6 +168,10 @@ def _readme(policy: Policy, format: str, usage: str) -> str:
     """What was exported, how it is loaded, and whether that call is the chain that was trained."""
     prior = policy.prior
     notes = [f"Trained as {prior.chain.name}, K = {prior.chain.num_steps}."]
+    before = prior.chain.trained[0]
+    if before:
+        its = "step belongs" if before == 1 else f"{before} steps belong"
+        notes += [f"Its first {its} to the prior; deployed, the policy's network is run there too."]
     if prior.chain.decoder:
         its = "step belongs" if prior.chain.decoder == 1 else f"{prior.chain.decoder} steps belong"
         notes += [f"Its last {its} to the prior; deployed, the policy's network is run there too."]

@@ -12,6 +12,7 @@ from ..chain import Chain
 from ..denoiser import DiffusersDenoiser
 from ..prior import Prior, Source
 from ..schedulers.dispatch import chain_from_scheduler
+from ..trained_steps import step_window, trained_line, with_trained_steps
 from .folder import DECODERS, DENOISERS, Layout, load_model, load_scheduler, locate, read_layout
 from .hints import start_hint, variance_hint
 from .latent_decoder import LatentDecoder
@@ -28,6 +29,7 @@ def load_prior(
     variance: Literal["fixed_large", "fixed_small"] | None = None,
     noise: Literal["memoryless", "flow_grpo"] = "memoryless",
     noise_level: float = 0.7,
+    train_steps: str | None = None,
     label: int | None = None,
     precision: Literal["float32", "bf16", "fp16"] = "float32",
     channels_last: bool = False,
@@ -39,6 +41,7 @@ def load_prior(
     scheduler, at most one vae), a bare model's folder with a scheduler_config.json beside it or in scheduler/, or the hub id
     of a pipeline where no such folder exists.
     eta: DDIM's noise. variance: DDPM's, in place of the scheduler's own. noise, noise_level: what makes a flow stochastic.
+    train_steps: 'FIRST:LAST', the only steps that a policy changes (`with_trained_steps`); None: all that can be trained.
     label: the class of a class-conditional model, run without guidance. precision: autocast of the networks; weights,
     states and log-ratios are float32.
 
@@ -52,6 +55,8 @@ def load_prior(
     scheduler = _scheduler(layout, variance)
     _refuse_unused(scheduler, eta, noise, noise_level)
     chain = chain_from_scheduler(scheduler, steps, eta=eta, noise=noise, noise_level=noise_level)
+    if train_steps is not None:
+        chain = with_trained_steps(chain, *step_window(train_steps))
     model, stored = load_model(layout.denoiser, DENOISERS)
     shape = state_shape(model)
     check_label(model, label)
@@ -71,6 +76,7 @@ def load_prior(
     decisions = (
         _prior_line(layout, model, stored, precision, shape, to_data),
         _chain_line(chain, scheduler),
+        None if train_steps is None else trained_line(chain),
         _condition_line(model, label),
         *([] if variance is not None else [variance_hint(chain)]),
         start_hint(chain, scheduler, shape, eta=eta, noise=noise, noise_level=noise_level),

@@ -24,6 +24,7 @@ VALUES: dict[str, list[str]] = {
     "--variance": ["fixed_small"],
     "--noise": ["flow_grpo"],
     "--noise-level": ["0.5"],
+    "--train-steps": ["1:2"],
     "--label": ["2"],
     "--precision": ["bf16"],
     "--channels-last": [],

@@ -110,6 +110,29 @@ def test_what_train_prints_and_writes(tiltune: Callable[..., Any], here: Path, s
     assert (here / "runs" / "pipeline" / "policy" / "policy.json").exists()
 
 
+def test_a_window_of_trained_steps(tiltune: Callable[..., Any], here: Path, small: list[Any]) -> None:
+    """The flag, the line that says so, and a policy that is the prior before the window, in the run as it is opened again."""
+    from tiltune.samplers.rollout import rollout
+
+    given = [*small, "--energy", "my_energy.py:ink", "--train-steps", "1:1"]
+    shown = tiltune("train", *given, "--out", "window")
+    assert shown.status == 0, shown.err
+    assert "step 1 of 3 is trained; the others are the prior's own" in shown.out.splitlines()
+    assert tiltune("train", "--config", "window/config.yaml", "--out", "again").status == 0
+    assert contents(here / "again")["metrics.jsonl"] == contents(here / "window")["metrics.jsonl"]
+    run = runs.open_run(here / "window")
+    assert run.prior.chain.trained == (1,)
+    with torch.no_grad():
+        for weight in run.policy.parameters():
+            weight += 0.1
+    moved, still = (rollout(run.prior, policy, 4, torch.Generator().manual_seed(0)) for policy in (run.policy, None))
+    assert moved.step_log_ratio is not None and moved.step_log_ratio.shape == (1, 4)
+    assert torch.equal(moved.states[:2], still.states[:2]) and not torch.equal(moved.states[2], still.states[2])
+    # Control: another window is another run.
+    assert tiltune("train", *small, "--energy", "my_energy.py:ink", "--out", "whole").status == 0
+    assert contents(here / "whole")["metrics.jsonl"] != contents(here / "window")["metrics.jsonl"]
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +182,9 @@ FLAGS = [
     (["--alpha", "0"], "alpha > 0"),
     (["--steps", "0"], "steps is 0"),
     (["--steps", "5000"], "5000"),
+    (["--train-steps", "0:2"], "holds step 2, which draws no noise"),
+    (["--train-steps", "0:3"], "reaches beyond the chain"),
+    (["--train-steps", "1"], "write FIRST:LAST"),
     (["--policy", "lora", "--targets", "nothing_like_it"], "nothing_like_it"),
     (["--rank", "0"], "rank is 0"),
     (["--label", "3"], "unconditional"),
