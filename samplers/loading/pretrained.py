@@ -55,42 +55,50 @@ def load_prior(
     scheduler = _scheduler(layout, variance)
     _refuse_unused(scheduler, eta, noise, noise_level)
     chain = chain_from_scheduler(scheduler, steps, eta=eta, noise=noise, noise_level=noise_level)
-    if train_steps is not None:
-        chain = with_trained_steps(chain, *step_window(train_steps))
+    chain = chain if train_steps is None else with_trained_steps(chain, *step_window(train_steps))
     model, stored = load_model(layout.denoiser, DENOISERS)
     shape = state_shape(model)
     check_label(model, label)
-    to_data = None
-    if layout.decoder is not None:
-        vae, _ = load_model(layout.decoder, DECODERS)
-        to_data = LatentDecoder(vae, shape[0]).to(device or "cpu")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    to_data = None if layout.decoder is None else LatentDecoder(load_model(layout.decoder, DECODERS)[0], shape[0])
+    autocast = _autocast(precision)
     if channels_last:
-        if len(shape) != 3:
-            raise ValueError(f"channels_last is for convolutional networks, and {type(model).__name__} has no images.")
-        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    model = model.to(device or "cpu")
-    known = path if not Path(path).expanduser().is_dir() else folder
-    denoiser = "" if layout.pipeline is None else layout.denoiser.name
+        _channels_last(model, shape)
     decisions = (
         _prior_line(layout, model, stored, precision, shape, to_data),
         _chain_line(chain, scheduler),
         None if train_steps is None else trained_line(chain),
         _condition_line(model, label),
-        *([] if variance is not None else [variance_hint(chain)]),
+        None if variance is not None else variance_hint(chain),
         start_hint(chain, scheduler, shape, eta=eta, noise=noise, noise_level=noise_level),
     )
     return Prior(
-        DiffusersDenoiser(model, label=label, autocast=PRECISIONS[precision]),
+        DiffusersDenoiser(model.to(device or "cpu"), label=label, autocast=autocast),
         chain,
         shape,
-        to_data,
-        source=Source(str(known), layout.pipeline, denoiser),
+        None if to_data is None else to_data.to(device or "cpu"),
+        source=_source(path, layout),
         scheduler=scheduler,
         step_options={"eta": eta} if type(scheduler).__name__ == "DDIMScheduler" else {},
         decisions=tuple(line for line in decisions if line is not None),
     )
+
+
+def _autocast(precision: str) -> torch.dtype | None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    return PRECISIONS[precision]
+
+
+def _channels_last(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Set the memory format of a convolutional network, in place."""
+    if len(shape) != 3:
+        raise ValueError(f"channels_last is for convolutional networks, and {type(model).__name__} has no images.")
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _source(path: str | Path, layout: Layout) -> Source:
+    known = layout.folder if Path(path).expanduser().is_dir() else path
+    return Source(str(known), layout.pipeline, "" if layout.pipeline is None else layout.denoiser.name)
 
 
 def _scheduler(layout: Layout, variance: str | None) -> Any:
