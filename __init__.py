@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from .finetune.learning.trainer import Trainer, TrainResult
     from .finetune.runs.evaluate import certify, measure_deployment
     from .finetune.runs.export import export_policy
-    from .finetune.runs.run import Run, open_run, train
+    from .finetune.runs.run import Run, open_run
+    from .finetune.runs.train import train
     from .launch.pictures import run_figure
     from .samplers.bridge import noise_back
     from .samplers.chain import Chain
@@ -76,7 +77,8 @@ _HOMES = {
     "finetune.energies.weighted_sum": ("WeightedSum",),
     "finetune.runs.evaluate": ("certify", "measure_deployment"),
     "finetune.runs.export": ("export_policy",),
-    "finetune.runs.run": ("Run", "open_run", "train"),
+    "finetune.runs.run": ("Run", "open_run"),
+    "finetune.runs.train": ("train",),
     "finetune.learning.trainer": ("TrainResult", "Trainer"),
     "finetune.certificate.verdict": ("judge_unknown",),
     "launch.pictures": ("run_figure",),

@@ -31,8 +31,8 @@ from typing import Any, Literal
 import psutil
 
 from tiltune.finetune.runs.checkpoint import FOLDER, LAST, WRITING, checkpoints, last
+from tiltune.finetune.runs.checkpointer import CHECKPOINTS
 from tiltune.finetune.runs.manifest import name_of, step_of, verify
-from tiltune.finetune.runs.run import CHECKPOINTS
 
 ENERGY = "def ink(x):\n    return x.flatten(1).mean(1)\n"
 # A bit of everything that has a state, and checkpoints often enough that most kills have one to harm.

@@ -15,7 +15,8 @@ import torch
 
 from tiltune.finetune.config.sections import pretrained_recipe
 from tiltune.finetune.learning.trainer import Trainer
-from tiltune.finetune.runs import run
+from tiltune.finetune.runs.build import load_prior
+from tiltune.finetune.runs.energies import absolute_term, load_energies
 from tiltune.samplers.denoiser import evaluate
 
 ROWS = 256
@@ -75,13 +76,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = pretrained_recipe(options.prior, run.absolute_term(options.energy))
+    recipe = pretrained_recipe(options.prior, absolute_term(options.energy))
     config = replace(
         recipe,
         prior=replace(recipe.prior, steps=options.steps),
         train=replace(recipe.train, alpha=options.alpha, seed=options.seed),
     )
-    trainer = Trainer(run.load_prior(config, None), run.load_energies(config, None), config.train)
+    trainer = Trainer(load_prior(config, None), load_energies(config, None), config.train)
     watched = Watched(trainer.state)
     trainer.train()
     share = torch.tensor(watched.shares)

@@ -27,8 +27,11 @@ from ..certificate.verdict import judge_unknown
 from ..energies.names import parse_energy
 from ..estimators import ess
 from ..strict_json import strict_json
+from .build import threads
+from .energies import absolute_term
 from .manifest import replace_file
-from .run import Run, Task, absolute_term, threads
+from .run import Run
+from .task import Task
 
 if TYPE_CHECKING:
     from ..certificate.evidence import Evidence

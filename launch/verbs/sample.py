@@ -57,8 +57,8 @@ def main(argv: list[str]) -> int:
     run = open_with_task(options.run)
     from safetensors.torch import save
 
+    from ...finetune.runs.energies import absolute_term
     from ...finetune.runs.evaluate import energy_flags
-    from ...finetune.runs.run import absolute_term
     from ..pictures import is_images, sample_figure
 
     told: dict[str, Any] = {

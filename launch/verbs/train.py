@@ -72,10 +72,10 @@ def said_again(trained: Run) -> str:
 
 
 def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = None) -> int:
-    from ...finetune.runs import run
+    from ...finetune.runs.train import train as fine_tune
 
     task = None if config.task is None else load_task(config.task)
-    trained = run.train(config, out, task=task, overwrite=overwrite, resume=resume)
+    trained = fine_tune(config, out, task=task, overwrite=overwrite, resume=resume)
     ended = status(trained.record)
     if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
         return ended

@@ -175,7 +175,7 @@ def test_reading_a_config_does_not_import_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from tiltune.finetune.runs import run
+from tiltune.finetune.runs import run, train
 from tiltune.finetune.config.yaml_file import from_mapping, read_yaml
 from tiltune.finetune.config.sections import RunConfig
 assert from_mapping(read_yaml(Path({str(path)!r})), RunConfig(), "") == RunConfig()

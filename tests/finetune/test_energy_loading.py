@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_refused(spec: str, message: str) -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys; from tiltune.finetune import energy_loading as e; e.parse_energy('a:b(3)'); print('torch' in sys.modules)"
+    code = "import sys; from tiltune.finetune.energies import names as e; e.parse_energy('a:b(3)'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

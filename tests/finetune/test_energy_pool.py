@@ -27,7 +27,8 @@ from tiltune.finetune.energies.workers.pool import EnergyPool
 from tiltune.finetune.learning.state import TrainState
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.runs import checkpoint
-from tiltune.finetune.runs import run as runs
+from tiltune.finetune.runs.energies import open_energies
+from tiltune.finetune.runs.train import train
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
@@ -212,7 +213,7 @@ def test_workers_end_with_a_killed_program_although_their_energy_hangs(file: str
     (tmp_path / "0").touch()
     code = f"""
 import torch
-from tiltune.finetune.energy_pool import EnergyPool
+from tiltune.finetune.energies.workers.pool import EnergyPool
 EnergyPool([f"{file}:misbehaving({str(tmp_path)!r}, 'hangs')"], 1)(torch.zeros(8, 2))
 """
     program = subprocess.Popen([sys.executable, "-c", code])
@@ -337,7 +338,7 @@ def test_a_hung_energy_stops_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(
         return [(run / name).read_bytes() for name in ("metrics.jsonl", "policy/diffusion_pytorch_model.safetensors")]
 
     plain = replace(config, energy=EnergyConfig(config.energy.terms))
-    runs.train(plain, tmp_path / "whole", progress=False)
+    train(plain, tmp_path / "whole", progress=False)
     run, complete = tmp_path / "run", TrainState.complete_step
 
     def hang_after_the_first_update(state: TrainState, bar: Any) -> None:
@@ -348,16 +349,16 @@ def test_a_hung_energy_stops_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(TrainState, "complete_step", hang_after_the_first_update)
         with pytest.raises(EnergyError, match=r"did not answer for \d+ samples within 0\.5 s.*last of 3 attempts"):
-            runs.train(config, run, progress=False)
+            train(config, run, progress=False)
     assert not children()
     assert checkpoint.last(run / "checkpoints").name == "step-00000005" and left(run) != left(tmp_path / "whole")
     (tmp_path / "hang").unlink()
     patient = replace(config, energy=replace(config.energy, workers=2, timeout=30.0))
-    runs.train(patient, run, resume="auto", progress=False)
+    train(patient, run, resume="auto", progress=False)
     assert left(run) == left(tmp_path / "whole")
     (run / "run.json").unlink()
     with pytest.raises(ValueError, match=r"energy\.workers is 2 there and 0 here"):
-        runs.train(plain, run, resume="auto", progress=False)
+        train(plain, run, resume="auto", progress=False)
 
 
 def test_a_timeout_without_workers_is_refused() -> None:
@@ -371,13 +372,13 @@ def test_a_timeout_without_workers_is_refused() -> None:
 def test_functions_and_remote_scorers_get_threads_and_other_names_get_processes(file: str, tmp_path: Path) -> None:
     spec = f"{file}:stopping({str(tmp_path)!r})"
     config = RunConfig(prior=PriorConfig("p"), energy=EnergyConfig((spec,), workers=1, cache=True))
-    with runs.measuring(config, None, None) as energy:
+    with open_energies(config, None, None) as energy:
         assert isinstance(energy, CachedEnergy) and isinstance(energy.energy, EnergyPool) and len(children()) == 1
         assert torch.equal(energy(X), X.mean(1)) and torch.equal(energy(X), X.mean(1)) and energy.cache_hits == 37
     assert not children()
     (tmp_path / "hang").touch()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with runs.measuring(config, None, None) as energy:
+    with open_energies(config, None, None) as energy:
         begun = len(children())
         threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
@@ -385,5 +386,5 @@ def test_functions_and_remote_scorers_get_threads_and_other_names_get_processes(
     assert begun == 1 and not children()  # nobody outlives a Ctrl-C, although the energy hangs
     remote = replace(config, energy=EnergyConfig(("tiltune:from_remote('http://127.0.0.1:9/')",), workers=2))
     for case, function in (remote, None), (config, lambda x: x[:, 0]):
-        with runs.measuring(case, None, function):
+        with open_energies(case, None, function):
             assert not children()

@@ -18,9 +18,10 @@ from tiltune.finetune.learning.objectives import OBJECTIVES
 from tiltune.finetune.learning.state import FORMAT
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.runs import checkpoint
-from tiltune.finetune.runs import run as runs
 from tiltune.finetune.runs.lock import RunLock
+from tiltune.finetune.runs.run import open_run
 from tiltune.finetune.runs.state_file import read_state, write_state
+from tiltune.finetune.runs.train import train
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
@@ -224,7 +225,7 @@ def ink(x):
 def whole(config, tmp_path_factory):
     """The run that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    runs.train(config, folder, energy=ink, progress=False)
+    train(config, folder, energy=ink, progress=False)
     return folder
 
 
@@ -269,20 +270,20 @@ def test_a_stopped_run_folder_goes_on_as_if_nobody_had_stopped_it(name, config, 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if name == "an error":
         with pytest.raises(ValueError, match="the scorer is gone"):
-            runs.train(config, run, energy=breaking(10, STOPS[name]), progress=False)
+            train(config, run, energy=breaking(10, STOPS[name]), progress=False)
     else:
-        record = runs.train(config, run, energy=breaking(10, STOPS[name]), progress=False).record
+        record = train(config, run, energy=breaking(10, STOPS[name]), progress=False).record
         assert record["interrupted"] and record["preempted"] == (name != "Ctrl-C")
     assert signal.getsignal(signal.SIGTERM) is before
     # The last whole step, not the last of the cadence: nothing computed is lost.
     assert checkpoint.last(run / "checkpoints").name == "step-00000006"
     assert left(run) != left(whole)
-    runs.train(config, run, energy=ink, resume="auto", progress=False)
+    train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole)
-    done = runs.train(config, run, energy=breaking(1, raised(RuntimeError())), resume="auto", progress=False)
+    done = train(config, run, energy=breaking(1, raised(RuntimeError())), resume="auto", progress=False)
     assert not done.record["interrupted"] and left(run) == left(whole)
     with pytest.raises(ValueError, match="is finished"):
-        runs.train(config, run, energy=ink, resume=run, progress=False)
+        train(config, run, energy=ink, resume=run, progress=False)
 
 
 @pytest.mark.parametrize(("call", "step"), [(7, 4), (12, 8)])
@@ -290,9 +291,9 @@ def test_stopped_while_it_is_judged_a_run_has_lost_no_step(call, step, config, w
     """The warm start ends between two checkpoints of the cadence, and so do the updates."""
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="the scorer is gone"):
-        runs.train(config, run, energy=breaking(call, STOPS["an error"]), progress=False)
+        train(config, run, energy=breaking(call, STOPS["an error"]), progress=False)
     assert checkpoint.last(run / "checkpoints").name == f"step-{step:08}"
-    runs.train(config, run, energy=ink, resume="auto", progress=False)
+    train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole)
 
 
@@ -300,14 +301,14 @@ def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_
     run = tmp_path / "run"
     child = os.fork()
     if child == 0:  # pragma: no cover - the child is killed
-        runs.train(config, run, energy=breaking(11, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
+        train(config, run, energy=breaking(11, lambda: os.kill(os.getpid(), signal.SIGKILL)), progress=False)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     known = read_state(checkpoint.last(run / "checkpoints"), "run")["log"]["history"]
     assert not (run / "run.json").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > len(known)
     with pytest.raises(ValueError, match="already holds a run"):
-        runs.train(config, run, energy=ink, progress=False)
-    resumed = runs.train(config, run, energy=ink, resume="auto", progress=False)
+        train(config, run, energy=ink, progress=False)
+    resumed = train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole) and not resumed.record["interrupted"]
 
 
@@ -324,11 +325,11 @@ def test_killed_while_it_writes_about_itself_a_run_goes_on(name, config, whole, 
     child = os.fork()
     if child == 0:  # pragma: no cover - the child is killed
         monkeypatch.setattr(os, "replace", killed)
-        runs.train(config, run, energy=ink, progress=False)
+        train(config, run, energy=ink, progress=False)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not (run / name).exists() and (run / f".{name}").exists()
-    runs.train(config, run, energy=ink, resume="auto", progress=False)
+    train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole)
 
 
@@ -342,29 +343,29 @@ def test_a_signal_in_the_last_save_does_not_undo_the_end(config, whole, tmp_path
         replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", asked)
-    record = runs.train(config, run, energy=ink, progress=False).record
+    record = train(config, run, energy=ink, progress=False).record
     assert not record["interrupted"] and left(run) == left(whole)
 
 
 def test_auto_starts_where_there_is_nothing_and_a_path_does_not(config, whole, tmp_path):
-    runs.train(config, tmp_path / "new", energy=ink, resume="auto", progress=False)
+    train(config, tmp_path / "new", energy=ink, resume="auto", progress=False)
     assert left(tmp_path / "new") == left(whole)
     with pytest.raises(ValueError, match="no such folder"):
-        runs.train(config, tmp_path / "other", energy=ink, resume=tmp_path / "nothing", progress=False)
+        train(config, tmp_path / "other", energy=ink, resume=tmp_path / "nothing", progress=False)
     assert not (tmp_path / "other").exists()
 
 
 def test_a_damaged_checkpoint_is_fallen_back_from_loudly_and_never_from_a_path(config, whole, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
+        train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     newest = checkpoint.last(run / "checkpoints")
     weights = newest / "run.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match="no good checkpoint"):
-        runs.train(config, run, energy=ink, resume=newest, progress=False)
+        train(config, run, energy=ink, resume=newest, progress=False)
     with pytest.warns(UserWarning, match=r"run\.safetensors"):
-        runs.train(config, run, energy=ink, resume="auto", progress=False)
+        train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole)
 
 
@@ -379,10 +380,10 @@ def test_what_breaks_behind_the_optimizers_step_leaves_no_checkpoint_of_half_a_s
 
     monkeypatch.setattr(MetricsLog, "record", full)
     with pytest.raises(OSError, match="no space left"):
-        runs.train(config, run, energy=ink, progress=False)
+        train(config, run, energy=ink, progress=False)
     monkeypatch.undo()
     assert checkpoint.last(run / "checkpoints").name == "step-00000006"
-    runs.train(config, run, energy=ink, resume="auto", progress=False)
+    train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole)
 
 
@@ -392,15 +393,15 @@ def test_auto_starts_over_what_ended_before_its_first_checkpoint(every, config, 
     run = tmp_path / "run"
     config = replace(config, train=replace(config.train, checkpoint_every=every))
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
+        train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     before = left(run)
     if every:
-        runs.train(config, run, energy=ink, resume="auto", progress=False)
+        train(config, run, energy=ink, resume="auto", progress=False)
         assert left(run) == left(whole) != before
     else:
         with pytest.raises(ValueError, match="already holds a run"):
-            runs.train(config, run, energy=ink, resume="auto", progress=False)
+            train(config, run, energy=ink, resume="auto", progress=False)
         assert left(run) == before
 
 
@@ -408,7 +409,7 @@ def test_a_checkpoint_of_another_run_is_refused(config, whole, tmp_path):
     theirs = checkpoint.last(whole / "checkpoints")
     for there in (False, True):
         with pytest.raises(ValueError, match="is of another run than"):
-            runs.train(config, tmp_path / "run", energy=ink, resume=theirs, progress=False)
+            train(config, tmp_path / "run", energy=ink, resume=theirs, progress=False)
         assert sorted(tmp_path.rglob("*")) == ([tmp_path / "run"] if there else [])
         (tmp_path / "run").mkdir(exist_ok=True)
 
@@ -416,10 +417,10 @@ def test_a_checkpoint_of_another_run_is_refused(config, whole, tmp_path):
 def test_another_config_is_refused_with_the_field_that_differs(config, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
+        train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     other = replace(config, train=replace(config.train, learning_rate=0.5))
     with pytest.raises(ValueError, match=r"train\.learning_rate is .* there and 0\.5 here"):
-        runs.train(other, run, energy=ink, resume="auto", progress=False)
+        train(other, run, energy=ink, resume="auto", progress=False)
 
 
 def test_the_policy_of_a_checkpoint_is_one_that_diffusers_loads(config, tmp_path):
@@ -427,9 +428,9 @@ def test_the_policy_of_a_checkpoint_is_one_that_diffusers_loads(config, tmp_path
 
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="is gone"):
-        runs.train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
+        train(config, run, energy=breaking(11, STOPS["an error"]), progress=False)
     saved = UNet2DModel.from_pretrained(checkpoint.last(run / "checkpoints") / "policy")
-    ours: Any = runs.open_run(run).policy.denoiser
+    ours: Any = open_run(run).policy.denoiser
     for name, weight in ours.model.state_dict().items():
         assert torch.equal(weight, saved.state_dict()[name])
 
@@ -438,5 +439,5 @@ def test_a_run_that_is_being_written_is_left_alone(config, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     with RunLock(run), pytest.raises(ValueError, match="is being written by process"):
-        runs.train(config, run, energy=ink, progress=False)
+        train(config, run, energy=ink, progress=False)
     assert not list(run.iterdir())

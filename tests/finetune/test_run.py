@@ -17,8 +17,11 @@ from tiltune.finetune.certificate.criteria import Criterion
 from tiltune.finetune.config.sections import EnergyConfig, PolicyConfig, PriorConfig, RunConfig, TrainConfig
 from tiltune.finetune.config.yaml_file import from_mapping, read_yaml
 from tiltune.finetune.runs import evaluate as evaluation
-from tiltune.finetune.runs import run as runs
+from tiltune.finetune.runs.build import device_of
+from tiltune.finetune.runs.energies import absolute_term
 from tiltune.finetune.runs.folder import ASIDE, MOVING, new_run
+from tiltune.finetune.runs.run import open_run, read_config
+from tiltune.finetune.runs.train import train
 from tiltune.samplers.policy import Policy
 
 ENERGY = """
@@ -64,7 +67,7 @@ class Breaking:
 def test_a_run_holds_what_it_is_made_of_and_opens_again(config: RunConfig, tmp_path: Path, capsys: Any) -> None:
     torch.set_num_threads(2)
     try:
-        run = runs.train(config, tmp_path / "run", progress=True)
+        run = train(config, tmp_path / "run", progress=True)
         assert torch.get_num_threads() == 2  # the run's own number was its own affair
     finally:
         torch.set_num_threads(1)
@@ -85,34 +88,34 @@ def test_a_run_holds_what_it_is_made_of_and_opens_again(config: RunConfig, tmp_p
     assert run.record["decisions"] == printed[: len(run.record["decisions"])]
     assert len(run.history) == 2
 
-    again = runs.open_run(run.folder)
+    again = open_run(run.folder)
     assert again.config == run.config
     assert again.record == json.loads((run.folder / "run.json").read_text())
     torch.testing.assert_close(again.policy.sample(3, seed=1), run.policy.sample(3, seed=1), rtol=0, atol=0)
-    untrained = runs.train(replace(config, train=replace(config.train, updates=0)), tmp_path / "prior", progress=False)
+    untrained = train(replace(config, train=replace(config.train, updates=0)), tmp_path / "prior", progress=False)
     assert not torch.equal(again.policy.sample(3, seed=1), untrained.policy.sample(3, seed=1))
 
 
 def test_metrics_hold_nothing_that_another_run_would_not_repeat(config: RunConfig, tmp_path: Path) -> None:
     for kind in ("full", "lora"):
         one, two = (
-            runs.train(replace(config, policy=PolicyConfig(kind, rank=2)), tmp_path / f"{kind}{n}", progress=False) for n in "12"
+            train(replace(config, policy=PolicyConfig(kind, rank=2)), tmp_path / f"{kind}{n}", progress=False) for n in "12"
         )
         assert contents(one.folder / "policy") == contents(two.folder / "policy")
         assert contents(one.folder)["metrics.jsonl"] == contents(two.folder)["metrics.jsonl"]
     other = replace(config, train=replace(config.train, seed=1))
     assert (
-        contents(runs.train(other, tmp_path / "3", progress=False).folder)["metrics.jsonl"]
+        contents(train(other, tmp_path / "3", progress=False).folder)["metrics.jsonl"]
         != contents(tmp_path / "full1")["metrics.jsonl"]
     )
 
 
 def test_an_interrupted_run_is_a_run(config: RunConfig, tmp_path: Path) -> None:
     energy = Breaking(5, KeyboardInterrupt())  # the probe, four calls, and one update
-    run = runs.train(config, tmp_path / "run", energy=energy, progress=False)
+    run = train(config, tmp_path / "run", energy=energy, progress=False)
     assert run.record["interrupted"] is True
     assert run.record["updates"] == 1
-    opened = runs.open_run(run.folder)
+    opened = open_run(run.folder)
     torch.testing.assert_close(opened.policy.sample(2), run.policy.sample(2), rtol=0, atol=0)
     figures, _ = evaluation.certify(opened, lambda x: x.flatten(1).mean(1), size=100, progress=False)
     assert any("interrupted" in flag for flag in figures["flags"])
@@ -120,8 +123,8 @@ def test_an_interrupted_run_is_a_run(config: RunConfig, tmp_path: Path) -> None:
 
 def test_an_error_in_the_middle_keeps_what_was_trained(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out of memory"):
-        runs.train(config, tmp_path / "run", energy=Breaking(5, RuntimeError("out of memory")), progress=False)
-    opened = runs.open_run(tmp_path / "run")
+        train(config, tmp_path / "run", energy=Breaking(5, RuntimeError("out of memory")), progress=False)
+    opened = open_run(tmp_path / "run")
     assert opened.record["updates"] == 1
     assert "out of memory" in opened.record["stopped"]
     assert opened.policy.sample(2).isfinite().all()
@@ -133,40 +136,40 @@ def test_what_breaks_before_the_first_update_leaves_nothing_and_takes_nothing(
 ) -> None:
     out = tmp_path / "runs" / "deep" / "run"
     with pytest.raises((KeyboardInterrupt, ValueError)):
-        runs.train(config, out, energy=Breaking(0, error), progress=False)
+        train(config, out, energy=Breaking(0, error), progress=False)
     assert not (tmp_path / "runs").exists()
 
-    runs.train(config, out, progress=False)
+    train(config, out, progress=False)
     (out / "certificate.json").write_text("{}")
     (out / "notes.txt").write_text("mine")
     before = contents(out)
     with pytest.raises((KeyboardInterrupt, ValueError)):
-        runs.train(config, out, energy=Breaking(0, error), overwrite=True, progress=False)
+        train(config, out, energy=Breaking(0, error), overwrite=True, progress=False)
     assert contents(out) == before
     assert not (out / ASIDE).exists()
 
 
 def test_a_run_is_only_replaced_on_request_and_then_whole(config: RunConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    runs.train(config, out, progress=False)
+    train(config, out, progress=False)
     (out / "certificate.json").write_text("{}")
     (out / "notes.txt").write_text("mine")
     before = contents(out)
     with pytest.raises(ValueError, match=r"already holds a run .*nothing was touched"):
-        runs.train(config, out, progress=False)
+        train(config, out, progress=False)
     assert contents(out) == before
-    runs.train(replace(config, train=replace(config.train, seed=1)), out, overwrite=True, progress=False)
+    train(replace(config, train=replace(config.train, seed=1)), out, overwrite=True, progress=False)
     after = contents(out)
     assert "certificate.json" not in after  # it belonged to the run that is gone
     assert after["notes.txt"] == b"mine"
     assert after["metrics.jsonl"] != before["metrics.jsonl"]
     with pytest.raises(ValueError, match="is a file"):
-        runs.train(config, out / "notes.txt", overwrite=True, progress=False)
+        train(config, out / "notes.txt", overwrite=True, progress=False)
 
 
 def test_overwrite_moves_a_run_back_that_a_killed_process_left_aside(config: RunConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    runs.train(config, out, progress=False)
+    train(config, out, progress=False)
     before = contents(out)
 
     def kill(*moved: str, to: str) -> None:
@@ -176,12 +179,12 @@ def test_overwrite_moves_a_run_back_that_a_killed_process_left_aside(config: Run
 
     def fail() -> None:
         with pytest.raises(ValueError, match="broken"):
-            runs.train(config, out, energy=Breaking(0, RuntimeError("broken")), overwrite=True, progress=False)
+            train(config, out, energy=Breaking(0, RuntimeError("broken")), overwrite=True, progress=False)
         assert contents(out) == before
 
     kill("config.yaml", "metrics.jsonl", "policy", "run.json", to=ASIDE)  # before anything new was written
     with pytest.raises(ValueError, match=r"already holds a run \(\.replaced\); nothing was touched"):
-        runs.train(config, out, progress=False)
+        train(config, out, progress=False)
     fail()
     kill("config.yaml", "metrics.jsonl", "policy", "run.json", to=ASIDE)  # in the middle of the new training
     (out / "config.yaml").write_text("{}")
@@ -210,7 +213,7 @@ def test_overwrite_takes_nothing_that_is_no_run(config: RunConfig, tmp_path: Pat
             (out / file).write_text(text)
         before = contents(out)
         with pytest.raises(ValueError, match=r"but no run that could be overwritten: .*\. Nothing was touched"):
-            runs.train(config, out, overwrite=True, progress=False)
+            train(config, out, overwrite=True, progress=False)
         assert contents(out) == before
 
 
@@ -225,17 +228,17 @@ def test_ctrl_c_while_saving_waits_until_all_is_saved(config: RunConfig, tmp_pat
     # A test run in the background ignores Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        runs.train(config, tmp_path / "run", energy=Breaking(5, KeyboardInterrupt()), progress=False)
+        train(config, tmp_path / "run", energy=Breaking(5, KeyboardInterrupt()), progress=False)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    opened = runs.open_run(tmp_path / "run")
+    opened = open_run(tmp_path / "run")
     assert (opened.record["updates"], opened.record["interrupted"]) == (1, True)
 
 
 def test_what_fails_while_saving_takes_neither_run(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    runs.train(config, out, progress=False)
+    train(config, out, progress=False)
     before = contents(out)
 
     def full(policy: Policy, folder: Path) -> None:
@@ -245,11 +248,11 @@ def test_what_fails_while_saving_takes_neither_run(config: RunConfig, tmp_path: 
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "save", full)
         with pytest.raises(OSError, match="No space left"):
-            runs.train(other, out, overwrite=True, progress=False)
+            train(other, out, overwrite=True, progress=False)
         assert (out / "metrics.jsonl").read_bytes() != before["metrics.jsonl"]  # the new training's
         assert contents(out / ASIDE) == before
         with pytest.raises(OSError, match="No space left"):  # control: where nothing was trained, all is as it was
-            runs.train(replace(other, train=replace(other.train, updates=0)), out, overwrite=True, progress=False)
+            train(replace(other, train=replace(other.train, updates=0)), out, overwrite=True, progress=False)
     assert contents(out) == before
 
 
@@ -268,24 +271,24 @@ def test_energy_files_are_spelled_out(config: RunConfig, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     terms = ("my_energy.py:ink", "-0.5 * ./my_energy.py:nothing", "tiltune.tasks.mixture:energy(3)", "wanted")
     spelled = (f"{tmp_path}/my_energy.py:ink", f"-0.5 * {tmp_path}/my_energy.py:nothing", *terms[2:])
-    assert tuple(map(runs.absolute_term, terms)) == spelled
-    assert tuple(map(runs.absolute_term, spelled)) == spelled
-    run = runs.train(replace(config, energy=EnergyConfig(terms[:2])), tmp_path / "run", progress=False)
-    assert runs.read_config(run.folder).energy.terms == run.config.energy.terms == spelled[:2]
+    assert tuple(map(absolute_term, terms)) == spelled
+    assert tuple(map(absolute_term, spelled)) == spelled
+    run = train(replace(config, energy=EnergyConfig(terms[:2])), tmp_path / "run", progress=False)
+    assert read_config(run.folder).energy.terms == run.config.energy.terms == spelled[:2]
     odd = tmp_path / "a:b"  # no term can spell this place; as it was, it works here
     odd.mkdir()
     monkeypatch.chdir(odd)
-    assert runs.absolute_term("my_energy.py:ink") == "my_energy.py:ink"
+    assert absolute_term("my_energy.py:ink") == "my_energy.py:ink"
 
 
 def test_mps_is_no_device(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     for cuda, device in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
-        assert runs._device(replace(config, device="auto")) == device
+        assert device_of(replace(config, device="auto")) == device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="the device is 'cuda', but torch sees none here"):
-        runs._device(replace(config, device="cuda"))
+        device_of(replace(config, device="cuda"))
 
 
 def test_what_is_missing_is_said_before_any_work(config: RunConfig, tmp_path: Path) -> None:
@@ -298,9 +301,9 @@ def test_what_is_missing_is_said_before_any_work(config: RunConfig, tmp_path: Pa
     ]
     for wrong, says in cases:
         with pytest.raises(ValueError, match=says):
-            runs.train(wrong, tmp_path / "run", progress=False)
+            train(wrong, tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="is of the task None, but 'toy' is given"):
-        runs.train(config, tmp_path / "run", task=SimpleNamespace(name="toy"), progress=False)  # pyright: ignore[reportArgumentType]
+        train(config, tmp_path / "run", task=SimpleNamespace(name="toy"), progress=False)  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "run").exists()
 
 
@@ -308,26 +311,26 @@ def test_a_bank_that_does_not_fit_is_refused(config: RunConfig, tmp_path: Path) 
     huge = replace(config.train, bank_size=10**12)
     needed = replace(config, train=replace(huge, behavior=None))
     with pytest.raises(ValueError, match=r"bank of 1,000,000,000,000 prior trajectories of 4 states takes 238,\d{3}\.\d GB"):
-        runs.train(needed, tmp_path / "run", progress=False)
+        train(needed, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
-    runs.train(replace(config, train=huge), tmp_path / "run", progress=False)  # control: nothing needs it
+    train(replace(config, train=huge), tmp_path / "run", progress=False)  # control: nothing needs it
 
 
 def test_folders_that_hold_no_finished_run(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no run in"):
-        runs.open_run(tmp_path / "nowhere")
-    run = runs.train(config, tmp_path / "run", progress=False)
+        open_run(tmp_path / "nowhere")
+    run = train(config, tmp_path / "run", progress=False)
     text = (run.folder / "run.json").read_text()
     (run.folder / "run.json").write_text(text[:-20])
     with pytest.raises(ValueError, match=r"run.json is not JSON"):
-        runs.open_run(run.folder)
+        open_run(run.folder)
     (run.folder / "run.json").unlink()
     with pytest.raises(ValueError, match="still training, or its process was killed"):
-        runs.open_run(run.folder)
+        open_run(run.folder)
     (run.folder / "run.json").write_text(text)
     (run.folder / "config.yaml").write_text("train: {alpha: x}")
     with pytest.raises(ValueError, match=r"config.yaml: train.alpha is 'x'"):
-        runs.open_run(run.folder)
+        open_run(run.folder)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +347,7 @@ def test_folders_that_hold_no_finished_run(config: RunConfig, tmp_path: Path) ->
 def test_no_code_runs_because_a_folder_names_it(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, term: str
 ) -> None:
-    run = runs.train(config, tmp_path / "run", progress=False)
+    run = train(config, tmp_path / "run", progress=False)
     mark, evil = tmp_path / "mark", tmp_path / "evil.py"
     evil.write_text(f"open({str(mark)!r}, 'w').close()\ndef energy(x):\n    return x.flatten(1).mean(1)\n")
     (tmp_path / "tiltune.tasks.py").write_text(evil.read_text())
@@ -353,7 +356,7 @@ def test_no_code_runs_because_a_folder_names_it(
     term = term.format(evil=evil)
     stored = run.folder / "config.yaml"
     stored.write_text(stored.read_text().replace(config.energy.terms[0], term))
-    opened = runs.open_run(run.folder)
+    opened = open_run(run.folder)
     assert opened.config.energy.terms == (term,)
     for act in (opened.energy, lambda: evaluation.certify(opened, size=100, progress=False)):
         with pytest.raises(ValueError, match="no code is run because a folder names it, so say it again: --energy"):
@@ -366,11 +369,11 @@ def test_no_code_runs_because_a_folder_names_it(
 
 def test_a_run_with_a_function_from_python_asks_for_it_again(config: RunConfig, tmp_path: Path) -> None:
     energy = Breaking(100, ValueError())
-    run = runs.train(replace(config, energy=EnergyConfig(("not.used:here",))), tmp_path / "run", energy=energy, progress=False)
+    run = train(replace(config, energy=EnergyConfig(("not.used:here",))), tmp_path / "run", energy=energy, progress=False)
     assert run.record["energy"] is None
-    assert runs.read_config(run.folder).energy.terms == ()
+    assert read_config(run.folder).energy.terms == ()
     with pytest.raises(ValueError, match=r"trained with a function of its own.*energy="):
-        evaluation.certify(runs.open_run(run.folder), size=100, progress=False)
+        evaluation.certify(open_run(run.folder), size=100, progress=False)
 
 
 # --- the certificate -------------------------------------------------------------------------------------------------
@@ -379,7 +382,7 @@ def test_a_run_with_a_function_from_python_asks_for_it_again(config: RunConfig, 
 def certified(config: RunConfig, out: Path, energy: Any, size: int, task: Any = None) -> dict[str, Any]:
     """The certificate of the untouched prior, for a given energy."""
     untouched = replace(config, train=replace(config.train, updates=0))
-    run = runs.train(untouched, out, energy=energy, task=task, progress=False)
+    run = train(untouched, out, energy=energy, task=task, progress=False)
     figures, evidence = evaluation.certify(run, energy, size=size, progress=False)
     assert "deployed" not in figures
     evaluation.write_certificate(run, evaluation.measure_deployment(run, figures, evidence, energy, progress=False))
@@ -409,7 +412,7 @@ def test_the_three_verdicts(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_a_certificate_repeats_and_another_seed_changes_it(config: RunConfig, tmp_path: Path) -> None:
-    run = runs.train(config, tmp_path / "run", progress=False)
+    run = train(config, tmp_path / "run", progress=False)
     energy = run.energy([f"{tmp_path}/my_energy.py:ink"])
     one, two = (evaluation.certify(run, energy, size=100, progress=False)[0] for _ in range(2))
     assert one == two
@@ -419,7 +422,7 @@ def test_a_certificate_repeats_and_another_seed_changes_it(config: RunConfig, tm
 
 
 def test_a_certificate_names_the_energy_that_judged(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = runs.train(config, tmp_path / "run", progress=False)
+    run = train(config, tmp_path / "run", progress=False)
     monkeypatch.chdir(tmp_path)
 
     def judged(*terms: str) -> tuple[Any, list[str]]:
@@ -451,7 +454,7 @@ def test_every_wait_of_a_certificate_has_a_bar_that_ends_at_its_total(
             super().__init__(*args, **options)
             bars.append(self)
 
-    run = runs.train(config, tmp_path / "run", progress=False)
+    run = train(config, tmp_path / "run", progress=False)
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     energy = run.energy([f"{tmp_path}/my_energy.py:ink"])
     figures, evidence = evaluation.certify(run, energy, size=100, progress=True)
@@ -463,7 +466,7 @@ def test_every_wait_of_a_certificate_has_a_bar_that_ends_at_its_total(
 
 def test_an_undecided_certificate_draws_on_to_its_budget(config: RunConfig, tmp_path: Path) -> None:
     """The untouched prior and a flat energy: 120 rollouts show too little, the 300 effective ones that it asks for pass."""
-    run = runs.train(replace(config, train=replace(config.train, updates=0)), tmp_path / "run", progress=False)
+    run = train(replace(config, train=replace(config.train, updates=0)), tmp_path / "run", progress=False)
 
     def flat(x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(x))
@@ -500,10 +503,10 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
         criteria=lambda figures: [Criterion("brightness", figures["brightness"], -100.0)],
     )
     toy = replace(config, task="toy", prior=PriorConfig(steps=3), train=replace(config.train, updates=0))
-    run = runs.train(toy, tmp_path / "run", task=task, energy=flat, progress=False)
+    run = train(toy, tmp_path / "run", task=task, energy=flat, progress=False)
     with pytest.raises(ValueError, match="is of the task 'toy', but None is given"):
-        runs.open_run(run.folder)
-    judged, _ = evaluation.certify(runs.open_run(run.folder, task), flat, size=400, progress=False)
+        open_run(run.folder)
+    judged, _ = evaluation.certify(open_run(run.folder, task), flat, size=400, progress=False)
     assert judged["verdict"] == "fail"
     assert judged["reasons"][0].startswith("brightness is")
     assert judged["judged_by"] == "the task toy"
@@ -513,7 +516,7 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
         raise ValueError("two samples are too few")
 
     task.figures = too_few
-    judged, _ = evaluation.certify(runs.open_run(run.folder, task), flat, size=100, progress=False)
+    judged, _ = evaluation.certify(open_run(run.folder, task), flat, size=100, progress=False)
     assert (judged["verdict"], judged["judged_by"]) == ("inconclusive", "its two sides")
     assert "two samples are too few" in judged["reasons"]
 
@@ -534,7 +537,7 @@ def test_a_gross_miss_fails_a_task_whose_target_side_is_thin(config: RunConfig, 
     def steep(x: torch.Tensor) -> torch.Tensor:
         return 4 * (x.flatten(1).mean(1) > 0).float()
 
-    run = runs.train(toy, tmp_path / "run", task=task, energy=steep, progress=False)
+    run = train(toy, tmp_path / "run", task=task, energy=steep, progress=False)
     judged, _ = evaluation.certify(run, steep, size=100, progress=False)
     assert (judged["verdict"], judged["judged_by"]) == ("fail", "the task toy")
     assert judged["target_ess"] < 100 and judged["verdict_unknown_truth"]["lower"] > 0.15

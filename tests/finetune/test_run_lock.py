@@ -17,7 +17,7 @@ from tiltune.finetune.runs.lock import RunLock
 HOLD = """
 import sys
 from pathlib import Path
-from tiltune.finetune.run_lock import RunLock
+from tiltune.finetune.runs.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     {inside}
     print("held", flush=True)

@@ -106,7 +106,7 @@ def found(in_two_processes: Any) -> list[dict[str, Any]]:
 
 
 def test_torchrun_says_in_the_environment_who_a_process_is(found: Any) -> None:
-    """`run.train` reads RANK and WORLD_SIZE before there is an accelerator, `run._device` and `worker.py` LOCAL_RANK."""
+    """`train` reads RANK and WORLD_SIZE before there is an accelerator, `device_of` and `worker.py` LOCAL_RANK."""
     assert [process["environment"] for process in found] == [
         {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"} for rank in ("0", "1")
     ]

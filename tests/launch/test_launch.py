@@ -446,7 +446,8 @@ def test_an_older_torchrun_is_asked_for_less_and_says_so(
 STUB = """
 import os, signal, sys, time
 from types import SimpleNamespace
-from tiltune.launch import cli, worker
+from tiltune.launch import cli
+from tiltune.launch.cluster import worker
 
 def verb(words):
     rank, kind = int(os.environ["RANK"]), words[0]
@@ -518,7 +519,7 @@ def test_a_process_hears_sigterm_when_its_torchrun_is_killed(tmp_path: Path, mon
     """Without being told (the control) it would train on with nobody to stop it."""
     monkeypatch.undo()
     child = "\n".join((
-        "import os, signal, time", "from tiltune.launch import worker", "worker.stop_with_parent()" if told else "",
+        "import os, signal, time", "from tiltune.launch.cluster import worker", "worker.stop_with_parent()" if told else "",
         "open('up.new', 'w').write(str(os.getpid()))", "os.rename('up.new', 'up')", "time.sleep(30)",
     ))  # fmt: skip
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"

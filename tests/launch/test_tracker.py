@@ -15,8 +15,8 @@ import pytest
 from accelerate import tracking
 
 from tiltune.finetune.config.sections import PriorConfig, RunConfig, TrainConfig
-from tiltune.finetune.runs import run as runs
 from tiltune.finetune.runs import tracker as trackers
+from tiltune.finetune.runs.train import train
 
 CALLS = ("__init__", "start", "store_init_configuration", "log", "finish")
 
@@ -88,8 +88,8 @@ def refuse() -> None:
 def test_a_tracker_hears_every_line_and_the_config(config: RunConfig, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        runs.train(config, tmp_path / "run", energy=ink, progress=False)
-        runs.train(replace(config, tracker=None), tmp_path / "plain", energy=ink, progress=False)
+        train(config, tmp_path / "run", energy=ink, progress=False)
+        train(replace(config, tracker=None), tmp_path / "plain", energy=ink, progress=False)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "plain")
     (fake,) = made
     lines = [json.loads(line) for line in metrics(tmp_path / "run").splitlines()]
@@ -104,13 +104,13 @@ def test_a_tracker_hears_every_line_and_the_config(config: RunConfig, tmp_path: 
 def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(call: str, config: RunConfig, tmp_path: Path) -> None:
     breaks[call] = refuse
     with pytest.warns(UserWarning, match="the tracker wandb failed") as said:
-        ended = runs.train(config, tmp_path / "run", energy=ink, progress=False)
+        ended = train(config, tmp_path / "run", energy=ink, progress=False)
     (warning,) = [str(one.message) for one in said if "tracker" in str(one.message)]
     doing = call if call in ("log", "finish") else "start"
     assert warning == (f"the tracker wandb failed to {doing}, and the run does without it: ConnectionError: the server is down.")
     assert ended.record["updates"] == 3 and ended.record["stopped"] is None and not ended.record["interrupted"]
     breaks.clear()
-    runs.train(replace(config, tracker=None), tmp_path / "plain", energy=ink, progress=False)
+    train(replace(config, tracker=None), tmp_path / "plain", energy=ink, progress=False)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "plain")
 
 
@@ -150,8 +150,8 @@ def test_a_run_is_resumed_with_another_tracker_or_none(config: RunConfig, tmp_pa
         return ink(x)
 
     with pytest.raises(ValueError, match="the scorer is gone"):
-        runs.train(config, tmp_path / "run", energy=stuck, progress=False)
-    runs.train(replace(config, tracker=None), tmp_path / "run", energy=ink, resume="auto", progress=False)
-    runs.train(config, tmp_path / "whole", energy=ink, progress=False)
+        train(config, tmp_path / "run", energy=stuck, progress=False)
+    train(replace(config, tracker=None), tmp_path / "run", energy=ink, resume="auto", progress=False)
+    train(config, tmp_path / "whole", energy=ink, progress=False)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert [fake.finished for fake in made] == [True, True]

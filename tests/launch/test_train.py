@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tiltune.finetune.config.sections import EnergyConfig, PriorConfig, RunConfig, pretrained_recipe
-from tiltune.finetune.runs import run as runs
+from tiltune.finetune.runs.run import open_run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -68,7 +68,7 @@ def test_python_yaml_and_flags_make_the_same_run_bit_for_bit(
         train=train,
         device="cpu",
     )
-    runs.train(config, "python", progress=False)
+    train(config, "python", progress=False)
 
     # And from the folder that any of them left.
     assert tiltune("train", "--config", "flags/config.yaml", "--out", "again").status == 0
@@ -432,7 +432,7 @@ def test_sample(tiltune: Callable[..., Any], trained: Path) -> None:
     assert tiltune("sample", "my-run", "--n", 5).status == 0
     samples = load_file(trained / "samples.safetensors")["samples"]
     assert samples.shape == (5, 1, 4, 4)
-    assert torch.equal(samples, runs.open_run(trained).policy.sample(5))
+    assert torch.equal(samples, open_run(trained).policy.sample(5))
     with Image.open(trained / "samples.png") as picture:
         assert min(picture.size) > 50
 
@@ -499,7 +499,7 @@ def test_export_and_its_refusals(tiltune: Callable[..., Any], here: Path, traine
     assert shown.status == 0, shown.err
     assert "from_pretrained" in shown.out
     pipeline = DDPMPipeline.from_pretrained(here / "exported", use_safetensors=True, local_files_only=True)
-    mine = runs.open_run(trained).policy.denoiser.state_dict()
+    mine = open_run(trained).policy.denoiser.state_dict()
     for name, weight in pipeline.unet.state_dict().items():
         assert torch.equal(weight, mine[f"model.{name}"])
     before = contents(here / "exported")

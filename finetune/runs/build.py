@@ -1,0 +1,69 @@
+"""What a config names, as objects: the device, the prior, the policy at its start, torch's threads. Torch is loaded on use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ..config.sections import RunConfig
+from .task import Task
+
+if TYPE_CHECKING:
+    from ...samplers.policy import Policy
+    from ...samplers.prior import Prior
+
+
+def device_of(config: RunConfig) -> str:
+    """Where the networks run.
+
+    Errors: ValueError for a device that torch does not see here.
+    """
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "cpu": True}  # not mps, which has no float64
+    # Under torchrun every process has a GPU of its own.
+    names = {"cuda": f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda", "cpu": "cpu"}
+    if config.device == "auto":
+        return next(names[name] for name, usable in there.items() if usable)
+    if not there.get(config.device):
+        raise ValueError(f"the device is {config.device!r}, but torch sees none here; use --device auto or cpu.")
+    return names[config.device]
+
+
+def load_prior(config: RunConfig, task: Task | None) -> Prior:
+    """The task's prior, or the one at ``config.prior.source``, on the config's device."""
+    device = device_of(config)
+    if task is not None:
+        prior = task.load_prior(config.prior)
+        prior.denoiser.to(device)  # pyright: ignore[reportAttributeAccessIssue]
+        return prior
+    from ...samplers.loading import pretrained
+
+    settings = asdict(config.prior)
+    return pretrained.load_prior(settings.pop("source"), device=device, **settings)
+
+
+def initial_policy(config: RunConfig, prior: Prior) -> Policy:
+    """The policy that the config asks for; it starts exactly at ``prior``."""
+    from ...samplers.make_policy import make_policy
+
+    chosen = config.policy
+    return make_policy(
+        prior, chosen.kind, rank=chosen.rank, targets=chosen.targets, gradient_checkpointing=chosen.gradient_checkpointing
+    )
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch's CPU threads within a block: their number is part of its arithmetic."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,30 @@
+"""What a run asks of a shipped task. A run knows a task as an object that it is given, never as a module that it imports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...samplers.prior import Prior
+    from ..certificate.criteria import Criterion
+    from ..certificate.evidence import Evidence
+    from ..config.sections import PriorConfig
+    from ..energies.energy import Energy
+
+
+class Task(Protocol):
+    """A task's prior, the module of its energies, and what it knows of the truth."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def load_prior(self) -> Callable[[PriorConfig], Prior]: ...
+    @property
+    def figures(self) -> Callable[[Evidence, Energy, torch.Generator], dict[str, Any]]: ...
+    @property
+    def criteria(self) -> Callable[[dict[str, Any]], list[Criterion]]: ...
