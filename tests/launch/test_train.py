@@ -60,12 +60,12 @@ def test_python_yaml_and_flags_make_the_same_run_bit_for_bit(
 
     base = pretrained_recipe()
     sizes = {"bank_size": 8, "warm_start_updates": 2, "warm_start_rows": 4, "soft_value_updates": 1}
-    train = replace(base.train, alpha=0.5, huber=None, updates=2, batch_size=4, learning_rate=1e-5, **sizes)
-    train = replace(train, warm_start_learning_rate=1e-5)
+    training = replace(base.train, alpha=0.5, huber=None, updates=2, batch_size=4, learning_rate=1e-5, **sizes)
+    training = replace(training, warm_start_learning_rate=1e-5)
     config = RunConfig(
         prior=PriorConfig(str(prior), 3),
         energy=EnergyConfig(("my_energy.py:ink", "0.5*my_energy.py:scaled(3)")),
-        train=train,
+        train=training,
         device="cpu",
     )
     train(config, "python", progress=False)

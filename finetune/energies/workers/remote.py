@@ -27,7 +27,7 @@ HEADER = 65_536  # bytes that an answer may have besides eight for each energy
 def from_remote(url: str, *, batch: int = 64, timeout: float = 60.0, retries: int = 5) -> Energy:
     """E(x) as the server at ``url`` gives it: ``--energy "tiltune:from_remote('http://scorer:8000/')"``.
 
-    Posted is a safetensors body with ``x`` [b, ...] float32 and the context, returned one with ``energy`` [b] (`energy_wire`).
+    Posted is a safetensors body with ``x`` [b, ...] float32 and the context, returned one with ``energy`` [b] (`wire`).
     batch: rows of one request, at most. timeout: seconds for one request. retries: how often a request is sent again where the
     connection fails, the time is up, or the server is busy (5xx, 429), after 0.5 s, then twice as long each time, or as long as
     its Retry-After says. It follows no redirect. `EnergyPool` sends several requests at once.
