@@ -19,6 +19,7 @@ import torch
 
 from tiltune.finetune.config.sections import EnergyConfig, PriorConfig, RunConfig, pretrained_recipe
 from tiltune.finetune.runs.run import open_run
+from tiltune.finetune.runs.train import train
 
 
 def contents(folder: Path) -> dict[str, bytes]:
