@@ -15,15 +15,12 @@ if TYPE_CHECKING:
     from .finetune.certificate.deployment import deployment_figures
     from .finetune.certificate.evidence import gather_evidence, path_figures
     from .finetune.certificate.verdict import judge_unknown
-    from .finetune.config.sections import (
-        CertificateConfig,
-        EnergyConfig,
-        PolicyConfig,
-        PriorConfig,
-        RunConfig,
-        TrainConfig,
-        pretrained_recipe,
-    )
+    from .finetune.config.certificate import CertificateConfig
+    from .finetune.config.energy import EnergyConfig
+    from .finetune.config.policy import PolicyConfig
+    from .finetune.config.prior import PriorConfig
+    from .finetune.config.run import RunConfig, pretrained_recipe
+    from .finetune.config.train import TrainConfig
     from .finetune.energies.cache import CachedEnergy
     from .finetune.energies.energy import Energy, from_density, from_reward
     from .finetune.energies.images import to_pil, to_uint8, to_unit
@@ -56,15 +53,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "finetune.certificate.evidence": ("gather_evidence", "path_figures"),
-    "finetune.config.sections": (
-        "CertificateConfig",
-        "EnergyConfig",
-        "PolicyConfig",
-        "PriorConfig",
-        "RunConfig",
-        "TrainConfig",
-        "pretrained_recipe",
-    ),
+    "finetune.config.certificate": ("CertificateConfig",),
+    "finetune.config.energy": ("EnergyConfig",),
+    "finetune.config.policy": ("PolicyConfig",),
+    "finetune.config.prior": ("PriorConfig",),
+    "finetune.config.run": ("RunConfig", "pretrained_recipe"),
+    "finetune.config.train": ("TrainConfig",),
     "finetune.certificate.criteria": ("judge_known",),
     "finetune.certificate.deployment": ("deployment_figures",),
     "finetune.energies.energy": ("Energy", "from_density", "from_reward"),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from ..finetune.config.sections import RunConfig
+from ..finetune.config.run import RunConfig
 from ..finetune.config.yaml_file import from_mapping, to_mapping
 
 POSITIONAL = tyro.conf.Positional

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.config.sections import PriorConfig, RunConfig
+from ..finetune.config.prior import PriorConfig
+from ..finetune.config.run import RunConfig
 from .image_recipe import class_criteria, image_recipe, shipped_prior
 from .task import Task, energy_terms
 

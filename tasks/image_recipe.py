@@ -6,7 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.config.sections import CertificateConfig, EnergyConfig, PriorConfig, RunConfig, TrainConfig
+from ..finetune.config.certificate import CertificateConfig
+from ..finetune.config.energy import EnergyConfig
+from ..finetune.config.prior import PriorConfig
+from ..finetune.config.run import RunConfig
+from ..finetune.config.train import TrainConfig
 
 if TYPE_CHECKING:
     from ..finetune.certificate.criteria import Criterion

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.config.sections import PriorConfig, RunConfig
+from ..finetune.config.prior import PriorConfig
+from ..finetune.config.run import RunConfig
 
 if TYPE_CHECKING:
     import torch

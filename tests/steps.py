@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from tiltune.finetune.config.sections import pretrained_recipe
+from tiltune.finetune.config.run import pretrained_recipe
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.runs.build import load_prior
 from tiltune.finetune.runs.energies import absolute_term, load_energies

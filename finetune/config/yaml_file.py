@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .sections import RunConfig
+from .run import RunConfig
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ...samplers.inflated import inflated_rollout
 from ...samplers.prior import Prior
 from ...samplers.rollout import rollout
 from ...samplers.trajectory import Trajectories
-from ..config.sections import TrainConfig
+from ..config.train import TrainConfig
 from ..populations.population import Population
 
 

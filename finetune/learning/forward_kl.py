@@ -24,7 +24,7 @@ from ...samplers.bridge import bridge_of, forgets_given_next
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import rows_at_once
-from ..config.sections import TrainConfig
+from ..config.train import TrainConfig
 from ..populations.population import Population
 from .bridge_check import bridge_bias
 from .gradients import NoSync, backward_likelihood, backward_rows, chunk_rows

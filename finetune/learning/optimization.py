@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...samplers.policy import Policy
-from ..config.sections import TrainConfig
+from ..config.train import TrainConfig
 from ..distributed.processes import Processes
 from .step_bound import FLOOR, StepBound
 from .step_guard import StepGuard

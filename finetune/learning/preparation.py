@@ -10,7 +10,7 @@ from torch import nn
 
 from ...samplers.prior import Prior
 from ...samplers.rollout import rollout
-from ..config.sections import TrainConfig
+from ..config.train import TrainConfig
 from ..distributed.processes import Processes
 from ..energies.energy import energy_name
 from ..energies.error import EnergyError

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
-from ..config.sections import TrainConfig
+from ..config.train import TrainConfig
 from ..distributed.processes import Processes
 from ..distributed.signals import NoAnswer, ProcessError
 from ..energies.cache import CachedEnergy

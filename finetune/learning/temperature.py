@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..config.sections import TrainConfig
+from ..config.train import TrainConfig
 from ..distributed.processes import Processes
 from ..estimators import adequate_alpha
 from ..populations.population import Population

@@ -16,7 +16,7 @@ from ...samplers.bridge import bridge_of
 from ...samplers.make_policy import trainable_copy
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
-from ..config.sections import TrainConfig
+from ..config.train import TrainConfig
 from ..distributed.signals import Preempted
 from ..energies.energy import Energy
 from .improvement import Improvement

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ..config.sections import RunConfig
+from ..config.run import RunConfig
 from .task import Task
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...samplers.policy import Policy
-from ..config.sections import RunConfig
+from ..config.run import RunConfig
 from ..config.yaml_file import to_yaml
 from ..distributed.signals import uninterrupted
 from ..learning.trainer import Trainer

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.sections import RunConfig
+from ..config.run import RunConfig
 from ..energies.names import combine, parse_energy
 from .task import Task
 

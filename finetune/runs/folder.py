@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config.sections import RunConfig
+from ..config.run import RunConfig
 from ..config.yaml_file import from_mapping, read_yaml
 from .lock import RunLock
 

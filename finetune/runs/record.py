@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ..._version import __version__
-from ..config.sections import RunConfig
+from ..config.run import RunConfig
 from ..distributed.signals import Preempted
 
 if TYPE_CHECKING:

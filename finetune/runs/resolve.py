@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.sections import RunConfig
+from ..config.run import RunConfig
 from ..energies.names import parse_energy
 from .energies import absolute_term
 from .task import Task

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.sections import RunConfig
+from ..config.run import RunConfig
 from ..config.yaml_file import from_mapping, read_yaml, to_yaml
 from . import checkpoint
 from .folder import refuse_occupied

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.sections import RunConfig
+from ..config.run import RunConfig
 from ..config.yaml_file import from_mapping, read_yaml
 from .build import load_prior
 from .energies import is_shipped, load_energies

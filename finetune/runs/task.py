@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ...samplers.prior import Prior
     from ..certificate.criteria import Criterion
     from ..certificate.evidence import Evidence
-    from ..config.sections import PriorConfig
+    from ..config.prior import PriorConfig
     from ..energies.energy import Energy
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.sections import RunConfig
+from ..config.run import RunConfig
 from ..config.yaml_file import to_mapping, to_yaml
 from ..distributed.signals import deferred, preemptible, uninterrupted
 from ..strict_json import strict_json

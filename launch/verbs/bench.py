@@ -215,7 +215,7 @@ def update_over_floor(case: Case, rounds: int, device: str) -> dict[str, Any]:
     """An update, optimizer step included, over K·F of the prior, K·F of the policy and K·FB of the policy."""
     import torch
 
-    from ...finetune.config.sections import TrainConfig
+    from ...finetune.config.train import TrainConfig
     from ...finetune.learning.gradients import chunk_rows
     from ...samplers.rollout import rollout
 
@@ -347,7 +347,7 @@ def two_pass_against_naive(batch: int, rounds: int, device: str) -> list[dict[st
     """Time and both peaks of both updates at each number of steps."""
     import torch
 
-    from ...finetune.config.sections import TrainConfig
+    from ...finetune.config.train import TrainConfig
     from ...finetune.learning.gradients import chunk_rows
     from ...samplers.rollout import rollout
 

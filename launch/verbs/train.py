@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...finetune.config.sections import RunConfig, pretrained_recipe
+from ...finetune.config.run import RunConfig, pretrained_recipe
 from ...finetune.config.yaml_file import from_mapping, read_yaml, to_yaml
 from ...tasks.task import TASKS, load_task
 from .. import flags

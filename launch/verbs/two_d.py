@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...finetune.config.sections import TrainConfig
+from ...finetune.config.train import TrainConfig
 from ...finetune.strict_json import strict_json
 
 if TYPE_CHECKING:

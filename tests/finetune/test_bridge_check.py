@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.bridge_check import bridge_bias
 from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.trainer import Trainer

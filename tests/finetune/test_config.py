@@ -7,21 +7,17 @@ import math
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from tiltune.finetune.config.sections import (
-    BEHAVIOR_NAMES,
-    CertificateConfig,
-    EnergyConfig,
-    ObjectiveName,
-    PolicyConfig,
-    PriorConfig,
-    RunConfig,
-    TrainConfig,
-    pretrained_recipe,
-)
+from tiltune.finetune.config.certificate import CertificateConfig
+from tiltune.finetune.config.energy import EnergyConfig
+from tiltune.finetune.config.policy import PolicyConfig
+from tiltune.finetune.config.prior import PriorConfig
+from tiltune.finetune.config.run import RunConfig, pretrained_recipe
+from tiltune.finetune.config.train import BEHAVIOR_NAMES, ObjectiveName, TrainConfig
 from tiltune.finetune.learning.behaviors import BEHAVIORS
 from tiltune.finetune.learning.objectives import OBJECTIVES
 
@@ -107,7 +103,7 @@ def test_a_config_survives_json() -> None:
 
 def test_importing_the_config_does_not_import_torch() -> None:
     code = (
-        "import sys, tiltune; from tiltune.finetune.config.sections import TrainConfig; TrainConfig();"
+        "import sys, tiltune; from tiltune.finetune.config.train import TrainConfig; TrainConfig();"
         " print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -157,15 +153,17 @@ def test_the_recipe_for_a_strangers_prior_is_a_whole_config() -> None:
 def test_every_field_says_what_it_is_for_or_needs_no_words() -> None:
     # The texts below the fields are the command line's help.
     import ast
-    import inspect
 
-    from tiltune.finetune.config import sections as config
+    import tiltune.finetune.config as package
 
-    silent = set()
-    for node in ast.parse(inspect.getsource(config)).body:
-        if isinstance(node, ast.ClassDef):
-            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
-                if isinstance(field, ast.AnnAssign) and not isinstance(after, ast.Expr):
-                    silent.add(ast.unparse(field.target))
+    silent, seen = set(), 0
+    for file in Path(package.__path__[0]).glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                seen += 1
+                for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                    if isinstance(field, ast.AnnAssign) and not isinstance(after, ast.Expr):
+                        silent.add(ast.unparse(field.target))
+    assert seen == 6
     sections = {"prior", "energy", "policy", "train", "certificate"}
     assert silent - sections <= {"warm_start_updates", "warm_start_learning_rate", "max_grad_norm", "seed"}

@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
-from tiltune.finetune.config.sections import EnergyConfig, PolicyConfig, PriorConfig, RunConfig, TrainConfig, pretrained_recipe
+from tiltune.finetune.config.energy import EnergyConfig
+from tiltune.finetune.config.policy import PolicyConfig
+from tiltune.finetune.config.prior import PriorConfig
+from tiltune.finetune.config.run import RunConfig, pretrained_recipe
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.config.yaml_file import from_mapping, leaves, read_yaml, to_mapping, to_yaml
 
 
@@ -177,7 +181,7 @@ import sys
 from pathlib import Path
 from tiltune.finetune.runs import run, train
 from tiltune.finetune.config.yaml_file import from_mapping, read_yaml
-from tiltune.finetune.config.sections import RunConfig
+from tiltune.finetune.config.run import RunConfig
 assert from_mapping(read_yaml(Path({str(path)!r})), RunConfig(), "") == RunConfig()
 print(sorted({{"torch", "diffusers", "numpy", "tyro"}} & set(sys.modules)))
 """

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.energies.energy import EnergyMeter, from_density, from_reward
 from tiltune.finetune.energies.error import EnergyError
 from tiltune.finetune.learning.objectives import OBJECTIVES, Batch

@@ -17,7 +17,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tiltune.finetune.config.sections import EnergyConfig, PriorConfig, RunConfig, TrainConfig
+from tiltune.finetune.config.energy import EnergyConfig
+from tiltune.finetune.config.prior import PriorConfig
+from tiltune.finetune.config.run import RunConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.energies.cache import CachedEnergy
 from tiltune.finetune.energies.energy import EnergyMeter
 from tiltune.finetune.energies.error import EnergyError

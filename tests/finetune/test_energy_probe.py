@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.energies.cache import CachedEnergy
 from tiltune.finetune.energies.energy import Energy, EnergyMeter
 from tiltune.finetune.energies.error import EnergyError

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal
 
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.estimators import weighted_mean
 from tiltune.finetune.learning import monitor, updates
 from tiltune.finetune.learning.improvement import Improvement

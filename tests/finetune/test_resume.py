@@ -10,7 +10,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tiltune.finetune.config.sections import PriorConfig, RunConfig, TrainConfig
+from tiltune.finetune.config.prior import PriorConfig
+from tiltune.finetune.config.run import RunConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.distributed.signals import Preempted
 from tiltune.finetune.energies.cache import CachedEnergy
 from tiltune.finetune.learning.metrics_log import MetricsLog

@@ -14,7 +14,11 @@ import pytest
 import torch
 
 from tiltune.finetune.certificate.criteria import Criterion
-from tiltune.finetune.config.sections import EnergyConfig, PolicyConfig, PriorConfig, RunConfig, TrainConfig
+from tiltune.finetune.config.energy import EnergyConfig
+from tiltune.finetune.config.policy import PolicyConfig
+from tiltune.finetune.config.prior import PriorConfig
+from tiltune.finetune.config.run import RunConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.config.yaml_file import from_mapping, read_yaml
 from tiltune.finetune.runs import evaluate as evaluation
 from tiltune.finetune.runs.build import device_of

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 
 from tiltune.finetune.certificate.evidence import path_figures
 from tiltune.finetune.certificate.verdict import judge_unknown
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.energies.energy import EnergyMeter
 from tiltune.finetune.energies.error import EnergyError
 from tiltune.finetune.estimators import weighted_mean

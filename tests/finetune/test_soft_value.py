@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.gradients import backward_likelihood
 from tiltune.finetune.learning.objectives import Batch, reinforce_kl

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.distributed.processes import Processes
 from tiltune.finetune.energies.energy import Energy
 from tiltune.finetune.energies.error import EnergyError

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value
 from tiltune.finetune.learning.step_bound import StepBound
 from tiltune.finetune.learning.trainer import Trainer

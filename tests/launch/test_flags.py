@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tiltune.finetune.config.sections import RunConfig, pretrained_recipe
+from tiltune.finetune.config.run import RunConfig, pretrained_recipe
 from tiltune.finetune.config.yaml_file import leaves, to_mapping
 from tiltune.launch import flags
 from tiltune.launch.verbs import train

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from accelerate import tracking
 
-from tiltune.finetune.config.sections import PriorConfig, RunConfig, TrainConfig
+from tiltune.finetune.config.prior import PriorConfig
+from tiltune.finetune.config.run import RunConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.runs import tracker as trackers
 from tiltune.finetune.runs.train import train
 

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.finetune.config.sections import EnergyConfig, PriorConfig, RunConfig, pretrained_recipe
+from tiltune.finetune.config.energy import EnergyConfig
+from tiltune.finetune.config.prior import PriorConfig
+from tiltune.finetune.config.run import RunConfig, pretrained_recipe
 from tiltune.finetune.runs.run import open_run
 from tiltune.finetune.runs.train import train
 

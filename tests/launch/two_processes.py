@@ -17,7 +17,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.distributed import sharding
 from tiltune.finetune.distributed import signals as interrupts
 from tiltune.finetune.distributed.processes import Processes

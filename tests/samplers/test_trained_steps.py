@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from torch import Tensor, nn
 
 from tiltune.finetune.certificate.evidence import gather_evidence
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.gradients import backward_trajectories
 from tiltune.finetune.learning.soft_value import SoftValue
 from tiltune.finetune.learning.step_bound import StepBound

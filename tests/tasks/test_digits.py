@@ -8,7 +8,7 @@ import torch
 
 from tiltune.finetune.certificate.criteria import conclude
 from tiltune.finetune.certificate.evidence import Evidence, path_figures
-from tiltune.finetune.config.sections import PriorConfig
+from tiltune.finetune.config.prior import PriorConfig
 from tiltune.finetune.energies.names import combine
 from tiltune.finetune.learning.objectives import Objective
 from tiltune.finetune.learning.trainer import Trainer

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tiltune.finetune.certificate.evidence import Evidence, path_figures
-from tiltune.finetune.config.sections import PriorConfig
+from tiltune.finetune.config.prior import PriorConfig
 from tiltune.finetune.energies.names import combine, load_energy
 from tiltune.samplers.loading.pretrained import load_prior
 from tiltune.samplers.resampling import systematic

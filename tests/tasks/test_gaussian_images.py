@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiltune.finetune.certificate.evidence import gather_evidence, path_figures
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.resampling import importance_resample
 from tiltune.samplers.rollout import rollout

@@ -12,7 +12,7 @@ import torch
 from tiltune.finetune.certificate.criteria import judge_known
 from tiltune.finetune.certificate.evidence import gather_evidence, path_figures
 from tiltune.finetune.certificate.verdict import judge_unknown
-from tiltune.finetune.config.sections import TrainConfig
+from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.tasks.data.calibrate import planted

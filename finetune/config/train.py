@@ -1,11 +1,11 @@
-"""The configuration of a run: plain values, checked when built, importable without torch."""
+"""What a training run depends on, next to the prior and the energy."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from ...samplers.trained_steps import step_window
+from .refusals import refuse
 
 ObjectiveName = Literal["rtb", "log_variance", "trust_pcl", "reinforce_kl", "tlm"]
 BEHAVIOR_NAMES = ("on_policy", "prior", "inflated", "tilted_prior", "noised_back")
@@ -85,10 +85,10 @@ class TrainConfig:
     """Of all noise in the training; the processes draw different noise from it."""
 
     def __post_init__(self) -> None:
-        def refuse(wrong: bool, message: str) -> None:
-            if wrong:
-                raise ValueError(message)
+        self._refuse_numbers()
+        self._refuse_behaviors()
 
+    def _refuse_numbers(self) -> None:
         names = ("rtb", "log_variance", "trust_pcl", "reinforce_kl", "tlm")
         refuse(self.objective not in names, f"unknown objective {self.objective!r}; choose one of {', '.join(names)}.")
         refuse(
@@ -128,6 +128,8 @@ class TrainConfig:
             self.soft_value_updates > 0 and self.bank_size < 2,
             f"bank_size is {self.bank_size}; the soft value is learned on two halves of the bank, so give at least 2.",
         )
+
+    def _refuse_behaviors(self) -> None:
         for name, share in self.shares.items():
             refuse(name not in BEHAVIOR_NAMES, f"unknown behavior {name!r}; choose from {', '.join(BEHAVIOR_NAMES)}.")
             refuse(not share > 0, f"the share of behavior {name} is {share}; leave it out instead.")
@@ -160,185 +162,3 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "behavior": self.shares}
-
-
-def _refuse(wrong: bool, message: str) -> None:
-    if wrong:
-        raise ValueError(message)
-
-
-def _check_choices(config: Any) -> None:
-    """Refuse a value that its field's Literal does not list."""
-    for name, hint in get_type_hints(type(config)).items():
-        for choices in [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]:
-            value, allowed = getattr(config, name), get_args(choices)
-            missing = value is None and type(None) in get_args(hint)
-            _refuse(value not in allowed and not missing, f"{name} is {value!r}; choose one of {', '.join(allowed)}.")
-
-
-@dataclass(frozen=True)
-class PriorConfig:
-    """The sampler to fine-tune: a pretrained denoiser and the chain that it is run with."""
-
-    source: str | None = None
-    """Folder (or hub id) of a diffusers pipeline, or of a denoiser with a scheduler config. None: the task's own prior."""
-    steps: int = 50
-    """K, the number of denoising steps."""
-    eta: float = 1.0
-    """DDIM's share of noise, above 0; 1 forgets the start best."""
-    variance: Literal["fixed_large", "fixed_small"] | None = None
-    """DDPM's kernel variance; short chains gain from fixed_large. None: the scheduler's own."""
-    noise: Literal["memoryless", "flow_grpo"] = "memoryless"
-    """The noise that turns a flow into a stochastic sampler."""
-    noise_level: float = 0.7
-    """Scale of the flow_grpo noise."""
-    train_steps: str | None = None
-    """FIRST:LAST, counted from 0: the only steps that the policy changes; the others stay the prior's own. A shorter window costs
-    less and reaches less. None: every step that can be trained."""
-    label: int | None = None
-    """Class label of a class-conditional denoiser."""
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """What the networks run in; log-ratios stay float32."""
-    channels_last: bool = False
-    """Memory format of the networks; helps convolutions on accelerators."""
-
-    def __post_init__(self) -> None:
-        _check_choices(self)
-        _refuse(self.steps < 1, f"steps is {self.steps}; a chain has at least one step.")
-        _refuse(not self.eta >= 0, f"eta is {self.eta}; it is DDIM's share of noise, above 0.")
-        _refuse(not self.noise_level > 0, f"noise_level is {self.noise_level}; it must be positive.")
-        if self.train_steps is not None:
-            first, last = step_window(self.train_steps)
-            _refuse(
-                last >= self.steps,
-                f"train_steps {first}:{last} reaches beyond the chain, whose {self.steps} steps are 0 to {self.steps - 1}.",
-            )
-        _refuse(self.label is not None and self.label < 0, f"label is {self.label}; class labels start at 0.")
-
-
-@dataclass(frozen=True)
-class EnergyConfig:
-    """What is minimized, at the temperature alpha."""
-
-    terms: tuple[str, ...] = ()
-    """FILE.py:NAME or package.module:NAME, summed; 0.5*FILE.py:NAME carries a scale, NAME(3) is called to make the energy.
-    A task's own energies need no module."""
-    cache: bool = False
-    """Remember energies of samples seen before."""
-    workers: int = 0
-    """Processes beside each training process that load the energy and share the rows of a batch, while the next one is drawn; or
-    threads, for a function and for remote scorers. 0: the energy is called where the training runs."""
-    timeout: float | None = None
-    """Seconds for a batch; then hung workers are killed and it is asked again, twice, before the run stops with a checkpoint.
-    None: no limit."""
-
-    def __post_init__(self) -> None:
-        _refuse(isinstance(self.terms, str), f"terms is {self.terms!r}; it is a tuple of terms: ({self.terms!r},).")
-        _refuse(not all(term.strip() for term in self.terms), "an energy term is empty; write it as FILE.py:NAME.")
-        _refuse(self.workers < 0, f"workers is {self.workers}; it must not be negative.")
-        _refuse(
-            self.timeout is not None and not 0 < self.timeout < float("inf"),
-            f"timeout is {self.timeout}; give positive seconds, or None.",
-        )
-        _refuse(
-            self.timeout is not None and not self.workers,
-            "timeout needs workers: an energy that hangs where the training runs cannot be killed without it.",
-        )
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """What is trained; it starts exactly at the prior."""
-
-    kind: Literal["full", "lora", "residual"] = "full"
-    """A full copy, low-rank adapters on the prior's own weights, or the frozen prior plus a second network of its size."""
-    rank: int = 8
-    """Of the adapters."""
-    targets: tuple[str, ...] = ()
-    """Names, or endings of names, of the layers that get adapters. None given: every layer larger than its adapter."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-
-    def __post_init__(self) -> None:
-        _check_choices(self)
-        _refuse(self.rank < 1, f"rank is {self.rank}; adapters have at least rank 1.")
-        _refuse(
-            bool(self.targets) and self.kind != "lora",
-            f"targets names layers for adapters, but the policy is {self.kind!r}; choose 'lora', or leave targets out.",
-        )
-
-
-@dataclass(frozen=True)
-class CertificateConfig:
-    """How the result is judged."""
-
-    size: int = 4000
-    """Fresh rollouts a side. The verdict needs 300 effective ones among the weighted prior's."""
-    seed: int = 0
-    """Of these rollouts, which share no noise with the training's."""
-    tolerance: float = 0.05
-    """How far the share of a region or of a range of energies may be off for a pass, where only the two sides are compared."""
-
-    def __post_init__(self) -> None:
-        _refuse(self.size < 100, f"certificate size is {self.size}; fewer than 100 rollouts a side show nothing.")
-        _refuse(self.seed < 0, f"certificate seed is {self.seed}; it must not be negative.")
-        _refuse(
-            not 0 < self.tolerance < 1,
-            f"certificate tolerance is {self.tolerance}; it is a difference of shares, between 0 and 1, such as 0.05.",
-        )
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that a run is made of; `finetune.config_file` reads and writes it as YAML.
-
-    Errors: ValueError for a value no run can have, before any work is done.
-    """
-
-    task: str | None = None
-    """A shipped task, which brings its prior, energies and truth. None: prior.source says what to train."""
-    prior: PriorConfig = PriorConfig()
-    energy: EnergyConfig = EnergyConfig()
-    policy: PolicyConfig = PolicyConfig()
-    train: TrainConfig = TrainConfig()
-    certificate: CertificateConfig = CertificateConfig()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the networks run; auto takes an accelerator where there is one."""
-    threads: int = 1
-    """CPU threads of torch. More pay for images, where no other work shares the cores: the shipped image tasks set 2."""
-    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
-    """Where the numbers of metrics.jsonl are sent besides; without it where it fails. Needs its package."""
-
-    def __post_init__(self) -> None:
-        _check_choices(self)
-        _refuse(self.threads < 1, f"threads is {self.threads}; at least one is needed.")
-        _refuse(
-            self.task is not None and self.prior.source is not None,
-            f"the task {self.task!r} brings its own prior, but {self.prior.source!r} is named too; leave out one of them.",
-        )
-
-
-def pretrained_recipe(source: str | None = None, *terms: str) -> RunConfig:
-    """A run on a pretrained sampler about which nothing is known: the default of ``tiltune train --prior``.
-
-    The parts of the shipped image tasks in sizes that an unknown network can afford. The bank holds ``bank_size`` · (K + 1)
-    states, 1.2 GB for 3 x 32 x 32 at K = 50.
-    """
-    train = TrainConfig(
-        objective="reinforce_kl",
-        soft_value_updates=1000,
-        bank_size=4000,
-        warm_start="value_drift",
-        warm_start_updates=250,
-        warm_start_rows=96,
-        warm_start_learning_rate=1e-3,
-        warm_start_step_nats=2.0,
-        updates=0,
-        batch_size=64,
-        learning_rate=3e-4,
-        step_nats=0.01,
-        tempering_ess=None,
-        ema_decay=0.98,
-        memory_mb=256.0,
-    )
-    return RunConfig(prior=PriorConfig(source), energy=EnergyConfig(terms), train=train)

@@ -1,0 +1,49 @@
+"""Which pretrained sampler is fine-tuned, and the chain that it is run with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...samplers.trained_steps import step_window
+from .refusals import refuse, refuse_other_choices
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The sampler to fine-tune: a pretrained denoiser and the chain that it is run with."""
+
+    source: str | None = None
+    """Folder (or hub id) of a diffusers pipeline, or of a denoiser with a scheduler config. None: the task's own prior."""
+    steps: int = 50
+    """K, the number of denoising steps."""
+    eta: float = 1.0
+    """DDIM's share of noise, above 0; 1 forgets the start best."""
+    variance: Literal["fixed_large", "fixed_small"] | None = None
+    """DDPM's kernel variance; short chains gain from fixed_large. None: the scheduler's own."""
+    noise: Literal["memoryless", "flow_grpo"] = "memoryless"
+    """The noise that turns a flow into a stochastic sampler."""
+    noise_level: float = 0.7
+    """Scale of the flow_grpo noise."""
+    train_steps: str | None = None
+    """FIRST:LAST, counted from 0: the only steps that the policy changes; the others stay the prior's own. A shorter window costs
+    less and reaches less. None: every step that can be trained."""
+    label: int | None = None
+    """Class label of a class-conditional denoiser."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """What the networks run in; log-ratios stay float32."""
+    channels_last: bool = False
+    """Memory format of the networks; helps convolutions on accelerators."""
+
+    def __post_init__(self) -> None:
+        refuse_other_choices(self)
+        refuse(self.steps < 1, f"steps is {self.steps}; a chain has at least one step.")
+        refuse(not self.eta >= 0, f"eta is {self.eta}; it is DDIM's share of noise, above 0.")
+        refuse(not self.noise_level > 0, f"noise_level is {self.noise_level}; it must be positive.")
+        if self.train_steps is not None:
+            first, last = step_window(self.train_steps)
+            refuse(
+                last >= self.steps,
+                f"train_steps {first}:{last} reaches beyond the chain, whose {self.steps} steps are 0 to {self.steps - 1}.",
+            )
+        refuse(self.label is not None and self.label < 0, f"label is {self.label}; class labels start at 0.")
