@@ -87,6 +87,18 @@ def test_a_forked_worker_does_not_keep_the_lock_of_its_killed_parent(tmp_path: P
         process.communicate()
 
 
+def test_a_forked_worker_that_leaves_the_block_leaves_the_lock_to_its_parent(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        child = os.fork()
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+            with pytest.raises(ValueError, match=f"process {os.getpid()} on"), RunLock(tmp_path):
+                pass
+    if not child:
+        os._exit(0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_file_that_goes_while_it_is_being_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The holder left between our opening its file and our locking it; a third would then lock a new file beside us."""
     lock, left = fcntl.flock, []
