@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from tiltune.finetune.learning.gradients import MAX_CHUNK, backward_trajectories, chunk_rows, objective_gradient
 from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
-from tiltune.launch.verbs.bench import KeptBytes, ignore, make_case, naive_update, two_pass_update
+from tiltune.launch.bench.case import make_case
+from tiltune.launch.bench.memory import KeptBytes
+from tiltune.launch.bench.updates import ignore, naive_update, two_pass_update
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import evaluate
 from tiltune.samplers.log_ratio import rows_of, step_log_ratio

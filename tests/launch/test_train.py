@@ -123,7 +123,7 @@ def test_a_window_of_trained_steps(tiltune: Callable[..., Any], here: Path, smal
     assert "step 1 of 3 is trained; the others are the prior's own" in shown.out.splitlines()
     assert tiltune("train", "--config", "window/config.yaml", "--out", "again").status == 0
     assert contents(here / "again")["metrics.jsonl"] == contents(here / "window")["metrics.jsonl"]
-    run = runs.open_run(here / "window")
+    run = open_run(here / "window")
     assert run.prior.chain.trained == (1,)
     with torch.no_grad():
         for weight in run.policy.parameters():
