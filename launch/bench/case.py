@@ -14,7 +14,6 @@ from ...samplers.make_policy import make_policy, trainable_copy
 from ...samplers.prior import Prior
 from ...samplers.schedulers.brownian import brownian_chain
 
-
 Network = Literal["mlp", "unet", "unet+lora"]
 
 

@@ -61,8 +61,8 @@ def _updates(device: str, quick: bool, say: Callable[[str], None]) -> list[dict[
     say(f"{'network':10}{'parameters':>11}{'K':>5}{'B':>6}{'chunk':>7}{'floor s':>10}{'update s':>10}{'ratio':>8}  quartiles")
     rows = []
     rounds = 3 if quick else 9
-    images = (2, 16) if quick else (4, 32)
-    sizes: list[tuple[Network, int, int]] = [("mlp", 20, 512), ("mlp", 20, 2048), ("unet", *images), ("unet+lora", *images)]
+    few, small = (2, 16) if quick else (4, 32)
+    sizes: list[tuple[Network, int, int]] = [("mlp", 20, 512), ("mlp", 20, 2048), ("unet", few, small), ("unet+lora", few, small)]
     for name, steps, batch in sizes:
         row = update_over_floor(make_case(name, steps, batch, device), rounds * (3 if name == "mlp" else 1), device)
         rows.append(row)

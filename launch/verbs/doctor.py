@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ..._version import __version__
 from .. import flags
+from ..cluster.environment import cores
 from ..cluster.round_trip import TIMEOUT, round_trip
-from .launch import cores
 
 DESCRIPTION = """Report versions, devices, the size of the world, a number sent around processes and back, free disk, threads and
 memory, and say what is wrong. Alone, it starts two processes over gloo, and one a GPU over nccl; under torchrun it uses the

@@ -22,7 +22,9 @@ import psutil
 import pytest
 import yaml
 
-from tiltune.launch.cluster import slurm, torchrun
+from tiltune.launch.cluster import jobs, slurm, torchrun
+from tiltune.launch.cluster.environment import settings
+from tiltune.launch.cluster.options import Options
 from tiltune.launch.verbs import launch
 
 ROOT = Path(launch.__file__).parents[2]
@@ -124,7 +126,7 @@ def test_the_trainjob_has_the_fields_of_trainer_v2(name: str, nodes: int, nproc:
     pod = job["template"]["spec"]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] > torchrun.GRACE  # or SIGKILL comes before torchrun's own
     assert pod["volumes"][0]["name"] == pod["containers"][0]["volumeMounts"][0]["name"]
-    assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == launch.KEPT
+    assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == jobs.KEPT
 
 
 def test_the_skypilot_task_recovers_from_a_requeue_status_and_keeps_runs() -> None:
@@ -132,23 +134,23 @@ def test_the_skypilot_task_recovers_from_a_requeue_status_and_keeps_runs() -> No
     assert set(found) == {"name", "num_nodes", "resources", "workdir", "file_mounts", "run"}
     assert found["num_nodes"] == 2 and set(found["resources"]["accelerators"].values()) == {8}
     assert found["resources"]["job_recovery"]["recover_on_exit_codes"] == [torchrun.REQUEUE, torchrun.UNSAVED]
-    assert set(found["file_mounts"]) == {launch.KEPT}
-    assert re.fullmatch(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]", found["file_mounts"][launch.KEPT]["name"])
+    assert set(found["file_mounts"]) == {jobs.KEPT}
+    assert re.fullmatch(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]", found["file_mounts"][jobs.KEPT]["name"])
 
 
 @pytest.mark.parametrize("name", ["accelerate_ddp", "accelerate_fsdp2"])
 def test_accelerate_reads_its_config_and_asks_for_what_we_do(name: str) -> None:
-    """A canary too: `launch.settings` and `Processes` name FSDP2 as accelerate does."""
+    """A canary too: `settings` and `Processes` name FSDP2 as accelerate does."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    file = launch.FOLDER / f"{name}.yaml"  # keys that accelerate does not know are refused
+    file = jobs.FOLDER / f"{name}.yaml"  # keys that accelerate does not know are refused
     words = ["--config_file", str(file), "--num_processes", "8", "-m", "tiltune", "train"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
     environment = prepare_multi_gpu_env(arguments)
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     assert {key: value for key, value in environment.items() if key in sharded} == (sharded if name.endswith("fsdp2") else {})
-    assert sharded.items() <= launch.settings(launch.Options(fsdp=True)).items()
+    assert sharded.items() <= settings(Options(fsdp=True)).items()
     assert not {key: value for key, value in environment.items() if value == "true"}.keys() & {
         "FSDP_OFFLOAD_PARAMS",
         "FSDP_ACTIVATION_CHECKPOINTING",
@@ -158,7 +160,7 @@ def test_accelerate_reads_its_config_and_asks_for_what_we_do(name: str) -> None:
 def test_the_dockerfile_copies_what_the_package_is_made_of() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     folders = {name.split(".")[1] for name in project["tool"]["setuptools"]["packages"] if "." in name}
-    text = (launch.FOLDER / "Dockerfile").read_text()
+    text = (jobs.FOLDER / "Dockerfile").read_text()
     copied = {word for line in text.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]}
     assert folders <= copied
     assert {file.name for file in CHECKOUT.glob("*.py")} | {"pyproject.toml", project["project"]["readme"], "LICENSE"} <= copied
@@ -309,7 +311,7 @@ def test_a_job_is_submitted_as_the_dry_run_prints_it(
     programs(program, f'cp "${{@: -1}}" "{tmp_path}/submitted"; {SAY_WORDS}; exit 5')
     assert tiltune("launch", *CASES[name]).status == 5
     assert (tmp_path / "submitted").read_text() == (GOLDEN / name).read_text()
-    assert tuple(said(tmp_path)[:-1]) == launch.SUBMIT[CASES[name][1]][1:]  # pyright: ignore[reportArgumentType]
+    assert tuple(said(tmp_path)[:-1]) == jobs.SUBMIT[CASES[name][1]][1:]  # pyright: ignore[reportArgumentType]
 
 
 def test_a_submitted_slurm_job_is_told_with_what_comes_next(tiltune: Callable[..., Any], programs: Any, monkeypatch: Any) -> None:
