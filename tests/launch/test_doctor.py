@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from tiltune.launch.cluster import round_trip
+from tiltune.launch.doctor import machine, packages, world
+from tiltune.launch.doctor.finding import Finding
 from tiltune.launch.verbs import doctor
 
 CHECKOUT = Path(__file__).parents[2]  # what is installed has no pyproject.toml
@@ -21,14 +23,14 @@ CHECKOUT = Path(__file__).parents[2]  # what is installed has no pyproject.toml
 
 @pytest.fixture(autouse=True)
 def _no_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*doctor.WORLD, "LOCAL_WORLD_SIZE"):
+    for name in (*world.WORLD, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out what takes seconds."""
-    monkeypatch.setattr(doctor, "two_or_more", lambda backend, size: doctor.Finding("round trip", f"{size} over {backend}"))
+    monkeypatch.setattr(world, "two_or_more", lambda backend, size: Finding("round trip", f"{size} over {backend}"))
 
 
 def test_a_healthy_machine(tiltune: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
@@ -66,8 +68,8 @@ def test_processes_that_do_not_meet_are_killed_and_said(
     fake = tmp_path / "python"
     fake.write_text(f"#!/bin/bash\necho $$ >> {tmp_path}/started\n{code.replace('sleep', 'exec sleep')}\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(doctor.sys, "executable", str(fake))
-    monkeypatch.setattr(doctor, "TIMEOUT", 0.2)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    monkeypatch.setattr(world, "TIMEOUT", 0.2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     shown = tiltune("doctor")
     assert shown.status == 1 and "healthy" not in shown.out
@@ -89,7 +91,7 @@ def test_a_wrong_sum_is_no_round_trip(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def a_world(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
     """The environment of a process under torchrun."""
-    for name, value in zip(doctor.WORLD, (rank, rank, "2", "localhost", "1"), strict=True):
+    for name, value in zip(world.WORLD, (rank, rank, "2", "localhost", "1"), strict=True):
         monkeypatch.setenv(name, value)
 
 
@@ -98,16 +100,16 @@ def ill(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import psutil
 
     if name == "disk":
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e9))
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e9))
     elif name == "memory":
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5e8, total=8e9))
     elif name == "read-only":
-        monkeypatch.setattr(doctor.os, "access", lambda folder, mode: False)
+        monkeypatch.setattr(machine.os, "access", lambda folder, mode: False)
     elif name == "missing":
-        version = doctor.installed
-        monkeypatch.setattr(doctor, "installed", lambda package: None if package == "accelerate" else version(package))
+        version = packages.installed
+        monkeypatch.setattr(packages, "installed", lambda package: None if package == "accelerate" else version(package))
     elif name == "old":
-        monkeypatch.setattr(doctor, "requirements", lambda: {"torch": ">=99"})
+        monkeypatch.setattr(packages, "requirements", lambda: {"torch": ">=99"})
     elif name == "broken":
         monkeypatch.setitem(sys.modules, "huggingface_hub.constants", None)
     elif name == "half a world":
@@ -117,18 +119,18 @@ def ill(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="GPU", total_memory=2**34))
         a_world(monkeypatch, rank="0")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        monkeypatch.setattr(doctor, "round_trip", lambda backend: 0.001)
+        monkeypatch.setattr(world, "round_trip", lambda backend: 0.001)
     elif name == "no answer":
         a_world(monkeypatch, rank="0")
 
         def fail(backend: str) -> float:
             raise torch.distributed.DistNetworkError("the client socket\nhas timed out")
 
-        monkeypatch.setattr(doctor, "round_trip", fail)
+        monkeypatch.setattr(world, "round_trip", fail)
     elif name == "driver":
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/usr/bin/{program}")
+        monkeypatch.setattr(machine.shutil, "which", lambda program: f"/usr/bin/{program}")
 
 
 @pytest.mark.usefixtures("no_processes")
@@ -162,9 +164,9 @@ def test_only_rank_0_reports_and_every_rank_says_what_is_wrong_with_it(
     tiltune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a_world(monkeypatch, rank="1")
-    monkeypatch.setattr(doctor, "round_trip", lambda backend: 0.001)
+    monkeypatch.setattr(world, "round_trip", lambda backend: 0.001)
     assert tiltune("doctor")[:2] == (0, "")
-    monkeypatch.setattr(doctor, "threads", lambda: doctor.Finding("threads", "none", "there are none."))
+    monkeypatch.setattr(doctor, "threads", lambda: Finding("threads", "none", "there are none."))
     assert tiltune("doctor")[:2] == (1, "wrong on rank 1: there are none.\n")
 
 
@@ -172,8 +174,8 @@ def test_requirements_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch) 
     import tomllib
 
     lines = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["dependencies"]
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: [*lines, 'peft>=0.18; extra == "lora"'])
-    needs = doctor.requirements()
+    monkeypatch.setattr(packages.metadata, "requires", lambda name: [*lines, 'peft>=0.18; extra == "lora"'])
+    needs = packages.requirements()
     assert "peft" not in needs
-    assert all(doctor.satisfies(doctor.installed(name) or "", needs[name]) for name in doctor.PACKAGES)
-    assert not doctor.satisfies("1.0", needs["torch"]) and doctor.satisfies("99.0.dev1+cpu", needs["torch"])
+    assert all(packages.satisfies(packages.installed(name) or "", needs[name]) for name in packages.PACKAGES)
+    assert not packages.satisfies("1.0", needs["torch"]) and packages.satisfies("99.0.dev1+cpu", needs["torch"])
