@@ -192,9 +192,8 @@ def _train(trainer: Trainer) -> tuple[TrainResult | None, Exception | KeyboardIn
     except (Exception, KeyboardInterrupt) as error:
         if not trainer.history:
             raise
-        if (
-            trainer.state.processes.sharded
-        ):  # all processes hold parts of the policy; one alone can save no more than the checkpoints
+        # All processes hold parts of the policy; one alone can save no more than the checkpoints.
+        if trainer.state.processes.sharded:
             if not trainer.state.on_all(error):
                 raise
             trainer.collected()
