@@ -9,8 +9,8 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
-from ...samplers.mlp import MLPDenoiser
 from ...samplers.make_policy import make_policy, trainable_copy
+from ...samplers.mlp import MLPDenoiser
 from ...samplers.prior import Prior
 from ...samplers.schedulers.brownian import brownian_chain
 
