@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tasks.metrics.images import on_cpu
+from ..tasks.metrics.samples import on_cpu
 from ..tasks.plots.curves import POLICY, PRIOR, TARGET, new_figure
 from ..tasks.plots.images import image_grid, sheet, target_samples
 

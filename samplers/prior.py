@@ -30,9 +30,9 @@ class Prior:
     """A frozen denoiser and the chain it is run with: together they define p_prior, the law of what is sampled.
 
     shape: of one state, without the batch. to_data: maps terminal states [B, ...] to the samples an energy sees (a
-    scale, or a latent decoder); the identity where None. `load_prior` also fills source, scheduler (the diffusers scheduler that
-    the chain was read from), step_options (what its step takes besides, DDIM's eta) and decisions (what the loader decided, a
-    line each).
+    scale, or a latent decoder); the identity where None. data_variance: of the samples' widest direction, in units of the state;
+    None where unknown. `load_prior` also fills source, scheduler (the diffusers scheduler that the chain was read from),
+    step_options (what its step takes besides, DDIM's eta) and decisions (what the loader decided, a line each).
     """
 
     def __init__(
@@ -46,11 +46,13 @@ class Prior:
         scheduler: Any = None,
         step_options: dict[str, float] | None = None,
         decisions: tuple[str, ...] = (),
+        data_variance: float | None = None,
     ) -> None:
         self.denoiser: Any = as_denoiser(network)
         self.chain = chain
         self.shape = tuple(shape)
         self.source, self.scheduler, self.step_options, self.decisions = source, scheduler, step_options or {}, decisions
+        self.data_variance = data_variance
         self._to_data = to_data
         if isinstance(self.denoiser, nn.Module):
             self.denoiser.requires_grad_(False).eval()

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..finetune.certificate.criteria import Criterion, judge_weighted
 from ..finetune.config.prior import PriorConfig
 from ..finetune.config.run import RunConfig
 from .image_recipe import class_criteria, image_recipe, shipped_prior
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from ..finetune.certificate.criteria import Criterion
+    from ..finetune.certificate.criteria import Verdict
     from ..finetune.certificate.evidence import Evidence
     from ..finetune.energies.energy import Energy
     from ..samplers.prior import Prior
@@ -66,7 +67,7 @@ def load_prior(config: PriorConfig) -> Prior:
     return shipped_prior(FOLDER, config)
 
 
-def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+def figures(config: PriorConfig, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
     """Shares, diversity, W2 and the energy histogram against the weighted prior samples, each with its error."""
     from .classifier import ClassEnergy
     from .metrics.images import image_figures, wanted_figures
@@ -79,14 +80,17 @@ def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> d
 
 def criteria(figures: dict[str, Any]) -> list[Criterion]:
     """The bars of the task: what a policy that draws the tilted prior, and nothing less, meets."""
-    from ..finetune.certificate.criteria import Criterion
-
     lines = [
         Criterion("energy TV", figures["energy_tv"], 0.15),
         Criterion("EUBO - ELBO", figures["gap"], 2.0),
         Criterion("|log Z forward - reverse|", abs(figures["log_z"] - figures["log_z_forward"]), 0.3),
     ]
     return lines + class_criteria(figures)
+
+
+def judge_run(figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
+    """The verdict by `criteria` and the gap against the prior's."""
+    return judge_weighted(criteria(figures), figures)
 
 
 def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], figures: dict[str, Any]) -> Figure:
@@ -103,6 +107,6 @@ TASK = Task(
     recipe=recipe,
     load_prior=load_prior,
     figures=figures,
-    criteria=criteria,
+    judge=judge_run,
     picture=picture,
 )

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..finetune.certificate.criteria import Criterion, judge_weighted
 from ..finetune.config.prior import PriorConfig
 from ..finetune.config.run import RunConfig
 from .image_recipe import class_criteria, image_recipe, shipped_prior
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from ..finetune.certificate.criteria import Criterion
+    from ..finetune.certificate.criteria import Verdict
     from ..finetune.certificate.evidence import Evidence
     from ..finetune.energies.energy import Energy
     from ..samplers.prior import Prior
@@ -93,7 +94,7 @@ def load_prior(config: PriorConfig) -> Prior:
     return shipped_prior(FOLDER, config)
 
 
-def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+def figures(config: PriorConfig, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
     """Classes, W2 and the energy histogram against the weighted prior samples, and what belongs to each kind of energy."""
     from .classifier import ClassEnergy
     from .inpainting import Inpainting
@@ -110,8 +111,6 @@ def figures(evidence: Evidence, energy: Energy, generator: torch.Generator) -> d
 
 def criteria(figures: dict[str, Any]) -> list[Criterion]:
     """The bars of the task; ``_null`` is what an exact sampler exceeds in three cases of a thousand."""
-    from ..finetune.certificate.criteria import Criterion
-
     lines = [
         Criterion("energy TV", figures["energy_tv"], 0.03 + figures["energy_tv_null"]),
         Criterion("EUBO - ELBO", figures["gap"], 2.0),
@@ -128,6 +127,11 @@ def criteria(figures: dict[str, Any]) -> list[Criterion]:
                 name, null = f"{moment}_error_{pixels}", f"{moment}_error_null_{pixels}"
                 lines.append(Criterion(f"{moment} of {pixels} pixels, error", figures[name], figures[null]))
     return lines
+
+
+def judge_run(figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
+    """The verdict by `criteria` and the gap against the prior's."""
+    return judge_weighted(criteria(figures), figures)
 
 
 def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], figures: dict[str, Any]) -> Figure:
@@ -148,6 +152,6 @@ TASK = Task(
     recipe=recipe,
     load_prior=load_prior,
     figures=figures,
-    criteria=criteria,
+    judge=judge_run,
     picture=picture,
 )

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..finetune.certificate.criteria import Criterion
 from ..finetune.config.certificate import CertificateConfig
 from ..finetune.config.energy import EnergyConfig
 from ..finetune.config.prior import PriorConfig
@@ -13,7 +14,6 @@ from ..finetune.config.run import RunConfig
 from ..finetune.config.train import TrainConfig
 
 if TYPE_CHECKING:
-    from ..finetune.certificate.criteria import Criterion
     from ..samplers.prior import Prior
 
 
@@ -49,8 +49,6 @@ def image_recipe(task: str, energy: str, alpha: float, updates: int, certificate
 
 def class_criteria(figures: dict[str, Any]) -> list[Criterion]:
     """The lines of an energy of one set of classes, unmeasured where the certificate found no such energy."""
-    from ..finetune.certificate.criteria import Criterion
-
     found = "share" in figures
     return [
         Criterion("share below the target's", figures["share_reference"] - figures["share"] if found else None, 0.03),
@@ -59,9 +57,14 @@ def class_criteria(figures: dict[str, Any]) -> list[Criterion]:
 
 
 def shipped_prior(folder: Path, config: PriorConfig) -> Prior:
-    """The pipeline in ``folder`` with the config's chain."""
+    """The pipeline in ``folder`` with the config's chain.
+
+    Errors: ValueError for a chain by name: the pipeline's scheduler is the only one.
+    """
     from ..samplers.loading.pretrained import load_prior
 
+    if config.chain is not None:
+        raise ValueError(f"this task has one chain, its pipeline's scheduler; leave out the chain {config.chain!r}.")
     settings: dict[str, Any] = asdict(config)
-    del settings["source"]  # a task brings its own
+    del settings["source"], settings["chain"]
     return load_prior(folder, **settings)

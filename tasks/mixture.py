@@ -1,149 +1,137 @@
-"""The 25 → 9 mode task of the RTB paper (arXiv 2405.20971, section 5.1): a known prior, a known target, log Z = 0.
+"""The mixture task: 25 equal modes in the plane, fine-tuned onto nine unequal ones of them. The truth is known in closed form.
 
-p25: equal modes on {-10, -5, 0, 5, 10}², covariance 0.3 I. p9: nine of them, unequally weighted.
-E = log p25 - log p9, so that at alpha = 1 the tilted prior is p9 exactly.
+`mixture_target` holds prior, target and energy, `mixture_chains` the samplers. `data/make_prior` pretrained the shipped priors,
+`data/make_reference` measured the exact posterior denoiser on each chain.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..samplers.chain import Chain
-from .gaussian_mixture import GaussianMixture
+from ..finetune.certificate.criteria import judge_known
+from ..finetune.config.certificate import CertificateConfig
+from ..finetune.config.energy import EnergyConfig
+from ..finetune.config.prior import PriorConfig
+from ..finetune.config.run import RunConfig
+from ..finetune.config.train import ObjectiveName, TrainConfig
+from .mixture_chains import CHAINS, DEFAULT_STEPS, build_chain, shipped_prior, shipped_reference
+from .task import Task
 
 if TYPE_CHECKING:
+    from typing import Literal
+
+    import torch
+    from matplotlib.figure import Figure
+
+    from ..finetune.certificate.evidence import Evidence
+    from ..finetune.energies.energy import Energy
     from ..samplers.prior import Prior
 
-DATA = Path(__file__).parent / "data"
-MODE_VARIANCE = 0.3
-TARGET_MODES = {
-    (-10, -5): 4,
-    (-5, -10): 10,
-    (-5, 0): 4,
-    (10, -5): 5,
-    (0, 0): 10,
-    (0, 5): 5,
-    (5, -5): 4,
-    (5, 0): 15,
-    (5, 10): 4,
-}
-CHAINS = ("ddpm", "ddim", "flow", "brownian")
-PROCESS = {"ddpm": "vp", "ddim": "vp", "flow": "flow", "brownian": "brownian"}
-# Units in which each process runs. DDPM's large variance is exact for data of unit variance (the mixture's is 50.3): in raw
-# units the K = 50 chain starves the outer modes by 10%.
-SCALE = {"vp": 50.3**0.5, "flow": 1.0, "brownian": 1.0}
-# Steps that an equal stretch of log(signal/noise) gets on 'ddpm'. Policy and prior differ between 0 and 2.2 (all but .02 of
-# the path's 1.2 nats, by the exact denoisers), and the spread of a mode is made between 1 and 3: steps go where either is.
-STEP_PROFILE = (
-    (-1.3, 0.0, 0.6, 1.2, 1.8, 2.4, 3.0, 3.6, 4.2, 4.8),
-    (0.3, 0.6, 1.05, 1.7, 2.4, 2.2, 1.15, 0.5, 0.15, 0.1),
+# Rollouts a side: the spread of the lightest mode, a fifteenth of them, is then known to 1%.
+CERTIFICATE_SIZE = 40_000
+# Added to the training's seed. Generators on the CPU read the low 32 bits of a seed, so this is another stream on every device.
+CERTIFICATE_SEED = 2**31
+
+
+def recipe(
+    chain: str = CHAINS[0],
+    steps: int | None = None,
+    *,
+    objective: ObjectiveName = "log_variance",
+    alpha: float = 1.0,
+    warm_start: Literal["tlm", "none"] = "tlm",
+    seed: int = 0,
+) -> RunConfig:
+    """A training of half a minute on one core. steps: the chain's own default where None."""
+    # A checkpoint holds the bank, 33 MB, and takes as long as fifty steps.
+    train = TrainConfig(objective=objective, alpha=alpha, warm_start=warm_start, seed=seed, checkpoint_every=500)
+    if chain == "brownian":
+        # Twice the steps, and a gap of .11 to fit instead of .3.
+        train = replace(train, batch_size=256)
+    if warm_start == "none" and objective == "reinforce_kl":
+        # On-policy samples only, so coverage hangs on how slowly the temperature falls.
+        train = replace(train, updates=470, batch_size=512, learning_rate=5e-3, tempering_ess=0.6)
+    elif warm_start == "none":
+        train = replace(train, updates=400, learning_rate=2e-3)
+    return RunConfig(
+        task="mixture",
+        prior=PriorConfig(steps=DEFAULT_STEPS[chain] if steps is None else steps, chain=chain),
+        energy=EnergyConfig(("energy",)),
+        train=train,
+        certificate=CertificateConfig(size=CERTIFICATE_SIZE, seed=seed + CERTIFICATE_SEED),
+    )
+
+
+def load_prior(config: PriorConfig) -> Prior:
+    """The shipped prior of the config's chain.
+
+    Errors: ValueError for an unknown chain, and for settings that the task's chains fix.
+    """
+    given = asdict(config)
+    fixed = [name for name, value in asdict(PriorConfig(steps=config.steps, chain=config.chain)).items() if value != given[name]]
+    if fixed:
+        raise ValueError(f"the chains of the mixture task fix {', '.join(fixed)}; choose a chain and its steps alone.")
+    name = config.chain or CHAINS[0]
+    return shipped_prior(name, build_chain(name, config.steps))
+
+
+def figures(config: PriorConfig, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+    """Distances to exact samples of the target, and log Z and gap against the exact posterior denoiser's on this chain.
+
+    The reference is shipped for the default steps at alpha = 1. Elsewhere it would cost more than the run: log Z is then
+    compared with this run's prior side, and the gap is reported, not judged.
+
+    Errors: ValueError for another energy than the task's own, an alpha without closed form, or fewer than 40,000 samples.
+    """
+    from ..finetune.estimators import log_mean_exp
+    from .metrics.known_truth import truth_figures
+    from .metrics.samples import generator_on_cpu
+    from .mixture_target import certified_target, ideal_log_z
+
+    target = certified_target(evidence.alpha)
+    _refuse_other_energy(energy)
+    shipped, name, steps = shipped_reference(), config.chain or CHAINS[0], config.steps
+    exact_w2 = (shipped["w2_exact"]["mean"], shipped["w2_exact"]["se"]) if evidence.alpha == 1.0 else None
+    found = truth_figures(evidence.samples, target, energy, generator_on_cpu(generator), exact_w2)
+    reference = shipped[name] if evidence.alpha == 1.0 and shipped[name]["steps"] == steps else {}
+    log_z, forward = log_mean_exp(evidence.log_weight)[0], log_mean_exp(evidence.target_log_weight)
+    # The chain's own log Z: from the reference's 100k rollouts where it has them, else from this run's prior side.
+    found["log_z_true"] = reference.get("log_z_forward", forward[0])
+    found["log_z_true_se"] = reference.get("log_z_forward_se", forward[1])
+    found["log_z_ideal"] = ideal_log_z(evidence.alpha)
+    found["log_z_error"] = abs(log_z - found["log_z_true"])
+    found["log_z_error_ideal"] = abs(log_z - found["log_z_ideal"])
+    return found | {f"{name}_reference": reference.get(name) for name in ("gap", "ess", "elbo", "eubo")}
+
+
+def _refuse_other_energy(energy: Energy) -> None:
+    """Errors: ValueError where ``energy`` differs from the task's own on the modes of the prior."""
+    import torch
+
+    from .mixture_target import energy as own
+    from .mixture_target import prior_mixture
+
+    modes = prior_mixture().means.float()
+    if not torch.allclose(energy(modes).float().cpu(), own(modes), atol=1e-3):
+        raise ValueError("the target of the mixture task is known for the task's own energy alone, and this is another one")
+
+
+def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], figures: dict[str, Any]) -> Figure:
+    """Prior, policy on the target's contours, and the training curves."""
+    from .mixture_target import target_mixture
+    from .plots.mixture import mixture_figure
+
+    return mixture_figure(evidence.prior_samples, evidence.samples, target_mixture(evidence.alpha), history, figures)
+
+
+TASK = Task(
+    name="mixture",
+    module=f"{__package__}.mixture_target",
+    summary="25 equal modes in the plane, fine-tuned onto nine unequal ones of them",
+    recipe=recipe,
+    load_prior=load_prior,
+    figures=figures,
+    judge=judge_known,
+    picture=picture,
 )
-DEFAULT_STEPS = {"ddpm": 50, "ddim": 50, "flow": 50, "brownian": 100}
-
-
-def _isotropic(weights: Tensor, means: Tensor, variance: float = MODE_VARIANCE) -> GaussianMixture:
-    covariance = variance * torch.eye(2, dtype=torch.float64)
-    return GaussianMixture(weights / weights.sum(), means, covariance.expand(len(means), 2, 2))
-
-
-def prior_mixture() -> GaussianMixture:
-    """p25."""
-    axis = torch.arange(-10.0, 11.0, 5.0, dtype=torch.float64)
-    return _isotropic(torch.ones(25, dtype=torch.float64), torch.cartesian_prod(axis, axis))
-
-
-def target_mixture(alpha: float = 1.0, variance: float = MODE_VARIANCE) -> GaussianMixture:
-    """p25 (p9 / p25)^(1/alpha), normalized: nine modes weighted (1/25) (25 v)^(1/alpha).
-
-    Exact at alpha = 1; elsewhere up to the mass between modes, `tilt_error`.
-    """
-    means = torch.tensor(list(TARGET_MODES), dtype=torch.float64)
-    share = torch.tensor(list(TARGET_MODES.values()), dtype=torch.float64)
-    return _isotropic((share / share.sum()) ** (1 / alpha), means, variance)
-
-
-def energy(x: Tensor) -> Tensor:
-    """E(x) = log p25(x) - log p9(x), nats; x [N, 2] → [N]."""
-    return prior_mixture().log_density(x) - target_mixture().log_density(x)
-
-
-def ideal_log_z(alpha: float = 1.0) -> float:
-    """log of the integral of p25 (p9/p25)^(1/alpha): 0 at alpha = 1. On a grid of step 0.05 otherwise."""
-    return 0.0 if alpha == 1.0 else _grid(alpha)[0]
-
-
-def tilt_error(alpha: float) -> float:
-    """Total variation between the true tilted law and `target_mixture(alpha)`, on a grid of step 0.05."""
-    return 0.0 if alpha == 1.0 else _grid(alpha)[1]
-
-
-@cache
-def _grid(alpha: float) -> tuple[float, float]:
-    axis = torch.arange(-14.0, 14.0, 0.05, dtype=torch.float64) + 0.025
-    points = torch.cartesian_prod(axis, axis)
-    log_density = prior_mixture().log_density(points) - energy(points) / alpha
-    log_z = (log_density.logsumexp(0) + 2 * torch.log(torch.tensor(0.05, dtype=torch.float64))).item()
-    gap = log_density.softmax(0) - target_mixture(alpha).log_density(points).softmax(0)
-    return log_z, 0.5 * gap.abs().sum().item()
-
-
-def shipped_reference() -> dict[str, Any]:
-    """Figures of the exact posterior denoiser by chain, and ``w2_exact`` (`data/make_reference` measures them)."""
-    return json.loads((DATA / "reference.json").read_text())
-
-
-def build_chain(name: str, num_steps: int | None = None) -> Chain:
-    """The task's chains: 'ddpm' (large variance, cosine, steps placed), 'ddim' (eta = 1), 'flow' (the memoryless SDE) and
-    'brownian'. 'ddpm' places its steps by `STEP_PROFILE`.
-
-    Errors: ValueError for an unknown name or a number of steps that the scheduler cannot take.
-    """
-    if name not in CHAINS:
-        raise ValueError(f"unknown chain {name!r}; the mixture task has {', '.join(CHAINS)}.")
-    steps = DEFAULT_STEPS[name] if num_steps is None else num_steps
-    from ..samplers.schedulers.brownian import brownian_chain
-    from ..samplers.schedulers.dispatch import chain_from_scheduler
-    from ..samplers.schedulers.placement import place_timesteps
-
-    if name == "brownian":
-        return brownian_chain(steps)
-    from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-
-    vp = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
-    if name == "ddpm":
-        scheduler = DDPMScheduler(variance_type="fixed_large", **vp)
-        levels = (STEP_PROFILE[0][0], STEP_PROFILE[0][-1])
-        placed = place_timesteps(scheduler, steps, log_snr=levels, profile=STEP_PROFILE, power=1.0)
-        return chain_from_scheduler(scheduler, timesteps=placed)
-    if name == "ddim":
-        return chain_from_scheduler(DDIMScheduler(timestep_spacing="trailing", **vp), steps, eta=1.0)
-    return chain_from_scheduler(FlowMatchEulerDiscreteScheduler(), steps, noise="memoryless")
-
-
-def load_prior(name: str, chain: Chain) -> Prior:
-    """The shipped MLP prior of a chain's noise process, with that chain."""
-    from ..samplers.mlp import MLPDenoiser
-    from ..samplers.prior import Prior
-
-    folder = DATA / f"mixture_{PROCESS[name]}"
-    network = MLPDenoiser.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    return Prior(network, chain, (2,), to_data(name))
-
-
-def to_data(name: str) -> Callable[[Tensor], Tensor] | None:
-    """State → paper coordinates: the variance-preserving chains run in units of `SCALE`, the others in the paper's own."""
-    scale = SCALE[PROCESS[name]]
-    return None if scale == 1.0 else lambda state: state * scale
-
-
-def in_states(mixture: GaussianMixture, name: str) -> GaussianMixture:
-    """A mixture in paper coordinates → the same in the states of a chain."""
-    scale = SCALE[PROCESS[name]]
-    return GaussianMixture(mixture.weights, mixture.means / scale, mixture.covariances / scale**2)

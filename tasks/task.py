@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from ..finetune.certificate.criteria import Criterion
+    from ..finetune.certificate.criteria import Verdict
     from ..finetune.certificate.evidence import Evidence
     from ..finetune.energies.energy import Energy
     from ..samplers.prior import Prior
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """A task by name. Its functions live in ``module`` and import what they need when they are called.
+    """A task by name. Its functions import what they need when they are called, so that naming a task loads no torch.
 
-    recipe: the default config. load_prior: the shipped prior with the config's chain. figures: (evidence, energy, generator) →
-    what the truth adds to a certificate. criteria: the lines of the verdict, from all figures. picture: (evidence, energy,
-    history, figures) → the run's picture.
+    module: where its energies are. recipe: the default config. load_prior: the shipped prior with the config's chain.
+    figures: (prior config, evidence, energy, generator) → what the truth adds to a certificate; ValueError where it adds nothing.
+    judge: all figures, those of the two sides among them → the verdict and its reasons: `judge_known` where the truth is known
+    exactly, `judge_weighted` where it is the weighted prior. picture: (evidence, energy, history, figures) → the run's picture.
     """
 
     name: str
@@ -34,14 +35,15 @@ class Task:
     summary: str
     recipe: Callable[[], RunConfig]
     load_prior: Callable[[PriorConfig], Prior]
-    figures: Callable[[Evidence, Energy, torch.Generator], dict[str, Any]]
-    criteria: Callable[[dict[str, Any]], list[Criterion]]
+    figures: Callable[[PriorConfig, Evidence, Energy, torch.Generator], dict[str, Any]]
+    judge: Callable[[dict[str, Any]], tuple[Verdict, list[str]]]
     picture: Callable[[Evidence, Energy, list[dict[str, Any]], dict[str, Any]], Figure]
 
 
 TASKS = {
     "digits": "8 x 8 handwritten digits, drawn as one class or a set of them",
     "fashion": "16 x 16 Fashion-MNIST, inpainted from a noisy measurement, or drawn as a class",
+    "mixture": "25 equal modes in the plane, fine-tuned onto nine unequal ones of them",
 }
 
 

@@ -43,6 +43,23 @@ def conclude(criteria: list[Criterion], doubts: list[str]) -> tuple[Verdict, lis
     return "pass", [f"all {len(criteria)} criteria met: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items())]
 
 
+def judge_weighted(criteria: list[Criterion], figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
+    """The verdict where the truth is the weighted prior sample: a task's own criteria, and the gap against the prior's.
+
+    ``figures`` are those of both sides and the task's, "verdict_unknown_truth" among them.
+    """
+    verdict, reasons = conclude([*criteria, against_prior(figures)], target_side_doubts(figures))
+    return fail_gross_misses(verdict, reasons, figures)
+
+
+def fail_gross_misses(verdict: Verdict, reasons: list[str], figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
+    """A failure in place of a verdict with doubts where the two sides show a difference above `GROSS`."""
+    shown = figures["verdict_unknown_truth"]
+    if target_side_doubts(figures) and shown.get("lower", 0.0) > GROSS:
+        return "fail", [shown["reasons"][0], *reasons]
+    return verdict, reasons
+
+
 def judge_known(figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
     """The verdict where the truth is known: terminal samples against exact ones, and the gap against its reference.
 
@@ -101,6 +118,13 @@ def worse_than_prior(figures: dict[str, Any]) -> list[str]:
         f"the policy is worse than the model you started from: its gap is {figures['gap']:.3g} nats, the prior's"
         f" {figures['prior']['gap']:.3g}"
     ]
+
+
+def unjudged(figures: dict[str, Any]) -> list[str]:
+    """What `judge_known` left out of the verdict."""
+    if figures.get("gap_reference", math.nan) is not None:
+        return []
+    return ["no reference at this alpha and number of steps: the gap is reported, not judged"]
 
 
 def flags(figures: dict[str, Any]) -> list[str]:

@@ -17,6 +17,8 @@ class PriorConfig:
     """Folder (or hub id) of a diffusers pipeline, or of a denoiser with a scheduler config. None: the task's own prior."""
     steps: int = 50
     """K, the number of denoising steps."""
+    chain: str | None = None
+    """Which chain of a task that ships several: ddpm, ddim, flow or brownian of the mixture. None: the task's first."""
     eta: float = 1.0
     """DDIM's share of noise, above 0; 1 forgets the start best."""
     variance: Literal["fixed_large", "fixed_small"] | None = None
@@ -37,6 +39,10 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         refuse_other_choices(self)
+        refuse(
+            self.source is not None and self.chain is not None,
+            f"chain is {self.chain!r}, which names a chain of a shipped task; the chain of {self.source!r} is its scheduler's.",
+        )
         refuse(self.steps < 1, f"steps is {self.steps}; a chain has at least one step.")
         refuse(not self.eta >= 0, f"eta is {self.eta}; it is DDIM's share of noise, above 0.")
         refuse(not self.noise_level > 0, f"noise_level is {self.noise_level}; it must be positive.")

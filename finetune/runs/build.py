@@ -43,6 +43,7 @@ def load_prior(config: RunConfig, task: Task | None) -> Prior:
     from ...samplers.loading import pretrained
 
     settings = asdict(config.prior)
+    del settings["chain"]  # of shipped tasks alone
     return pretrained.load_prior(settings.pop("source"), device=device, **settings)
 
 

@@ -13,12 +13,11 @@ import torch
 from ...samplers.resampling import systematic
 from ..certificate.criteria import (
     EXIT_STATUS,
-    GROSS,
-    against_prior,
-    conclude,
+    fail_gross_misses,
     flags,
     rollouts_to_trust,
     target_side_doubts,
+    unjudged,
     worse_than_prior,
 )
 from ..certificate.deployment import deployed_samplers, deployment_figures
@@ -89,6 +88,7 @@ def certify(
             wanted = min(until_decided, max(more, 5 * wanted // 4))
     notes = ["training was interrupted; this is what it had reached"] if run.record["interrupted"] else []
     notes += [f"training stopped early: {run.record['stopped']}"] if run.record["stopped"] else []
+    notes += unjudged(figures)
     figures |= {
         "flags": energy_flags(run, terms) + worse_than_prior(figures) + flags(figures) + notes,
         "exit_status": EXIT_STATUS[figures["verdict"]],
@@ -136,17 +136,16 @@ def _judge(
             figures["prior"][name] = own.get(f"prior_{name}", math.nan)
         figures["gap_share_of_prior"] = figures["gap"] / figures["prior"]["gap"] if figures["prior"]["gap"] else math.nan
         if run.task is not None:
-            doubts = target_side_doubts(figures)
+            sides = {"verdict_unknown_truth": compared}
             try:
-                figures |= run.task.figures(evidence, energy, generator)
+                figures |= run.task.figures(run.config.prior, evidence, energy, generator)
                 judged_by = f"the task {run.task.name}"
-                verdict, reasons = conclude([*run.task.criteria(figures), against_prior(figures)], doubts)
+                verdict, reasons = run.task.judge(figures | sides)
             except ValueError as error:  # too few samples for one of the task's figures are no bad input
-                verdict, reasons = "inconclusive", [*doubts, str(error)]
-            if doubts and own.get("lower", 0.0) > GROSS:
-                verdict, reasons = "fail", [compared["reasons"][0], *reasons]
+                reasons = [*target_side_doubts(figures), str(error)]
+                verdict, reasons = fail_gross_misses("inconclusive", reasons, figures | sides)
             advance(1)
-            figures["exact"] = _exact_figures(run.task, evidence, energy, generator)
+            figures["exact"] = _exact_figures(run, run.task, evidence, energy, generator)
             more = rollouts_to_trust(figures, len(evidence.samples)) if verdict == "inconclusive" else None
             advance(1)
     return figures | {
@@ -207,13 +206,13 @@ def _meant(run: Run, terms: Sequence[str]) -> list[str]:
     return sorted(meant)
 
 
-def _exact_figures(task: Task, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+def _exact_figures(run: Run, task: Task, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
     """The task's figures of the policy's samples resampled by their weights, as `tiltune sample --exact` draws them."""
     effective = max(1, int(ess(evidence.log_weight) * len(evidence.samples)))
     index = systematic(evidence.log_weight.double().softmax(0), effective, generator)
     everything = torch.arange(len(evidence.prior_samples), device=index.device)
     try:
-        found = task.figures(evidence.resampled(index, everything), energy, generator)
+        found = task.figures(run.config.prior, evidence.resampled(index, everything), energy, generator)
     except ValueError as error:  # too few effective samples to say anything
         found = {"missing": str(error)}
     return {"effective": effective, **found}

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from ...samplers.prior import Prior
-    from ..certificate.criteria import Criterion
+    from ..certificate.criteria import Verdict
     from ..certificate.evidence import Evidence
     from ..config.prior import PriorConfig
     from ..energies.energy import Energy
@@ -25,6 +25,6 @@ class Task(Protocol):
     @property
     def load_prior(self) -> Callable[[PriorConfig], Prior]: ...
     @property
-    def figures(self) -> Callable[[Evidence, Energy, torch.Generator], dict[str, Any]]: ...
+    def figures(self) -> Callable[[PriorConfig, Evidence, Energy, torch.Generator], dict[str, Any]]: ...
     @property
-    def criteria(self) -> Callable[[dict[str, Any]], list[Criterion]]: ...
+    def judge(self) -> Callable[[dict[str, Any]], tuple[Verdict, list[str]]]: ...

@@ -119,7 +119,7 @@ def _build(config: RunConfig, folder: Path, task: Task | None, energy: Energy, s
     from .checkpointer import Checkpointer
 
     prior = load_prior(config, task)
-    conditions = prior.chain.conditions(widest_variance(prior.shape))
+    conditions = prior.chain.conditions(prior.data_variance or widest_variance(prior.shape))
     if speaks:
         print(*prior.decisions, *(f"  {name:<10} {text}" for name, text in conditions.items()), sep="\n")
     policy = initial_policy(config, prior)

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns its exit status."""
     flags.parse(Options, argv, "tiltune tasks", DESCRIPTION)
     commands = {name: (summary, f"tiltune train {name}") for name, summary in TASKS.items()}
-    commands["2d"] = ("25 equal modes in the plane, onto nine unequal ones of them", "tiltune 2d")
+    commands["2d"] = ("the mixture task, trained and judged by one command", "tiltune 2d")
     for name, (summary, command) in commands.items():
         print(f"{name:<10} {summary}\n{'':<10} {command}")
     return 0

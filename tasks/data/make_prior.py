@@ -16,7 +16,8 @@ from ...samplers.chain import Chain
 from ...samplers.mlp import MLPDenoiser, precondition_for_
 from ...samplers.schedulers.brownian import brownian_chain
 from ...samplers.schedulers.dispatch import chain_from_scheduler
-from ..mixture import DATA, in_states, prior_mixture
+from ..mixture_chains import DATA, in_states
+from ..mixture_target import prior_mixture
 
 
 def fine_chain(process: str) -> Chain:

@@ -15,7 +15,8 @@ from ...finetune.certificate.evidence import gather_evidence, path_figures
 from ...finetune.estimators import mean
 from ..gaussian_mixture import MixtureDenoiser
 from ..metrics.known_truth import W2_SIZE, w2_sets
-from ..mixture import CHAINS, DATA, DEFAULT_STEPS, build_chain, energy, in_states, load_prior, target_mixture
+from ..mixture_chains import CHAINS, DATA, DEFAULT_STEPS, build_chain, in_states, shipped_prior
+from ..mixture_target import energy, target_mixture
 
 SIZE = 100_000
 KEPT = ("log_z_forward", "log_z_forward_se", "elbo", "elbo_se", "eubo", "eubo_se", "gap", "gap_se", "ess", "pareto_k")
@@ -26,7 +27,7 @@ def measure(name: str) -> dict[str, float]:
     chain = build_chain(name)
     policy = MixtureDenoiser(in_states(target_mixture(), name), chain)
     generator = torch.Generator().manual_seed(0)
-    evidence = gather_evidence(load_prior(name, chain), policy, energy, 1.0, generator, size=SIZE, starts=3)
+    evidence = gather_evidence(shipped_prior(name, chain), policy, energy, 1.0, generator, size=SIZE, starts=3)
     figures = path_figures(evidence)
     return {key: round(figures[key], 5) for key in KEPT}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...finetune.certificate.evidence import Evidence
 from ...samplers.resampling import systematic
 from ..inpainting import Inpainting
-from ..metrics.images import even, on_cpu
+from ..metrics.samples import even, on_cpu
 from .curves import curves, new_figure
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import Denoiser
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.brownian import brownian_chain
-from tiltune.tasks.linear_gaussian import LinearGaussian
+from toys.linear_gaussian import LinearGaussian
 
 SIZE = 4000
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tiltune.finetune.certificate.closeness import bridge, path_tv, total_variation, undercovered, unseen
 from tiltune.finetune.certificate.evidence import Evidence
 from tiltune.tasks.gaussian_mixture import GaussianMixture
-from tiltune.tasks.heldout import HeldOut, certificate
+from toys.held_out_mixtures import HeldOut, certificate
 
 EDGES = torch.linspace(-2.5, 1.5, 7)
 

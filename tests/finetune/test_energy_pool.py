@@ -36,7 +36,7 @@ from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.trajectory import rows_at_once
-from tiltune.tasks.linear_gaussian import LinearGaussian
+from toys.linear_gaussian import LinearGaussian
 
 FILE = """
 import os, signal, time

@@ -24,7 +24,7 @@ from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
-from tiltune.tasks.linear_gaussian import LinearDenoiser, LinearGaussian
+from toys.linear_gaussian import LinearDenoiser, LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
 

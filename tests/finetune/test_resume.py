@@ -27,7 +27,7 @@ from tiltune.finetune.runs.train import train
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
-from tiltune.tasks.linear_gaussian import LinearGaussian
+from toys.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
 SIZES = TrainConfig(

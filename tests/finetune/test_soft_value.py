@@ -20,7 +20,7 @@ from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
-from tiltune.tasks.linear_gaussian import LinearGaussian
+from toys.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
 

@@ -27,7 +27,7 @@ from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.brownian import brownian_chain
-from tiltune.tasks.linear_gaussian import LinearGaussian
+from toys.linear_gaussian import LinearGaussian
 
 STEPS = 5
 

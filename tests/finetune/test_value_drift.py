@@ -18,7 +18,7 @@ from tiltune.finetune.populations.population import Population
 from tiltune.samplers.denoiser import evaluate
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
-from tiltune.tasks.linear_gaussian import LinearGaussian
+from toys.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
 STEPS = 8

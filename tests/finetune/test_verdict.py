@@ -1,6 +1,6 @@
 """The verdict by shown closeness on laws that are known: what passes, what fails, and what is not decided.
 
-`python -m tiltune.tasks.data.calibrate` measures the rates; here are single cases, and the controls.
+`python tests/calibrate.py` measures the rates; here are single cases, and the controls.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from tiltune.finetune.certificate.evidence import Evidence, path_figures
 from tiltune.finetune.certificate.verdict import Bounds, judge_unknown
 from tiltune.tasks.gaussian_mixture import GaussianMixture
-from tiltune.tasks.heldout import HeldOut, certificate, held_out, planted, total_variation
+from toys.held_out_mixtures import HeldOut, certificate, held_out, planted, total_variation
 
 
 def normal(mean: float, std: float = 1.0) -> GaussianMixture:

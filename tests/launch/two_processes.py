@@ -37,7 +37,7 @@ from tiltune.samplers.policy import Policy
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
-from tiltune.tasks.linear_gaussian import LinearGaussian
+from toys.linear_gaussian import LinearGaussian
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(

@@ -16,7 +16,7 @@ from tiltune.samplers.rollout import draw_start, rollout
 from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
-from tiltune.tasks.linear_gaussian import LinearGaussian
+from toys.linear_gaussian import LinearGaussian
 
 BEHAVIORS = ("policy", "prior", "inflated", "noised back", "arbitrary")
 

@@ -12,9 +12,10 @@ from tiltune.samplers.prior import Prior
 from tiltune.samplers.resampling import importance_resample, systematic
 from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
-from tiltune.tasks.linear_gaussian import LinearDenoiser, LinearGaussian
 from tiltune.tasks.metrics.known_truth import mode_tv
-from tiltune.tasks.mixture import build_chain, energy, in_states, load_prior, target_mixture
+from tiltune.tasks.mixture_chains import build_chain, in_states, shipped_prior
+from tiltune.tasks.mixture_target import energy, target_mixture
+from toys.linear_gaussian import LinearDenoiser, LinearGaussian
 
 
 class AsModule(nn.Module):
@@ -99,7 +100,7 @@ def test_wrong_mode_weights_are_set_right():
     ideal weights, sampling adds about .03; without weights the total variation is that of the two sets of weights, .28."""
     truth = target_mixture()
     even = GaussianMixture(torch.full((9,), 1 / 9, dtype=torch.float64), truth.means, truth.covariances)
-    prior = load_prior("ddpm", build_chain("ddpm"))
+    prior = shipped_prior("ddpm", build_chain("ddpm"))
     policy = Policy(prior, AsModule(MixtureDenoiser(in_states(even, "ddpm"), prior.chain)))
     generator = torch.Generator().manual_seed(0)
     drawn = importance_resample(policy, lambda x: -energy(x), 2000, generator, proposals=5000, batch=2500)

@@ -10,8 +10,10 @@ from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.resampling import importance_resample
 from tiltune.samplers.rollout import rollout
-from tiltune.tasks.gaussian_images import GaussianImages, GuidedDenoiser, build_chain, image_mixture, inpainting
-from tiltune.tasks.metrics.images import even, exact_moments, moment_figures, moments
+from tiltune.tasks.metrics.moments import moment_figures, moments
+from tiltune.tasks.metrics.samples import even
+from toys.exact_moments import exact_moments
+from toys.gaussian_images import GaussianImages, GuidedDenoiser, build_chain, image_mixture, inpainting
 
 
 def against_closed_form(problem, samples):

@@ -13,7 +13,8 @@ from tiltune.samplers.denoiser import evaluate
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.brownian import brownian_chain
-from tiltune.tasks import mixture as task
+from tiltune.tasks import mixture_chains as chains
+from tiltune.tasks import mixture_target as task
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 
 DIMS = (2, 10, 50)
@@ -156,7 +157,7 @@ def test_responsibilities_are_bayes() -> None:
 def test_mixture_denoiser_is_the_exact_clean_sample_of_every_step() -> None:
     """In each parametrisation of the output, also at the pinned start, where nothing is known."""
     mixture = random_mixture(2, 3, seed=0)
-    for chain in (brownian_chain(10), task.build_chain("ddpm", 20), task.build_chain("flow", 20)):
+    for chain in (brownian_chain(10), chains.build_chain("ddpm", 20), chains.build_chain("flow", 20)):
         prior = Prior(MixtureDenoiser(mixture, chain), chain, (2,))
         for k in (0, 7, chain.num_steps - 1):
             state = torch.zeros(4, 2, dtype=torch.float64)
@@ -203,12 +204,12 @@ def test_at_other_temperatures_the_stated_target_is_nearly_the_tilted_law(alpha:
     assert task.ideal_log_z(alpha) == pytest.approx(by_modes, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", task.CHAINS)
+@pytest.mark.parametrize("name", chains.CHAINS)
 def test_shipped_priors_load_and_their_path_is_close_to_the_exact_one(name: str) -> None:
     """KL(exact path | shipped path) in nats, over 2000 rollouts of the exact denoiser on the default chain."""
-    chain = task.build_chain(name)
-    prior = task.load_prior(name, chain)
-    exact = MixtureDenoiser(task.in_states(task.prior_mixture(), name), chain)
+    chain = chains.build_chain(name)
+    prior = chains.shipped_prior(name, chain)
+    exact = MixtureDenoiser(chains.in_states(task.prior_mixture(), name), chain)
     drawn = rollout(prior, exact, 2000, torch.Generator().manual_seed(0))
     assert drawn.step_log_ratio is not None
     kl = drawn.step_log_ratio.sum(0).mean().item()
@@ -217,17 +218,17 @@ def test_shipped_priors_load_and_their_path_is_close_to_the_exact_one(name: str)
     assert (task.prior_mixture().log_density(x) > -12).double().mean() > 0.9
 
 
-@pytest.mark.parametrize("name", task.CHAINS)
+@pytest.mark.parametrize("name", chains.CHAINS)
 def test_states_and_data_differ_by_the_tasks_scale(name: str) -> None:
-    convert = task.to_data(name)
+    convert = chains.to_data(name)
     state = torch.ones(1, 2)
     scale = 1.0 if convert is None else convert(state)[0, 0].item()
-    assert scale == pytest.approx(task.SCALE[task.PROCESS[name]])
-    in_states = task.in_states(task.prior_mixture(), name)
+    assert scale == pytest.approx(chains.SCALE[chains.PROCESS[name]])
+    in_states = chains.in_states(task.prior_mixture(), name)
     torch.testing.assert_close(in_states.means * scale, task.prior_mixture().means)
     torch.testing.assert_close(in_states.covariances * scale**2, task.prior_mixture().covariances)
 
 
 def test_an_unknown_chain_is_refused() -> None:
     with pytest.raises(ValueError, match="the mixture task has ddpm"):
-        task.build_chain("dpm")
+        chains.build_chain("dpm")

@@ -8,27 +8,15 @@ import torch
 from scipy import linalg
 
 from tiltune.finetune.certificate.evidence import Evidence
-from tiltune.tasks import gaussian_images
-from tiltune.tasks.gaussian_images import GaussianImages, build_chain, draw, image_mixture
 from tiltune.tasks.inpainting import measure, measured_pixels
-from tiltune.tasks.metrics.images import (
-    class_shares,
-    diversity_figures,
-    effective,
-    energy_tv,
-    even,
-    exact_moments,
-    frechet,
-    frechet_with_error,
-    image_figures,
-    inpainting_figures,
-    moment_figures,
-    moments,
-    pairwise_distance,
-    pixel_basis,
-    w2_figures,
-    wanted_figures,
-)
+from tiltune.tasks.metrics.diversity import diversity_figures, pairwise_distance
+from tiltune.tasks.metrics.images import class_shares, energy_tv, image_figures, inpainting_figures, w2_figures, wanted_figures
+from tiltune.tasks.metrics.moments import moment_figures, moments
+from tiltune.tasks.metrics.principal_components import frechet, frechet_with_error, pixel_basis
+from tiltune.tasks.metrics.samples import effective, even
+from toys import gaussian_images
+from toys.exact_moments import exact_moments
+from toys.gaussian_images import GaussianImages, build_chain, draw, image_mixture
 
 
 def normal(*shape, seed=0):

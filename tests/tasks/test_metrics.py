@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiltune.tasks.metrics.known_truth import histogram_tv, mmd, mode_shares, mode_spreads, mode_tv, modes_of, w2, w2_sets
-from tiltune.tasks.mixture import target_mixture
+from tiltune.tasks.mixture_target import target_mixture
 
 
 def test_w2_of_a_shift_is_the_shift():

@@ -1,6 +1,6 @@
 """The verdict passes exact samplers and fails every planted failure: closed-form denoisers of wrong targets on the chain.
 
-`python -m tiltune.tasks.data.calibrate` measures the rates; here each is drawn once, with a fixed seed.
+`python tests/calibrate.py` measures the rates; here each is drawn once, with a fixed seed.
 """
 
 import json
@@ -9,23 +9,24 @@ import math
 import pytest
 import torch
 
+from calibrate import planted
+from calibrate_unknown import COUNTS, counted, exact_samples
 from tiltune.finetune.certificate.criteria import judge_known
 from tiltune.finetune.certificate.evidence import gather_evidence, path_figures
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.denoiser import ResidualDenoiser
-from tiltune.tasks.data.calibrate import planted
-from tiltune.tasks.data.calibrate_unknown import counted, exact_samples
 from tiltune.tasks.gaussian_mixture import MixtureDenoiser
-from tiltune.tasks.heldout import held_out
 from tiltune.tasks.metrics.known_truth import modes_of, truth_figures
-from tiltune.tasks.mixture import DATA, build_chain, energy, in_states, load_prior, target_mixture
+from tiltune.tasks.mixture_chains import build_chain, in_states, shipped_prior, shipped_reference
+from tiltune.tasks.mixture_target import energy, target_mixture
+from toys.held_out_mixtures import held_out
 
 
 def test_the_measured_rates_meet_their_bars():
     """The shipped counts behind the table of docs/theory.md, and one of its entries drawn again."""
-    rows = json.loads((DATA / "calibration_unknown.json").read_text())
+    rows = json.loads(COUNTS.read_text())
     exact = {row: sizes for row, sizes in rows.items() if row.startswith("exact")}
     failures = [count for row, sizes in rows.items() if row not in exact for count in sizes.values()]
     assert sum(count.get("thick", 0) for count in failures) > 3000
@@ -42,14 +43,14 @@ def test_the_measured_rates_meet_their_bars():
 
 @pytest.fixture(scope="module")
 def prior():
-    return load_prior("ddpm", build_chain("ddpm"))
+    return shipped_prior("ddpm", build_chain("ddpm"))
 
 
 def figures_of(prior, policy, seed=0):
     generator = torch.Generator().manual_seed(seed)
     evidence = gather_evidence(prior, policy, energy, 1.0, generator, starts=8)
     figures = path_figures(evidence) | truth_figures(evidence.samples, target_mixture(), energy, generator)
-    reference = json.loads((DATA / "reference.json").read_text())["ddpm"]
+    reference = shipped_reference()["ddpm"]
     figures["log_z_error"] = abs(figures["log_z"] - reference["log_z_forward"])
     figures["gap_reference"] = reference["gap"]
     return evidence, figures
@@ -104,7 +105,7 @@ def test_a_residual_network_on_a_prior_that_cannot_be_trained(prior):
     """The exact prior denoiser has no parameters: the residual network alone must learn the tilt."""
     from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
     from tiltune.samplers.prior import Prior
-    from tiltune.tasks.mixture import prior_mixture
+    from tiltune.tasks.mixture_target import prior_mixture
 
     frozen = Prior(MixtureDenoiser(in_states(prior_mixture(), "ddpm"), prior.chain), prior.chain, (2,), prior.to_data)
     network = precondition_for_(MLPDenoiser(), prior.chain, 1.0)

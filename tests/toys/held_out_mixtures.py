@@ -1,6 +1,6 @@
 """Held-out mixtures with exact denoisers in 2, 10 and 50 dimensions: samplers that are right, and samplers with planted faults.
 
-The verdict by the two sides is calibrated on them (`data/calibrate`), and on nothing else that it was built with.
+The verdict by the two sides is calibrated on them (`tests/calibrate.py`), and on nothing else that it was built with.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..finetune.certificate.evidence import Evidence, gather_evidence
-from .gaussian_mixture import GaussianMixture, MixtureDenoiser
+from tiltune.finetune.certificate.evidence import Evidence, gather_evidence
+from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 
 DIMENSIONS = (2, 10, 50)
 COMPONENTS = 4
@@ -125,8 +125,8 @@ def certificate(task: HeldOut, sampler: GaussianMixture, size: int, noise: float
 
 def rollouts(task: HeldOut, sampler: GaussianMixture, size: int) -> Evidence:
     """``size`` rollouts a side of a real chain, the exact denoiser of ``sampler`` as policy on that of the prior."""
-    from ..samplers.prior import Prior
-    from .gaussian_images import build_chain
+    from tiltune.samplers.prior import Prior
+    from toys.gaussian_images import build_chain
 
     chain = build_chain()
     prior = Prior(MixtureDenoiser(task.prior, chain), chain, (len(task.slope),))

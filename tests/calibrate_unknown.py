@@ -1,4 +1,4 @@
-"""The rates of the verdict by the two sides alone, on held-out mixtures: part of `python -m tiltune.tasks.data.calibrate`.
+"""The rates of the verdict by the two sides alone, on held-out mixtures: part of `python tests/calibrate.py`.
 
 Each row is a kind of sampler, each column a number of rollouts a side, and each entry pools three dimensions and two mixtures in
 each. Certificates are bootstrapped from a pool of exact samples a sampler, or of rollouts of the exact denoiser.
@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
-from ...finetune.certificate.criteria import EXIT_STATUS
-from ...finetune.certificate.evidence import Evidence, path_figures
-from ...finetune.certificate.verdict import judge_unknown
-from ..heldout import DIMENSIONS, HeldOut, certificate, held_out, planted, rollouts
-from ..mixture import DATA
+from tiltune.finetune.certificate.criteria import EXIT_STATUS
+from tiltune.finetune.certificate.evidence import Evidence, path_figures
+from tiltune.finetune.certificate.verdict import judge_unknown
+from toys.held_out_mixtures import DIMENSIONS, HeldOut, certificate, held_out, planted, rollouts
 
+COUNTS = Path(__file__).with_name("calibration_unknown.json")
 SIZES = (300, 1000, 4000, 20_000)
 SEEDS = (0, 1)
 POOL = 80_000
@@ -58,7 +59,6 @@ def samplers() -> Iterable[tuple[str, Callable[[HeldOut], Evidence]]]:
 
 def main(certificates: int) -> None:
     """``certificates`` of each size a row, spread over dimensions and mixtures; prints the table and keeps the counts."""
-    path = DATA / "calibration_unknown.json"
     found: dict[str, dict[str, dict[str, int]]] = {}
     each = max(1, certificates // (len(DIMENSIONS) * len(SEEDS)))
     print("| sampler | " + " | ".join(f"{size:,} a side" for size in SIZES) + " |")
@@ -71,7 +71,7 @@ def main(certificates: int) -> None:
                 for size in SIZES:
                     total[size] += counted(pool, size, each)
         found[row] = {str(size): dict(count) for size, count in total.items()}
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        COUNTS.write_text(json.dumps(found, indent=2) + "\n")
         print(f"| {row} | " + " | ".join(map(shown, total.values())) + " |", flush=True)
 
 

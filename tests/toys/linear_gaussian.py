@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..samplers.chain import SIGMA_ZERO, Chain
-from ..samplers.prior import Prior
+from tiltune.samplers.chain import SIGMA_ZERO, Chain
+from tiltune.samplers.prior import Prior
 
 
 class LinearDenoiser:

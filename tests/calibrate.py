@@ -1,4 +1,4 @@
-"""Calibrate the verdicts: python -m tiltune.tasks.data.calibrate [certificates] [name ...]
+"""Calibrate the verdicts: python tests/calibrate.py [certificates] [name ...]
 
 Exact samplers give the false alarm rate, planted failures the power.
 Known truth: a pool of rollouts of each planted sampler on the default 'ddpm' chain against the shipped prior, bootstrapped into
@@ -12,28 +12,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...finetune.certificate.criteria import judge_known
-from ...finetune.certificate.evidence import Evidence, gather_evidence, path_figures
-from ...finetune.certificate.verdict import judge_unknown
-from ...samplers.chain import Chain
-from ..gaussian_mixture import GaussianMixture, MixtureDenoiser
-from ..metrics.known_truth import MODE_SAMPLES, W2_SETS, W2_SIZE, mode_spreads, mode_tv, w2_sets
-from ..mixture import (
-    DATA,
-    MODE_VARIANCE,
-    build_chain,
-    energy,
-    in_states,
-    load_prior,
-    prior_mixture,
-    shipped_reference,
-    target_mixture,
-)
-from . import calibrate_unknown
+import calibrate_unknown
+from tiltune.finetune.certificate.criteria import judge_known
+from tiltune.finetune.certificate.evidence import Evidence, gather_evidence, path_figures
+from tiltune.finetune.certificate.verdict import judge_unknown
+from tiltune.samplers.chain import Chain
+from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
+from tiltune.tasks.metrics.known_truth import MODE_SAMPLES, W2_SETS, W2_SIZE, mode_spreads, mode_tv, w2_sets
+from tiltune.tasks.mixture_chains import build_chain, in_states, shipped_prior, shipped_reference
+from tiltune.tasks.mixture_target import MODE_VARIANCE, energy, prior_mixture, target_mixture
 
 POOL, SIZE, W2_POOL = 80_000, 40_000, 80
 
@@ -70,7 +62,7 @@ def pool(name: str, chain: Chain) -> Evidence:
     """Rollouts of a planted sampler, as the closed-form denoiser of what it aims at."""
     policy = MixtureDenoiser(in_states(planted()[name], "ddpm"), chain)
     generator = torch.Generator().manual_seed(0)
-    return gather_evidence(load_prior("ddpm", chain), policy, energy, 1.0, generator, size=POOL)
+    return gather_evidence(shipped_prior("ddpm", chain), policy, energy, 1.0, generator, size=POOL)
 
 
 def rates(evidence: Evidence, samples: Tensor, bootstraps: int) -> dict[str, float]:
@@ -108,7 +100,7 @@ def rates(evidence: Evidence, samples: Tensor, bootstraps: int) -> dict[str, flo
 def main(bootstraps: int, names: list[str]) -> None:
     torch.set_num_threads(1)
     chain = build_chain("ddpm")
-    path = DATA / "calibration.json"
+    path = Path(__file__).with_name("calibration.json")
     found = json.loads(path.read_text()) if path.exists() else {}
 
     def record(name: str, measure: Callable[[], dict[str, float]]) -> None:

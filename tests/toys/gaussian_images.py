@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..samplers.chain import Chain
-from ..samplers.denoiser import Denoiser
-from .gaussian_mixture import GaussianMixture, MixtureDenoiser
-from .inpainting import Inpainting, measure
+from tiltune.samplers.chain import Chain
+from tiltune.samplers.denoiser import Denoiser
+from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
+from tiltune.tasks.inpainting import Inpainting, measure
 
 if TYPE_CHECKING:
-    from ..samplers.prior import Prior
+    from tiltune.samplers.prior import Prior
 
 SIZE = 16
 WEIGHTS = (0.4, 0.3, 0.2, 0.1)
@@ -53,7 +53,7 @@ def build_chain(steps: int = 50) -> Chain:
     """DDPM, cosine, large variance, trailing: it forgets its start, and its last step draws the noise of its first label."""
     from diffusers import DDPMScheduler
 
-    from ..samplers.schedulers.dispatch import chain_from_scheduler
+    from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
     options = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
     return chain_from_scheduler(DDPMScheduler(variance_type="fixed_large", timestep_spacing="trailing", **options), steps)
@@ -72,7 +72,7 @@ class GaussianImages:
 
     def prior(self) -> Prior:
         """The exact denoiser of the mixture; samples are images [B, 1, 16, 16]."""
-        from ..samplers.prior import Prior
+        from tiltune.samplers.prior import Prior
 
         denoiser = MixtureDenoiser(image_mixture(), self.chain)
         return Prior(denoiser, self.chain, (SIZE**2,), lambda state: state.reshape(-1, 1, SIZE, SIZE))

@@ -1,0 +1,33 @@
+"""What the metrics of samples share: both sides on the CPU, where they are computed, and weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...finetune.certificate.evidence import Evidence
+
+
+def on_cpu(evidence: Evidence) -> Evidence:
+    """Samples and energies of both sides on the CPU, where these figures and pictures are made."""
+    names = ("samples", "energy", "prior_samples", "prior_energy")
+    return replace(evidence, **{name: getattr(evidence, name).cpu() for name in names})
+
+
+def generator_on_cpu(generator: torch.Generator) -> torch.Generator:
+    """The generator, or one on the CPU that it seeds."""
+    if generator.device.type == "cpu":
+        return generator
+    return torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+
+
+def even(count: int) -> Tensor:
+    """Equal weights [count]: those of policy samples."""
+    return torch.full((count,), 1 / max(count, 1), dtype=torch.float64)
+
+
+def effective(weight: Tensor) -> float:
+    """Effective number of samples, (sum w)² / sum w²."""
+    return (weight.sum().square() / weight.square().sum()).item()
