@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.finetune.certificate.criteria import Criterion
+from tiltune.finetune.certificate.criteria import Criterion, judge_weighted
 from tiltune.finetune.config.energy import EnergyConfig
 from tiltune.finetune.config.policy import PolicyConfig
 from tiltune.finetune.config.prior import PriorConfig
@@ -495,8 +495,8 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
     def flat(x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(x))
 
-    def figures(evidence: Any, energy: Any, generator: Any) -> dict[str, float]:
-        assert energy is flat
+    def figures(asked: PriorConfig, evidence: Any, energy: Any, generator: Any) -> dict[str, float]:
+        assert energy is flat and asked.steps == 3
         return {"brightness": evidence.samples.mean().item()}
 
     task: Any = SimpleNamespace(
@@ -504,7 +504,7 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
         module="tiltune.tasks.mixture",
         load_prior=lambda asked: load_prior(config.prior.source or "", asked.steps),
         figures=figures,
-        criteria=lambda figures: [Criterion("brightness", figures["brightness"], -100.0)],
+        judge=lambda figures: judge_weighted([Criterion("brightness", figures["brightness"], -100.0)], figures),
     )
     toy = replace(config, task="toy", prior=PriorConfig(steps=3), train=replace(config.train, updates=0))
     run = train(toy, tmp_path / "run", task=task, energy=flat, progress=False)
@@ -533,8 +533,8 @@ def test_a_gross_miss_fails_a_task_whose_target_side_is_thin(config: RunConfig, 
         name="toy",
         module="tiltune.tasks.mixture",
         load_prior=lambda asked: load_prior(config.prior.source or "", asked.steps),
-        figures=lambda evidence, energy, generator: {},
-        criteria=lambda figures: [Criterion("nothing", 0.0, 1.0)],
+        figures=lambda *_: {},
+        judge=lambda figures: judge_weighted([Criterion("nothing", 0.0, 1.0)], figures),
     )
     toy = replace(config, task="toy", prior=PriorConfig(steps=3), train=replace(config.train, updates=0))
 

@@ -39,6 +39,7 @@ VALUES: dict[str, list[str]] = {
     "--objective": ["rtb"],
     "--alpha": ["0.5"],
     "--behavior": ["on_policy", "0.5", "prior", "0.5"],
+    "--chain": ["flow"],
     "--updates": ["3"],
     "--batch-size": ["5"],
     "--learning-rate": ["1e-3"],

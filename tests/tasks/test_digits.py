@@ -77,7 +77,7 @@ def evidence_of(samples, policy):
 def verdict(evidence):
     figures = path_figures(evidence)
     energy = combine(("classes(0, 2, 4, 6, 8)",), TASK.module)
-    figures |= TASK.figures(evidence, energy, torch.Generator().manual_seed(1))
+    figures |= TASK.figures(PriorConfig(), evidence, energy, torch.Generator().manual_seed(1))
     return conclude(criteria(figures), [])[0], figures
 
 
@@ -109,7 +109,7 @@ def test_workers_hide_no_criterion_and_what_is_not_measured_is_a_doubt(samples):
         ("workers", EnergyPool(("classes(0, 2, 4, 6, 8)",), 2, search=TASK.module)),
         ("hidden", lambda x: x.flatten(1).mean(1)),
     ):
-        own = figures | TASK.figures(evidence, energy, torch.Generator().manual_seed(1))
+        own = figures | TASK.figures(PriorConfig(), evidence, energy, torch.Generator().manual_seed(1))
         found[name] = criteria(own), conclude(criteria(own), [])
     assert found["here"] == found["workers"]
     assert found["here"][1][0] == "pass" and len(found["here"][0]) == 5
@@ -141,8 +141,8 @@ def test_reinforce_without_kl_is_caught():
     generator = torch.Generator().manual_seed(5)
     evidence = gather_evidence(prior, result.policy, energy, config.alpha, generator, size=4000)
     figures = path_figures(evidence)
-    figures |= task.figures(evidence, energy, generator)
-    found, reasons = conclude(task.criteria(figures), [])
+    figures |= task.figures(recipe.prior, evidence, energy, generator)
+    found, reasons = conclude(criteria(figures), [])
     shown = ("share", "share_reference", "diversity", "gap", "gap_se", "energy_tv", "log_z", "log_z_forward", "ess")
     print({name: round(figures[name], 3) for name in shown}, found, reasons)
     assert found == "fail" and figures["share"] > 0.98 and figures["gap"] > 20

@@ -14,7 +14,7 @@ from tiltune.samplers.loading.pretrained import load_prior
 from tiltune.samplers.resampling import systematic
 from tiltune.samplers.rollout import rollout
 from tiltune.tasks.classifier import SmallClassifier, predicted
-from tiltune.tasks.fashion import FOLDER, TASK, classes, classifier, heldout, inpainting, judge
+from tiltune.tasks.fashion import FOLDER, TASK, classes, classifier, criteria, heldout, inpainting, judge
 from tiltune.tasks.inpainting import Inpainting
 from tiltune.tasks.task import load_task
 
@@ -124,9 +124,9 @@ def test_the_task_judges_what_its_energies_are_about(prior_samples, term):
     found = {}
     for share in (0.0, 1.0):
         evidence = evidence_of(prior_samples, energy, share)
-        figures = path_figures(evidence) | TASK.figures(evidence, energy, generator)
+        figures = path_figures(evidence) | TASK.figures(PriorConfig(), evidence, energy, generator)
         found[share] = figures[own]
-        names = [line.name for line in TASK.criteria(figures)]
+        names = [line.name for line in criteria(figures)]
     assert (own == "share") == (found[1.0] > found[0.0]), "the tilt raises the share, and lowers the residual"
     assert any("pixels" in name for name in names) == (own == "residual")
     assert any("diversity" in name for name in names) == (own == "share")
