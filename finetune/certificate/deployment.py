@@ -22,7 +22,7 @@ from ...samplers.trajectory import rows_at_once
 from ..energies.energy import Energy, EnergyMeter
 from ..estimators import mean, weighted_mean
 from .evidence import Evidence
-from .partition import BINS, CELLS, filled, k_means, nearest, share_distance, weighted_quantiles
+from .partition import BINS, CELLS, binned_distance, filled, k_means, nearest, share_distance, weighted_quantiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,14 +178,13 @@ class Reference:
         flat, energy, self.weight = _flat(samples), filled(energy), weight[held]
         self.centers = k_means(flat[fit], weight[fit], CELLS, self.generator)
         self.edges = weighted_quantiles(energy[fit], weight[fit], BINS)
-        self.cells, self.bins = nearest(flat[held], self.centers)[0], torch.bucketize(energy[held], self.edges)
+        self.cells, self.energy = nearest(flat[held], self.centers)[0], energy[held]
 
     def figures(self, side: str, samples: Tensor, energy: Tensor, compared: bool = True) -> dict[str, float | None]:
         """Distances of an unweighted set [M, ...] with energies [M], under names that begin with ``side``."""
         if not (self.usable and compared):
             return {f"{side}_{figure}": None for figure in self.FIGURES}
-        mine = torch.bucketize(filled(energy), self.edges)
-        energies = share_distance(mine, self.bins, self.weight, BINS, self.generator)
+        energies = binned_distance(filled(energy), self.energy, self.weight, self.edges, self.generator)
         cells = share_distance(nearest(_flat(samples), self.centers)[0], self.cells, self.weight, CELLS, self.generator)
         return {f"{side}_{figure}": value for figure, value in zip(self.FIGURES, (*energies, *cells), strict=True)}
 

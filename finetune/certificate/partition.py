@@ -106,6 +106,14 @@ def share_distance(
     return distance, null.quantile(0.997).item()
 
 
+def binned_distance(
+    mine: Tensor, theirs: Tensor, weight: Tensor, edges: Tensor, generator: torch.Generator
+) -> tuple[float, float]:
+    """`share_distance` of values [N] and of weighted ones [M] on the bins that ``edges`` [bins - 1] cut, float64."""
+    cells = torch.bucketize(mine, edges), torch.bucketize(theirs, edges)
+    return share_distance(*cells, weight, len(edges) + 1, generator)
+
+
 def normal_draws(covariance: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """[count, n] draws of N(0, covariance), which may be singular."""
     values, vectors = torch.linalg.eigh(covariance)

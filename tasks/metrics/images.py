@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...finetune.certificate.evidence import Evidence
-from ...finetune.certificate.partition import share_distance, weighted_quantiles
+from ...finetune.certificate.partition import binned_distance, share_distance, weighted_quantiles
 from ...finetune.estimators import mean as mean_and_error
 from ...finetune.estimators import weighted_mean
 from ...samplers.resampling import systematic
@@ -61,9 +61,8 @@ def class_shares(label: Tensor, weight: Tensor, classes: int) -> tuple[Tensor, T
 
 def energy_tv(mine: Tensor, theirs: Tensor, weight: Tensor, generator: torch.Generator, bins: int = 10) -> tuple[float, float]:
     """Total variation between policy energies [N] and weighted ones [M] on ``bins`` weighted-quantile bins, and its null."""
-    edges = weighted_quantiles(theirs.double(), weight, bins)
-    cells = (torch.bucketize(mine.double(), edges), torch.bucketize(theirs.double(), edges))
-    return share_distance(*cells, weight, bins, generator)
+    mine, theirs = mine.double(), theirs.double()
+    return binned_distance(mine, theirs, weight, weighted_quantiles(theirs, weight, bins), generator)
 
 
 def image_figures(evidence: Evidence, judge: nn.Module, generator: torch.Generator, classes: int = 10) -> dict[str, Any]:

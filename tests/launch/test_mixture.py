@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from tiltune.launch.verbs import two_d
 
-SMALL = [*"--steps 4 --bank-size 500 --warm-start-updates 5 --updates 2 --batch-size 16 --device cpu".split()]
+SIZES = ["--bank-size", "500", "--warm-start-updates", "5", "--updates", "2", "--batch-size", "16"]
+SMALL = [*SIZES, "--steps", "4", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
