@@ -12,7 +12,7 @@ import torch
 
 from tiltune.finetune.certificate.criteria import judge_known, unjudged
 from tiltune.finetune.certificate.evidence import Evidence, path_figures
-from tiltune.finetune.config.sections import PriorConfig
+from tiltune.finetune.config.prior import PriorConfig
 from tiltune.finetune.energies.names import combine
 from tiltune.tasks import digits
 from tiltune.tasks.mixture import TASK, recipe
