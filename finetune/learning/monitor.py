@@ -21,7 +21,6 @@ from .noise import Noise
 from .optimization import Optimization
 
 JUDGED = 256  # rollouts that show what a phase has reached
-JUDGING_SEED = 2**60  # of their noise: far from what the training draws
 
 
 class Monitor:
@@ -102,7 +101,7 @@ class Monitor:
     def _log_weight(self) -> Tensor:
         """[n] log-weights of new rollouts of the policy, those of all processes."""
         count = max(2, JUDGED // self.processes.count)
-        noise = self.noise.fresh(JUDGING_SEED)
+        noise = self.noise.fresh("judging")
         drawn = rollout(self.prior, self.policy, count, noise, keep=False, on_step=self.processes.poll)
         drawn = self.energies.evaluate(drawn)
         assert drawn.energy is not None and drawn.step_log_ratio is not None

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ...samplers.streams import Purpose, stream
+
 
 class Noise:
     """A generator whose state belongs to the last complete step.
@@ -15,16 +17,16 @@ class Noise:
 
     def __init__(self, seed: int, rank: int, device: torch.device) -> None:
         self.seed = seed * 1_000_003 + rank
-        self.generator = torch.Generator(device=device).manual_seed(self.seed)
+        self.generator = stream("training", self.seed, device)
         self.settle()
 
-    def fresh(self, offset: int = 0) -> torch.Generator:
+    def fresh(self, purpose: Purpose) -> torch.Generator:
         """Another generator, the same whenever it is asked for."""
-        return torch.Generator(self.generator.device).manual_seed(self.seed + offset)
+        return stream(purpose, self.seed, self.generator.device)
 
     def reseed(self, global_step: int) -> None:
         """Go on with other noise, as on another number of processes."""
-        self.generator.manual_seed(self.seed + global_step * 1009)
+        self.generator.manual_seed((self.seed + global_step * 1009) % 2**32)
         self.settle()
 
     def settle(self) -> None:

@@ -117,7 +117,7 @@ class TrainState:
     def measure_steps_on(self, states: Tensor) -> None:
         """What steps move is measured on states of these trajectories [K + 1, B, ...], drawn by noise of their own: a phase that
         is begun again must not draw twice."""
-        self.bound.look_at(states, self.noise.fresh())
+        self.bound.look_at(states, self.noise.fresh("training"))
 
     def complete_step(self, bar: Any) -> None:
         """Nothing of the last step is left over; it is saved where one is due."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...samplers.resampling import systematic
+from ...samplers.streams import stream
 from ..certificate.criteria import (
     EXIT_STATUS,
     fail_gross_misses,
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from ..certificate.evidence import Evidence
     from ..energies.energy import Energy
 
-# Far from the training's generators, whose trajectories the certificate must not see again.
-FRESH_SEED = 2**62
-DEPLOYED_SEED = FRESH_SEED + 2**61
 # Samples of each deployed sampler: what it loses shows in a few, and there are several samplers.
 DEPLOYED_SIZE = 1000
 # Common starts, and rollouts from each, that show what the chain remembers of its start.
@@ -74,7 +72,7 @@ def certify(
         )
     if energy is None:
         energy, terms = run.energy(terms), terms or run.config.energy.terms
-    generator = torch.Generator(run.prior.device).manual_seed(FRESH_SEED + config.seed)
+    generator = stream("certificate", config.seed, run.prior.device)
     evidence: Evidence | None = None
     wanted = config.size
     with threads(run.config.threads):
@@ -179,7 +177,7 @@ def measure_deployment(
     """
     energy = run.energy() if energy is None else energy
     size = min(len(evidence.samples), DEPLOYED_SIZE)
-    generator = torch.Generator(run.prior.device).manual_seed(DEPLOYED_SEED + certificate["seed"])
+    generator = stream("deployment", certificate["seed"], run.prior.device)
     total = size * len(deployed_samplers(run.prior))
     with threads(run.config.threads), _bar("deployed samplers", total, progress) as advance:
         deployed = deployment_figures(run.policy, energy, evidence, generator, size, on_progress=advance)

@@ -123,15 +123,13 @@ def progress_bar(total: int, name: str) -> Iterator[Callable[[int], None]]:
 
 def resample(run: Run, options: Options) -> Resampled:
     """Exact samples, as far as the weights carry."""
-    import torch
-
     from ...finetune.energies.energy import EnergyMeter
-    from ...finetune.runs.evaluate import FRESH_SEED
     from ...samplers.resampling import importance_resample
+    from ...samplers.streams import stream
 
     alpha, meter = run.config.train.alpha, EnergyMeter(run.energy(options.energy))
     proposals = options.proposals if options.proposals is not None else max(10 * options.n, 1000)
-    generator = torch.Generator(run.prior.device).manual_seed(FRESH_SEED + options.seed)
+    generator = stream("resampling", options.seed, run.prior.device)
 
     def log_potential(data: Tensor) -> Tensor:
         return -meter(data, **run.prior.context(len(data))) / alpha

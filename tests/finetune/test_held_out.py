@@ -10,7 +10,7 @@ from torch.distributions import Normal
 
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.estimators import weighted_mean
-from tiltune.finetune.learning import monitor, updates
+from tiltune.finetune.learning import updates
 from tiltune.finetune.learning.improvement import Improvement
 from tiltune.finetune.learning.kept import Kept
 from tiltune.finetune.learning.monitor import JUDGED
@@ -24,6 +24,7 @@ from tiltune.samplers.log_ratio import step_log_ratio
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
+from tiltune.samplers.streams import OFFSETS
 from toys.linear_gaussian import LinearDenoiser, LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
@@ -312,7 +313,7 @@ def test_warm_start_and_updates_are_judged_by_the_same_noise(task, monkeypatch, 
     config = replace(SMALL, learning_rate=1e-6, seed=seed)
     result = Trainer(task.prior(), task.energy, config, policy=policy_of(task.prior()), progress=False).train()
     assert result.improvement.reached == "the updates", "and they win a tie"
-    monkeypatch.setattr(monitor, "JUDGING_SEED", monitor.JUDGING_SEED + 7)
+    monkeypatch.setitem(OFFSETS, "judging", OFFSETS["judging"] + 7)
     Trainer(task.prior(), task.energy, replace(config, updates=0), policy=policy_of(task.prior()), progress=False).train()
     before, after, other = judged
     assert before != after and after == pytest.approx(before, abs=1e-3)
