@@ -189,11 +189,7 @@ class TrainState:
 
         Errors: ValueError for the state of another version of Tiltune, or of a policy that trains other weights.
         """
-        if state.get("format") != FORMAT:
-            raise ValueError(
-                "another version of Tiltune wrote this checkpoint, and this one cannot read it: go on with that version, or start"
-                " the run again with --overwrite."
-            )
+        refuse_other_format(state)
         for name, part in self.shared.items():
             part.load_state_dict(state[name])
         self.global_step = state["global_step"]
@@ -216,3 +212,12 @@ class TrainState:
             )
         if said and self.processes.main:
             warnings.warn(said, stacklevel=3)
+
+
+def refuse_other_format(state: dict[str, Any]) -> None:
+    """ValueError for the state of a checkpoint that another version of Tiltune wrote."""
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            "another version of Tiltune wrote this checkpoint, and this one cannot read it: go on with that version, or start"
+            " the run again with --overwrite."
+        )

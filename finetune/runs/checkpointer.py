@@ -11,6 +11,7 @@ from ...samplers.policy import Policy
 from ..config.run import RunConfig
 from ..config.yaml_file import to_yaml
 from ..distributed.signals import uninterrupted
+from ..learning.state import refuse_other_format
 from ..learning.trainer import Trainer
 from . import checkpoint
 from .state_file import read_state, write_state
@@ -62,6 +63,7 @@ class Checkpointer:
         state = own = {}
         with processes.together():
             state = read_state(start, "run")
+            refuse_other_format(state)
             own = read_state(start, _own(processes.rank % state["processes"]["count"]))
         trainer.load_state_dict(state, own)
 

@@ -15,11 +15,12 @@ from tiltune.finetune.config.run import RunConfig
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.distributed.signals import Preempted
 from tiltune.finetune.energies.cache import CachedEnergy
+from tiltune.finetune.energies.error import EnergyError
 from tiltune.finetune.learning.metrics_log import MetricsLog
 from tiltune.finetune.learning.objectives import OBJECTIVES
 from tiltune.finetune.learning.state import FORMAT
 from tiltune.finetune.learning.trainer import Trainer
-from tiltune.finetune.runs import checkpoint
+from tiltune.finetune.runs import checkpoint, checkpointer
 from tiltune.finetune.runs.lock import RunLock
 from tiltune.finetune.runs.run import open_run
 from tiltune.finetune.runs.state_file import read_state, write_state
@@ -297,6 +298,16 @@ def test_stopped_while_it_is_judged_a_run_has_lost_no_step(call, step, config, w
     assert checkpoint.last(run / "checkpoints").name == f"step-{step:08}"
     train(config, run, energy=ink, resume="auto", progress=False)
     assert left(run) == left(whole)
+
+
+def test_a_checkpoint_of_0_3_0_is_refused_with_what_to_do(config, tmp_path, monkeypatch):
+    """Its state says how many processes there were, and no format."""
+    run = tmp_path / "run"
+    with pytest.raises(EnergyError, match="no space"):
+        train(config, run, energy=breaking(11, raised(OSError("no space"))), progress=False)
+    monkeypatch.setattr(checkpointer, "read_state", lambda folder, name: {"processes": 1, "taken": 6})
+    with pytest.raises(ValueError, match=r"another version of Tiltune wrote this checkpoint.*--overwrite"):
+        train(config, run, energy=ink, resume="auto", progress=False)
 
 
 def test_a_killed_process_loses_the_steps_since_its_last_checkpoint_and_nothing_else(config, whole, tmp_path):
