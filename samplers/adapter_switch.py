@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 
 class AdapterSwitch:
@@ -31,7 +31,7 @@ class AdapterSwitch:
         self._set(None)
 
     @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
+    def using(self, name: str | None) -> Generator[None, None, None]:
         """Run with one adapter on, or with none, and leave as it was found, also after an error."""
         before = self.on
         if before == name:
@@ -60,4 +60,4 @@ class AdapterSwitch:
             with self.using(name):
                 return block(*inner)
 
-        return checkpoint(forward, *args, use_reentrant=False)
+        return cast(Any, checkpoint(forward, *args, use_reentrant=False))

@@ -18,6 +18,7 @@ from .chain import Chain
 from .prior import Prior
 from .rollout import decoded
 from .trajectory import Trajectories
+from .typed import floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condit
     Errors: ValueError for a chain without a bridge.
     """
     chain, bridge = prior.chain, bridge_of(prior.chain)
-    c, d, tau = bridge.c.tolist(), bridge.d.tolist(), bridge.tau.tolist()
+    c, d, tau = floats(bridge.c), floats(bridge.d), floats(bridge.tau)
 
     def gaussian() -> Tensor:
         return torch.randn(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype)

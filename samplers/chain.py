@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .kernel import GaussianKernel, Kernel, Row
+from .typed import floats
 
 # Below this a standard deviation is a clamp of the scheduler (DDPM's 1e-10), not a noise.
 SIGMA_ZERO = 1e-6
@@ -55,10 +56,10 @@ class Chain:
             object.__setattr__(self, name, getattr(self, name).detach().cpu().double())
         for name in ("timesteps", *Row._fields, "input_scale"):
             column = getattr(self, name)
-            bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
-            if bad:
+            bad = (~torch.isfinite(column)).nonzero().flatten()
+            if len(bad):
                 raise ValueError(
-                    f"{self.name}: column '{name}' is not finite at step {bad[0]} of {self.num_steps}; such a step has no"
+                    f"{self.name}: column '{name}' is not finite at step {int(bad[0])} of {self.num_steps}; such a step has no"
                     " kernel. Zero-terminal-SNR betas and variance_type='fixed_large_log' do this: use an ordinary beta"
                     " schedule and variance_type 'fixed_large' or 'fixed_small'."
                 )
@@ -139,7 +140,7 @@ class Chain:
 
     @cached_property
     def _scales(self) -> list[float]:
-        return self.input_scale.tolist()
+        return floats(self.input_scale)
 
     @cached_property
     def _tables(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
@@ -208,7 +209,7 @@ class Chain:
                 verdict = "REMEMBERED: a tilt of this direction is partly lost"
             start = f"share of the start in a component of variance {variance:g}: {share:.2g} ({verdict})"
         if self.decoder:
-            own = [f"{sigma:.2g}" for sigma in self.sigma[self.last_trained + 1 :].tolist()]
+            own = [f"{sigma:.2g}" for sigma in floats(self.sigma[self.last_trained + 1 :])]
             sigmas = " and ".join(own) if len(own) <= 3 else f"{own[0]} to {own[-1]}"
             which = "step" if self.decoder == 1 else f"{self.decoder} steps"
             verbs = "belongs to the prior and carries" if self.decoder == 1 else "belong to the prior and carry"

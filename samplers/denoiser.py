@@ -117,7 +117,8 @@ def zero_output_layer_(network: nn.Module) -> None:
     if hasattr(network, "zero_output_"):  # an `MLPDenoiser` has a skip around its last layer
         network.zero_output_()  # pyright: ignore[reportCallIssue]
         return
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
+    convolution = nn.modules.conv._ConvNd  # pyright: ignore[reportPrivateUsage] - the base of all convolutions
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear | convolution)]
     if not layers:
         raise ValueError(
             f"{type(network).__name__} has no linear or convolutional layer to zero, so a residual policy made of it"

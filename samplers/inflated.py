@@ -32,7 +32,8 @@ def inflated_rollout(
     """
     chain = prior.chain
     state = draw_start(prior, batch, generator) if start is None else start.to(prior.device)
-    states, ratios, inflation = [state], [], state.new_zeros(len(state))
+    states, inflation = [state], state.new_zeros(len(state))
+    ratios: list[Tensor] = []
     for k in range(chain.num_steps):
         if on_step is not None:
             on_step()

@@ -41,7 +41,7 @@ def step_log_ratio(
     chunk: int | None = None,
 ) -> Tensor:
     """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
-    ratios = []
+    ratios: list[Tensor] = []
     for rows in _chunks(trajectories, chain, chunk):
         state, following, step, condition = rows_of(trajectories, chain, rows)
         prior_output = evaluate(prior, chain, state, step, condition)
@@ -64,7 +64,7 @@ def shift_moments(
 
     prior_outputs: [num_kernels · B, ...] of the prior at their states (`outputs`). target: (state, step, prior output) → a shift.
     """
-    found = []
+    found: list[Tensor] = []
     for rows in _chunks(trajectories, chain):
         state, following, step, condition = rows_of(trajectories, chain, rows)
         prior_output = prior_outputs[rows]
@@ -79,7 +79,7 @@ def shift_moments(
 @torch.no_grad()
 def outputs(chain: Chain, denoiser: Denoiser, trajectories: Trajectories) -> Tensor:
     """[num_kernels · B, ...] of a network at the states of stored trajectories, step by step."""
-    found = []
+    found: list[Tensor] = []
     for rows in _chunks(trajectories, chain):
         state, _, step, condition = rows_of(trajectories, chain, rows)
         found.append(evaluate(denoiser, chain, state, step, condition))

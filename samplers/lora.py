@@ -7,7 +7,7 @@ import sys
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,7 @@ from .adapter_switch import AdapterSwitch
 from .denoiser import DiffusersDenoiser, is_diffusers
 from .loading.folder import read_json
 from .prior import Source
+from .typed import forked_rng, named_modules
 
 Layers = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -70,7 +71,7 @@ class LoraDenoiser(nn.Module):
 
     def save(self, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors, as peft's PeftModel.from_pretrained(network, folder) reads them."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
         config = copy.copy(self.config)
         config.target_modules = sorted(config.target_modules)  # a set, in an order that changes from run to run
@@ -107,7 +108,7 @@ def add_adapters(
     switch = AdapterSwitch() if denoiser.adapters is None else denoiser.adapters
     name = f"policy_{len(switch)}"
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with forked_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second policy on one prior is meant
         torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs as well
         library.inject_adapter_in_model(config, model, adapter_name=name)
@@ -117,14 +118,14 @@ def add_adapters(
 
 
 def _adapted(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    return {key: module for key, module in model.named_modules() if name in getattr(module, "lora_A", ())}
+    return {key: module for key, module in named_modules(model) if name in getattr(module, "lora_A", ())}
 
 
 def _choose(model: nn.Module, rank: int, targets: tuple[str, ...]) -> list[str]:
     """Full names of the layers that get adapters."""
     layers: dict[str, Any] = {
         name.replace(".base_layer", ""): module  # adapted once already, by an earlier policy
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, Layers) and ".lora_" not in name
     }
     if not targets:
@@ -156,10 +157,10 @@ def without_adapters(denoiser: DiffusersDenoiser, merge: str | None = None) -> D
 
     plain = copy.deepcopy(denoiser)
     plain.adapters, model = None, plain.model
-    for name, layer in list(model.named_modules()):
+    for name, layer in list(named_modules(model)):
         if isinstance(layer, LoraLayer):
             if merge is not None and merge in layer.lora_A:
-                layer.merge(adapter_names=[merge])  # pyright: ignore[reportCallIssue]
+                layer.merge(adapter_names=[merge])
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(model, "peft_config"):
@@ -175,7 +176,7 @@ def load_adapter(denoiser: DiffusersDenoiser, folder: Path, source: Source | Non
     Errors: ValueError where it does not fit, and for options of peft that `make_policy` does not set.
     """
     library = peft()
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
     rank, alpha, targets = _read_config(folder / "adapter_config.json", library.LoraConfig().to_dict())
     try:
@@ -209,7 +210,9 @@ def _read_config(path: Path, defaults: dict[str, Any]) -> tuple[int, float, tupl
         raise ValueError(f"{path} has r = {rank!r}, which is no rank; it must be a whole number of at least 1.")
     if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
         raise ValueError(f"{path} has lora_alpha = {alpha!r}; it must be a positive number.")
-    if not (isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in targets)):
+    if not (
+        isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in cast("list[Any]", targets))
+    ):
         raise ValueError(f"{path} has target_modules = {targets!r}; it must be a list of names of layers.")
     other = sorted(name for name in set(settings) - set(NOTES) if settings[name] and settings[name] != defaults.get(name))
     if other:
@@ -217,4 +220,4 @@ def _read_config(path: Path, defaults: dict[str, Any]) -> tuple[int, float, tupl
             f"{path} sets {other[0]} = {settings[other[0]]!r}, which is not covered; merge that adapter into its base in peft and"
             " load the result as a prior, or train one without it."
         )
-    return rank, alpha, tuple(targets)
+    return rank, alpha, tuple(cast("list[str]", targets))

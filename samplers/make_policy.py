@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from .denoiser import DiffusersDenoiser, ResidualDenoiser, is_diffusers
 from .lora import add_adapters, without_adapters
 from .policy import Policy, PolicyKind
 from .prior import Prior
+from .typed import forked_rng
 
 
 def make_policy(
@@ -78,9 +79,9 @@ def residual_of(prior: Prior) -> ResidualDenoiser:
             "this prior is not a diffusers model, so there is no config to build a residual network from; pass"
             " policy=ResidualDenoiser(prior.denoiser, network) with a network of your own."
         )
-    with torch.random.fork_rng(devices=[]):
+    with forked_rng():
         torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs as well
-        network = type(base.model).from_config(base.model.config)  # pyright: ignore[reportAttributeAccessIssue]
+        network = cast(Any, type(base.model)).from_config(base.model.config)
     return ResidualDenoiser(base, beside(prior, network))
 
 
@@ -92,7 +93,7 @@ def beside(prior: Prior, network: nn.Module) -> DiffusersDenoiser:
     if weights[0].dtype != torch.float32:
         network = network.to(weights[0].dtype)
     if any(weight.ndim == 4 and not weight.is_contiguous() for weight in weights):
-        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        network = cast(Any, network).to(memory_format=torch.channels_last)
     return DiffusersDenoiser(network, label=base.label, autocast=base.autocast)
 
 

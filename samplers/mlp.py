@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import (
+    ConfigMixin,
+    register_to_config,  # pyright: ignore[reportUnknownVariableType]
+)
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .chain import Chain
+from .typed import unique_with_inverse
 
 
 class MLPDenoiser(ModelMixin, ConfigMixin):
@@ -56,7 +60,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
             raise ValueError("MLPDenoiser is unconditional; it was given class_labels.")
         label = torch.as_tensor(timestep, device=sample.device, dtype=self.frequencies.dtype).reshape(-1)
         # A chain has few distinct labels: embed each once.
-        label, inverse = torch.unique(label, return_inverse=True)
+        label, inverse = unique_with_inverse(label)
         low = label.floor().clamp(0, self.num_labels - 2)
         fraction = label - low
         low = low.long()

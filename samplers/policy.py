@@ -59,7 +59,7 @@ class Policy(nn.Module):
         prior = self.prior
         batch = rows_at_once(prior.shape, prior.device) if batch is None else batch
         generator = torch.Generator(device=prior.device).manual_seed(seed)
-        samples = []
+        samples: list[Tensor] = []
         for first in range(0, count, batch):
             state = draw_start(prior, min(batch, count - first), generator)
             for following in denoise(prior, self, state, generator):

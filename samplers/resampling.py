@@ -17,6 +17,7 @@ from torch import Tensor
 from .policy import Policy
 from .rollout import rollout
 from .trajectory import rows_at_once
+from .typed import unique
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class Resampled:
     @property
     def unique(self) -> int:
         """Number of different proposals among the samples."""
-        return len(self.index.unique())
+        return len(unique(self.index))
 
 
 def systematic(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -90,7 +91,8 @@ def importance_resample(
         )
     prior = policy.prior
     batch = rows_at_once(prior.shape, prior.device) if batch is None else batch
-    data, log_weights = [], []
+    data: list[Tensor] = []
+    log_weights: list[Tensor] = []
     for first in range(0, proposals, batch):
         drawn = rollout(prior, policy, min(batch, proposals - first), generator, keep=False)
         assert drawn.step_log_ratio is not None

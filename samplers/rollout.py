@@ -79,7 +79,7 @@ def rollout(
     # Written in place: a list of states and their stack would hold every trajectory twice.
     states = state.new_empty((chain.num_steps + 1 if keep else 1, *state.shape))
     states[0] = state
-    ratios = []
+    ratios: list[Tensor] = []
     for k in range(chain.num_steps):
         if on_step is not None:
             on_step()

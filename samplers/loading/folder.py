@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,10 +40,10 @@ def locate(path: str | Path) -> Path:
         raise ValueError(f"{path} is a file; give the folder that diffusers' save_pretrained wrote.")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
         raise ValueError(f"there is no folder {path}; give one that diffusers' save_pretrained wrote, or a hub id (owner/name).")
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(str(path), use_safetensors=True))
+        return Path(cast(Any, DiffusionPipeline).download(str(path), use_safetensors=True))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"there is no folder {path}, and no pipeline of that name came from the hub: {reason}") from error
@@ -77,7 +77,8 @@ def _pipeline_layout(folder: Path) -> Layout:
         raise ValueError(
             f"{folder}/model_index.json names a custom pipeline ({name}); code that comes with weights is never run."
         )
-    parts = {key: part for key, part in index.items() if isinstance(part, list) and len(part) == 2 and part[0] is not None}
+    lists = cast("dict[str, list[Any]]", {key: part for key, part in index.items() if isinstance(part, list)})
+    parts = {key: part for key, part in lists.items() if len(part) == 2 and part[0] is not None}
     foreign = [f"{key}: {'.'.join(map(str, part))}" for key, part in parts.items() if part[0] not in ("diffusers", "tiltune")]
     extra = sorted(set(parts) - {"unet", "transformer", "scheduler", "vae", "vqvae"})
     if foreign or extra:
@@ -103,19 +104,20 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object.")
-    return value
+    return cast("dict[str, Any]", value)
 
 
 def load_scheduler(folder: Path) -> Any:
     """The diffusers scheduler of a scheduler_config.json. Errors: ValueError for a class that diffusers does not have."""
     import diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     name = read_json(folder / "scheduler_config.json").get("_class_name")
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(f"{folder}/scheduler_config.json names the scheduler {name!r}, which diffusers does not have.")
     try:
-        return kind.from_pretrained(folder, local_files_only=True)
+        return cast(Any, kind).from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(f"the scheduler {name} of {folder} cannot be built: {str(error).splitlines()[0]}") from error
 
@@ -184,6 +186,6 @@ def _stored_dtype(folder: Path, variant: str | None) -> str:
 
     names: dict[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     file = sorted(path for path in folder.glob(f"{WEIGHTS}*.safetensors") if variant is None or f".{variant}" in path.name)[0]
-    with safe_open(file, "pt") as weights:
-        stored = weights.get_slice(next(iter(weights.keys()))).get_dtype() or "?"
+    with cast(Any, safe_open(file, "pt")) as weights:
+        stored: str = weights.get_slice(next(iter(weights.keys()))).get_dtype() or "?"
     return names.get(stored, stored)

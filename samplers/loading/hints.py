@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from ..bridge import bridge_of
 from ..chain import Chain
@@ -43,7 +43,7 @@ def start_hint(chain: Chain, scheduler: Any, shape: tuple[int, ...], **settings:
     before = left = chain.remembered_share(variance)
     if before <= REMEMBERED:
         return None
-    said = []
+    said: list[str] = []
     flag = _noise_flag(chain, scheduler)
     if flag is not None:
         words, better = flag
@@ -51,7 +51,7 @@ def start_hint(chain: Chain, scheduler: Any, shape: tuple[int, ...], **settings:
         left = chain_from_scheduler(scheduler, chain.num_steps, **settings).remembered_share(variance)
         said.append(f"{words} lowers it to {left:.2g}")
     if left > REMEMBERED:
-        found = {}
+        found: dict[str, float] = {}
         for words, build in _alternatives(chain, scheduler, settings):
             with suppress(ValueError):  # a chain that does not fit the table, or that cannot be noised back as this one can
                 other = build()
@@ -82,5 +82,5 @@ def _alternatives(chain: Chain, scheduler: Any, settings: dict[str, Any]) -> Ite
         if steps <= scheduler.config.num_train_timesteps:
             yield f"--steps {steps}", partial(chain_from_scheduler, scheduler, steps, **settings)
     if scheduler.config.get("timestep_spacing", "trailing") != "trailing":
-        trailing = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
+        trailing = cast(Any, type(scheduler)).from_config(scheduler.config, timestep_spacing="trailing")
         yield f"{TRAILING} of a copy of this prior", partial(chain_from_scheduler, trailing, chain.num_steps, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,5 +27,6 @@ class LatentDecoder(nn.Module):
     @torch.no_grad()
     def forward(self, state: Tensor) -> Tensor:
         latents = state / self.config.scaling_factor + (self.config.get("shift_factor") or 0.0)
-        parts = [self.vae.decode(part).sample for part in latents.split(DECODE_BATCH)]  # pyright: ignore[reportCallIssue]
+        vae = cast(Any, self.vae)
+        parts = [vae.decode(part).sample for part in torch.split(latents, DECODE_BATCH)]
         return torch.cat(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -103,16 +103,16 @@ def _source(path: str | Path, layout: Layout) -> Source:
 
 def _scheduler(layout: Layout, variance: str | None) -> Any:
     """The folder's scheduler, as its pipeline would run it, with the variance that was asked for."""
-    import diffusers
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     scheduler: Any = load_scheduler(layout.scheduler)
-    if layout.pipeline == "DDIMPipeline" and not isinstance(scheduler, diffusers.DDIMScheduler):
-        scheduler = diffusers.DDIMScheduler.from_config(scheduler.config)
+    if layout.pipeline == "DDIMPipeline" and not isinstance(scheduler, DDIMScheduler):
+        scheduler = cast(Any, DDIMScheduler).from_config(scheduler.config)
     if variance is None:
         return scheduler
     if type(scheduler).__name__ != "DDPMScheduler":
         raise ValueError(f"variance={variance!r} is DDPMScheduler's choice; {type(scheduler).__name__} has none, leave it out.")
-    return type(scheduler).from_config(scheduler.config, variance_type=variance)
+    return cast(Any, type(scheduler)).from_config(scheduler.config, variance_type=variance)
 
 
 def _refuse_unused(scheduler: Any, eta: float, noise: str, noise_level: float) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..chain import Chain
+from ..typed import forked_rng
 from .check import checked
 from .options import Options
 
@@ -99,7 +100,7 @@ def _euler_maruyama(sigmas: Tensor, level: float) -> tuple[Tensor, Tensor, Tenso
 def _stochastic_step(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]:
     def step(out: Tensor, t: Tensor, s: Tensor, g: torch.Generator) -> Tensor:
         # This scheduler draws its noise from torch's global generator, whatever generator it is given.
-        with torch.random.fork_rng(devices=[]):
+        with forked_rng():
             torch.random.set_rng_state(g.get_state())
             return scheduler.step(out, t, s, return_dict=False)[0]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def place_timesteps(
@@ -27,7 +28,7 @@ def place_timesteps(
 
     Errors: ValueError where that many distinct integers do not fit between the two levels.
     """
-    alpha_bar = scheduler.alphas_cumprod.double().cpu().numpy()
+    alpha_bar: NDArray[np.float64] = scheduler.alphas_cumprod.double().cpu().numpy()
     level = 0.5 * (np.log(alpha_bar) - np.log1p(-alpha_bar))  # descending in the timestep
     grid = np.linspace(*log_snr, 4096)
     density = np.ones_like(grid)
@@ -36,7 +37,8 @@ def place_timesteps(
         measured = np.interp(grid, profile[0], values, 0.0, 0.0) ** power
         density = (1 - even) * measured / measured.mean() + even
     cumulative = np.cumsum(density) - density[0]
-    wanted = np.interp(np.linspace(0, cumulative[-1], num_steps), cumulative, grid)
+    total: float = cumulative[-1]
+    wanted = np.interp(np.linspace(0, total, num_steps), cumulative, grid)
     placed = [round(float(t)) for t in np.interp(wanted, level[::-1], np.arange(len(level))[::-1])]
     # Rounding can put two steps on one label: push them apart, downward first and then up from 0.
     for k in range(1, num_steps):
