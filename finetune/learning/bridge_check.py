@@ -14,6 +14,7 @@ from ...samplers.bridge import bridge_of
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import Trajectories, rows_at_once
+from ...samplers.typed import symmetric_pinv
 
 PATHS = 400  # prior paths that are asked
 
@@ -32,8 +33,9 @@ def bridge_bias(prior: Prior, paths: Trajectories) -> float:
     rows = rows_at_once(prior.shape, prior.device)
     total = 0.0
     for k in chain.trained:
-        features, residuals = [], []
-        for state, end in zip(states[k].split(rows), states[-1].split(rows), strict=True):
+        features: list[Tensor] = []
+        residuals: list[Tensor] = []
+        for state, end in zip(torch.split(states[k], rows), torch.split(states[-1], rows), strict=True):
             step = torch.full((len(state),), k, device=state.device)
             output = evaluate(prior.denoiser, chain, state, step, None)
             sigma = chain.kernel.std(step, state)
@@ -49,5 +51,5 @@ def _gain(feature: Tensor, z: Tensor, learned: slice, judged: slice) -> float:
     """Σ over the rows ``judged`` of <r, z> - ½ |r|², for the regression of z on feature [3, n, d] on the rows ``learned``."""
     own = torch.einsum("ind,jnd->ij", feature[:, learned], feature[:, learned])
     along = torch.einsum("ind,nd->i", feature[:, learned], z[learned])
-    r = torch.einsum("i,ind->nd", torch.linalg.pinv(own, hermitian=True) @ along, feature[:, judged])
+    r = torch.einsum("i,ind->nd", symmetric_pinv(own) @ along, feature[:, judged])
     return (r * z[judged]).sum().item() - 0.5 * r.square().sum().item()

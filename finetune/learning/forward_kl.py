@@ -83,8 +83,9 @@ class ForwardKL:
         state, following = self.rows(step)
         g = scale(-factor / (count * self._step_probability[row]))
         chunk = self._chunk
-        parts = list(zip(state.split(chunk), following.split(chunk), step.split(chunk), g.split(chunk), strict=True))
-        losses = []
+        states, followings = torch.split(state, chunk), torch.split(following, chunk)
+        parts = list(zip(states, followings, torch.split(step, chunk), torch.split(g, chunk), strict=True))
+        losses: list[Tensor] = []
         for part in parts:
             with nullcontext() if part is parts[-1] else self.no_sync():
                 losses.append(backward_rows(self.policy, self.prior.chain, *part, None))
@@ -126,7 +127,7 @@ class ForwardKL:
         drawn, own = torch.zeros(2, chain.num_kernels, device=states.device)
         path = self.bank.draw(SLOPE_PATHS, self.config.alpha, self.generator)
         for row, k in enumerate(chain.trained):
-            for some in path.split(rows_at_once(self.prior.shape, self.prior.device)):
+            for some in torch.split(path, rows_at_once(self.prior.shape, self.prior.device)):
                 state, step = states[k, some], torch.full_like(some, k)
                 prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
                 output = evaluate(self.policy, chain, state, step, None)
@@ -154,7 +155,7 @@ class ForwardKL:
         all_states = states_of(chain, states, all_paths, all_steps, fresh, self.generator)
         total = torch.zeros((), device=states.device)
         chunk = self._chunk
-        parts = list(zip(all_states.split(chunk), all_steps.split(chunk), all_paths.split(chunk), strict=True))
+        parts = list(zip(*(torch.split(rows, chunk) for rows in (all_states, all_steps, all_paths)), strict=True))
         for part in parts:
             state, step, path = part
             with torch.no_grad():
@@ -198,7 +199,7 @@ class ForwardKL:
             output = torch.cat(
                 [
                     evaluate(self.prior.denoiser, chain, *part, None)
-                    for part in zip(state.split(chunk), step.split(chunk), strict=True)
+                    for part in zip(torch.split(state, chunk), torch.split(step, chunk), strict=True)
                 ]
             )
             z = chain.kernel.standardize(following, state, step, output)

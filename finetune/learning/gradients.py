@@ -20,6 +20,7 @@ from ...samplers.chain import Chain
 from ...samplers.denoiser import evaluate
 from ...samplers.log_ratio import rows_of
 from ...samplers.trajectory import Trajectories
+from ...samplers.typed import backward
 from .objectives import Batch, Objective
 
 Gather = Callable[[Tensor], Tensor]
@@ -57,7 +58,7 @@ def objective_gradient(
         )
     leaf = batch.step_log_ratio.detach().requires_grad_(True)
     loss = objective.loss(replace(batch, step_log_ratio=leaf), alpha, log_z, huber)
-    loss.backward()
+    backward(loss)
     assert leaf.grad is not None
     columns = slice(rank * local, (rank + 1) * local)
     return loss.detach(), leaf.grad[:, columns] * world_size
@@ -72,7 +73,7 @@ def backward_rows(
     """
     output = evaluate(policy, chain, state, step, condition)
     density = chain.kernel.log_density(following, state, step, output)
-    density.backward(g)
+    backward(density, g)
     return (g * density.detach()).sum()
 
 
@@ -96,7 +97,7 @@ def backward_likelihood(
     shift = chain.kernel.shift(state, step, output, prior_output).flatten(1)
     z = chain.kernel.standardize(following, state, step, prior_output).flatten(1)
     total = (0.5 * weight * shift.square().sum(1) - (weight - control) * (z * shift).sum(1)).sum()
-    total.backward()
+    backward(total)
     return total.detach()
 
 
@@ -137,7 +138,7 @@ def chunk_rows(
     def measure(tensor: Tensor) -> Tensor:
         # Held on to, and not known by its address: the weights of a policy in shards come and go, and addresses with them.
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        kept[storage._cdata] = storage  # pyright: ignore[reportPrivateUsage]
         return tensor
 
     def bytes_for(count: int) -> int:

@@ -13,7 +13,7 @@ class LogZ:
 
     def __init__(self, learning_rate: float, device: torch.device) -> None:
         self.parameter: Tensor = torch.zeros((), device=device, requires_grad=True)
-        self._optimizer = torch.optim.Adam([self.parameter], learning_rate)
+        self._optimizer: torch.optim.Optimizer = torch.optim.Adam([self.parameter], learning_rate)
         self.settle()
 
     @torch.no_grad()

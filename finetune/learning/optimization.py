@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,7 +90,8 @@ class Optimization:
             # Slow averages of a short run would hold its start: the decay grows with the steps taken.
             taken = self._schedule.last_epoch
             decay = min(self.config.ema_decay, taken / (taken + 9))
-            torch._foreach_lerp_(self._average, self.weights, 1 - decay)
+            lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            lerp_(self._average, self.weights, 1 - decay)
         return nats
 
     # --- the weights -------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ class Optimization:
             own.copy_(weight)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Generator[None, None, None]:
         """The policy as it would be if the phase ended here: with the average of its weights, where there is one."""
         if self._average is None:
             yield
@@ -149,9 +150,10 @@ class Optimization:
             for name, weight in state_dict["weights"].items():
                 named[name].copy_(shard(weight, named[name]))
         weights = self.weights
+        states: dict[int, dict[str, Any]] = state_dict["optimizer"]["state"]
         moments = {
             index: {name: value if name == "step" else shard(value, weights[index]) for name, value in own.items()}
-            for index, own in state_dict["optimizer"]["state"].items()
+            for index, own in states.items()
         }
         self._optimizer.load_state_dict({**state_dict["optimizer"], "state": moments})
         self._schedule.load_state_dict(state_dict["schedule"])

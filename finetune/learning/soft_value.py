@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...samplers.chain import Chain
+from ...samplers.typed import backward, forked_rng
 from ..populations.population import Population
 
 WIDTH, CHANNELS, DROPOUT = 96, 24, 0.3
@@ -102,7 +103,7 @@ class SoftValue:
     at the target's (`temperature_within_reach`), and what was learned is then continued to it.
     """
 
-    def __init__(self, networks: tuple[nn.Module, nn.Module], half: Tensor, times: float = 1.0) -> None:
+    def __init__(self, networks: tuple[ValueNetwork, ValueNetwork], half: Tensor, times: float = 1.0) -> None:
         self.networks, self.half, self.times = networks, half, times
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,9 +112,9 @@ class SoftValue:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], shape: tuple[int, ...], steps: int, device: torch.device) -> SoftValue:
         """The soft value whose `state_dict` this is, on states of this shape, up to the step ``steps``."""
-        networks = []
+        networks: list[ValueNetwork] = []
         for weights in state["networks"]:
-            with torch.random.fork_rng(devices=[]):
+            with forked_rng():
                 network = ValueNetwork(shape, steps)
             network.load_state_dict(weights)
             networks.append(network.to(device).eval().requires_grad_(False))
@@ -136,7 +137,7 @@ class SoftValue:
 
         times: 1 for the temperature at which the networks have learned, ``self.times`` for the target's.
         """
-        first, second = (network.estimates(state, step, times) for network in self.networks)  # pyright: ignore[reportCallIssue]
+        first, second = (network.estimates(state, step, times) for network in self.networks)
         if path is None:
             return 0.5 * (first + second)
         return torch.where((self.half[path] == 0)[:, None], second, first)
@@ -192,11 +193,12 @@ def fit_soft_value(
     scale = states.flatten(1).std(1).clamp(min=1e-6)
     reward, spread = standardized(bank, learned)
     last = chain.last_trained + 1  # nothing is asked before the first trained step, nor after what the last one leads to
-    networks = []
+    networks: list[ValueNetwork] = []
     # Initial weights and dropout come from the global generator: forked, so that the caller's is left alone.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with forked_rng([device] if device.type == "cuda" else []):
         for side in (0, 1):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=device)))
+            seed = int(torch.randint(2**31, (), generator=generator, device=device))
+            torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
             network = ValueNetwork(tuple(states.shape[2:]), last, scale[: last + 1], spread).to(device).train()
             optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
             mine = (half == side).nonzero()[:, 0]
@@ -209,8 +211,8 @@ def fit_soft_value(
                 loss = (weight[path] * functional.softplus(-value) + functional.softplus(value)).mean()
                 loss = loss + miss.square().mean() + VARIANCE_SHARE * (miss.detach().square() - variance).square().mean()
                 optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                backward(loss)
+                optimizer.step()  # pyright: ignore[reportUnknownMemberType]
                 if on_progress:
                     on_progress()
             networks.append(network.eval().requires_grad_(False))

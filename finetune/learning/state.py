@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class TrainState:
     # --- steps -------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def phase(self, first: int, count: int, learning_rate: float) -> Iterator[range]:
+    def phase(self, first: int, count: int, learning_rate: float) -> Generator[range, None, None]:
         """The steps of a phase that are still to be taken, out of ``count`` from ``global_step`` ``first`` on.
 
         The phase has an optimizer, a schedule and a running average of its own. At its end (Ctrl-C included) the policy takes

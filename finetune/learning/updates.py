@@ -112,7 +112,7 @@ def _soft_values(state: TrainState, trajectories: Trajectories) -> Tensor | None
 
 def _log_ratios(state: TrainState, parts: dict[str, Trajectories]) -> Tensor:
     """[num_kernels, B]: known from the rollout where the policy drew them, evaluated elsewhere."""
-    ratios = []
+    ratios: list[Tensor] = []
     for part in parts.values():
         known = part.step_log_ratio
         if known is None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import rows_at_once
+from ...samplers.typed import backward, floats, solve, unique_with_counts
 from ..populations.held_out import HeldOut
 from ..populations.population import Population
 from .gradients import MAX_CHUNK, NoSync
@@ -65,8 +66,9 @@ class ValueDrift:
         self.no_sync, self.chunk = no_sync, MAX_CHUNK
         self.prior, self.bank, self.soft_value = prior, bank, soft_value
         self.alpha, self.generator = alpha * soft_value.times, generator
-        self.factor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
-        self.explained, self.scale, self.trust = 0.0, 1.0, 1.0
+        self.factor: Tensor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
+        self.explained: float = 0.0
+        self.scale, self.trust = 1.0, 1.0
         self._misses = torch.zeros(2, dtype=torch.float64, device=prior.device)
         self._mixture = 0.5 * (bank_weight(bank, self.alpha) + 1)
         self._moves = prior.chain.sensitivity.float().to(prior.device)
@@ -100,7 +102,7 @@ class ValueDrift:
         what is expected by as much as so many effective paths leave open.
         """
         chain, states = self.prior.chain, self.bank.trajectories.states
-        path, times = self.bank.draw(PATHS, self.alpha, self.generator).unique(return_counts=True)
+        path, times = unique_with_counts(self.bank.draw(PATHS, self.alpha, self.generator))
         times = times.double() / times.sum()
         effective = 1 / times.square().sum()
         kernels = chain.num_kernels
@@ -108,7 +110,7 @@ class ValueDrift:
         own = torch.zeros(kernels, 2, 2, dtype=torch.float64, device=states.device)
         rows = rows_at_once(self.prior.shape, self.prior.device)
         for row, k in enumerate(chain.trained):
-            for some, weight in zip(path.split(rows), times.split(rows), strict=True):
+            for some, weight in zip(torch.split(path, rows), torch.split(times, rows), strict=True):
                 state, step = states[k, some], torch.full_like(some, k)
                 output = evaluate(self.prior.denoiser, chain, state, step, None)
                 z = chain.kernel.standardize(states[k + 1, some], state, step, output)
@@ -120,7 +122,7 @@ class ValueDrift:
         expected = torch.full((2,), EXPECTED, dtype=torch.float64, device=states.device)
         certainty = torch.eye(2, dtype=torch.float64, device=states.device) / SPREAD**2
         together = effective * own.sum(0) + certainty
-        pair = torch.linalg.solve(together, effective * drawn.sum(0) + certainty @ expected)
+        pair = solve(together, effective * drawn.sum(0) + certainty @ expected)
         along, size = drawn @ pair, torch.einsum("kij,i,j->k", own, pair, pair)
         a_step = ((effective * along + SPREAD**-2) / (effective * size + SPREAD**-2)).clamp(0.0, LARGEST)
         self.factor = (a_step[:, None] * pair).float()
@@ -158,7 +160,7 @@ class ValueDrift:
         drawn, expected = (weight * along).sum(), (weight * asked).sum()
         error = (weight * (along - drawn / expected * asked)).square().sum()
         every = gather(torch.stack([drawn, expected, error])[None])
-        mean_drawn, mean_expected, variance = (every.mean(0) / torch.tensor([1, 1, len(every)]).to(every)).tolist()
+        mean_drawn, mean_expected, variance = floats(every.mean(0) / torch.tensor([1, 1, len(every)]).to(every))
         self.scale = 1.0
         if 0 < variance < math.inf:  # false for one path alone, and for what is no number
             doubt = variance * RESCALED**-2
@@ -186,7 +188,7 @@ class ValueDrift:
         state = states[chain.step_of_row(row), path]
         total = torch.zeros((), device=states.device)
         misses = torch.zeros_like(self._misses)
-        parts = list(zip(state.split(self.chunk), row.split(self.chunk), strict=True))
+        parts = list(zip(torch.split(state, self.chunk), torch.split(row, self.chunk), strict=True))
         for some, of in parts:
             at = chain.step_of_row(of)
             with torch.no_grad():
@@ -198,7 +200,7 @@ class ValueDrift:
                 share = eased[of] / (count * self._probability[of])
                 missed, asked = (0.5 * share * side.flatten(1).square().sum(1) for side in (miss, target))
                 loss = scale(missed.sum())
-                loss.backward()
+                backward(loss)
             total += loss.detach()
             misses += torch.stack([missed.detach(), asked]).double().sum(1)
         self._believe(misses)
@@ -210,5 +212,5 @@ class ValueDrift:
         An update that is too long for the noise of its gradient leaves the policy further from its targets than the prior is.
         """
         self._misses = RECENT * self._misses + (1 - RECENT) * misses
-        policy, prior = self._misses.tolist()
+        policy, prior = floats(self._misses)
         self.trust = self.trust * SHRUNK if policy > prior else min(1.0, self.trust * GROWN)
