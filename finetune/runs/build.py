@@ -38,7 +38,7 @@ def load_prior(config: RunConfig, task: Task | None) -> Prior:
     device = device_of(config)
     if task is not None:
         prior = task.load_prior(config.prior)
-        prior.denoiser.to(device)  # pyright: ignore[reportAttributeAccessIssue]
+        prior.denoiser.to(device)
         return prior
     from ...samplers.loading import pretrained
 

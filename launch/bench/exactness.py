@@ -43,7 +43,7 @@ def log_ratio_errors(case: Case, device: str) -> dict[str, Any]:
     wide = replace(drawn, states=drawn.states.double())
     pairs = {
         "arithmetic": (single(prior), single(policy)),
-        "total": tuple(copy.deepcopy(network).double() for network in (prior, policy)),  # type: ignore[attr-defined]
+        "total": tuple(copy.deepcopy(network).double() for network in (prior, policy)),
     }
     errors: dict[str, Any] = {"network": case.name, "steps": chain.num_kernels, "batch": case.batch}
     errors["dimensions"] = torch.Size(case.prior.shape).numel()
