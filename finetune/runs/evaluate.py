@@ -179,7 +179,7 @@ def measure_deployment(
     size = min(len(evidence.samples), DEPLOYED_SIZE)
     generator = stream("deployment", certificate["seed"], run.prior.device)
     total = size * len(deployed_samplers(run.prior))
-    with threads(run.config.threads), _bar("deployed samplers", total, progress) as advance:
+    with threads(run.config.threads), _bar("deployed samplers", total, progress and total > 0) as advance:
         deployed = deployment_figures(run.policy, energy, evidence, generator, size, on_progress=advance)
     calls = certificate["certificate_energy_calls"] + total
     return certificate | {"deployed": deployed, "certificate_energy_calls": calls}
