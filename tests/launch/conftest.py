@@ -37,7 +37,7 @@ seen = 0
 def taken_away_later(x):
     global seen
     seen += len(x)
-    return taken_away(x) if seen > 2 * 100 + 128 * 8 else ink(x)  # what a certificate of size 100 calls
+    return taken_away(x) if seen > 2 * 400 + 128 * 8 else ink(x)  # what a certificate of size 400 calls
 """
 
 

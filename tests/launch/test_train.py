@@ -351,7 +351,7 @@ def test_evaluate_writes_and_prints_the_certificate(tiltune: Callable[..., Any],
     assert f"say it again: --energy {trained.parent}/my_energy.py:ink" in shown.err
     assert not (trained / "certificate.json").exists()
 
-    shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100)
+    shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 400)
     certificate = json.loads((trained / "certificate.json").read_text())
     assert shown.status == certificate["exit_status"] == 1  # two updates leave the prior, whose energies are far off
     assert certificate["verdict"] == "fail"
@@ -363,13 +363,13 @@ def test_evaluate_writes_and_prints_the_certificate(tiltune: Callable[..., Any],
     for text in ("ELBO", "EUBO", "deployed", "DDIM eta=0", "written to my-run"):
         assert text in shown.out
     assert (trained / "picture.png").stat().st_size > 10_000
-    other = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100, "--seed", 1)
+    other = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 400, "--seed", 1)
     assert other.status == 1
     assert json.loads((trained / "certificate.json").read_text())["elbo"] != certificate["elbo"]
 
 
 def test_a_preempted_evaluation_leaves_the_certificate_that_was_there(tiltune: Callable[..., Any], trained: Path) -> None:
-    first = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100)
+    first = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 400)
     before = (trained / "certificate.json").read_bytes()
     shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:taken_away", "--size", 200)
     assert (first.status, shown.status) == (1, 76)
@@ -378,7 +378,7 @@ def test_a_preempted_evaluation_leaves_the_certificate_that_was_there(tiltune: C
 
 
 def test_what_is_cut_after_the_verdict_leaves_certificate_and_picture(tiltune: Callable[..., Any], trained: Path) -> None:
-    shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:taken_away_later", "--size", 100)
+    shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:taken_away_later", "--size", 400)
     assert shown.status == 75
     assert "SIGTERM: the verdict is written; what comes after it was left out" in shown.err
     certificate = json.loads((trained / "certificate.json").read_text())
@@ -388,11 +388,11 @@ def test_what_is_cut_after_the_verdict_leaves_certificate_and_picture(tiltune: C
 
 
 def test_deployed_samplers_can_be_left_out(tiltune: Callable[..., Any], trained: Path) -> None:
-    shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 100, "--no-deployment")
+    shown = tiltune("evaluate", "my-run", "--energy", "my_energy.py:ink", "--size", 400, "--no-deployment")
     certificate = json.loads((trained / "certificate.json").read_text())
     assert shown.status == certificate["exit_status"] == 1
     assert "deployed" not in certificate and "DDIM" not in shown.out
-    assert certificate["certificate_energy_calls"] == 2 * 100 + 128 * 8
+    assert certificate["certificate_energy_calls"] == 2 * 400 + 128 * 8
 
 
 def test_tolerance_and_budget_are_flags_of_evaluate(tiltune: Callable[..., Any], trained: Path) -> None:
