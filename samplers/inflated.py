@@ -32,7 +32,9 @@ def inflated_rollout(
     """
     chain = prior.chain
     state = draw_start(prior, batch, generator) if start is None else start.to(prior.device)
-    states, inflation = [state], state.new_zeros(len(state))
+    # Written in place: a list of states and their stack would hold every trajectory twice.
+    states, inflation = state.new_empty((chain.num_steps + 1, *state.shape)), state.new_zeros(len(state))
+    states[0] = state
     ratios: list[Tensor] = []
     for k in range(chain.num_steps):
         if on_step is not None:
@@ -43,11 +45,11 @@ def inflated_rollout(
             noise = noise * scale
             inflation = inflation + _inflation(noise, scale)
         state, ratio = step(prior, policy, state, k, noise)
-        states.append(state)
+        states[k + 1] = state
         if ratio is not None:
             ratios.append(ratio)
     log_ratio = torch.stack(ratios)
-    return Trajectories(states=torch.stack(states), step_log_ratio=log_ratio, log_behavior=log_ratio.sum(0) + inflation)
+    return Trajectories(states=states, step_log_ratio=log_ratio, log_behavior=log_ratio.sum(0) + inflation)
 
 
 def _inflation(noise: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,7 @@
 """What one step of a chain is: how the next state is drawn, and the log-ratio of policy and prior.
 
-Everything above this file works with the methods of `Kernel`; only `GaussianKernel` knows what the noise is.
+Everything above this file works with the methods of `Kernel`. What else knows that the noise is Gaussian draws it
+(`rollout.step_noise`), gives it another size (`inflated`) or noises samples back (`bridge`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Kernel(Protocol):
         ...
 
     def reachable(self, state: Tensor, step: int | Tensor, prior_output: Tensor, shift: Tensor) -> Tensor:
-        """The part of a wanted shift that some output of the network makes."""
+        """The part of a wanted shift that the network can make by some output."""
         ...
 
     def standardize(self, following: Tensor, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:

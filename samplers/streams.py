@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 
-Purpose = Literal["training", "resampling", "judging", "certificate", "deployment"]
+Purpose = Literal["training", "samples", "resampling", "judging", "certificate", "deployment"]
 OFFSETS: dict[Purpose, int] = {
     "training": 0,
+    "samples": 2**28,
     "resampling": 2**29,
     "judging": 2**30,
     "certificate": 2**31,

@@ -115,7 +115,7 @@ class Processes:
 
     @contextmanager
     def no_sync(self, policy: nn.Module) -> Iterator[None]:
-        """A forward and backward whose gradients are not averaged yet: they are with those of the next one outside."""
+        """A forward and backward without averaging: the next backward pass outside averages both gradients together."""
         if not self.sharded:
             with nullcontext() if self.count == 1 else self._accelerator.no_sync(policy):
                 yield

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...samplers.prior import Prior
 from ...samplers.rollout import rollout
 from ..distributed.processes import Processes
+from ..distributed.signals import uninterrupted
 from ..energies.evaluation import EnergyEvaluation
 from ..populations.held_out import HeldOut
 from ..populations.population import Population
@@ -88,11 +89,12 @@ class Monitor:
         nats = nats if math.isfinite(nats) else -math.inf
         sides = [side.std().item() / math.sqrt(len(side)) for side in (log_weight, own)]
         se = math.hypot(error / math.sqrt(self.processes.count), *sides)
-        if self.closest.offer(nats, self.optimization.weights, alike=ALIKE):
-            self.improvement = Improvement(nats, se, gap_prior, phase, reach)
-        elif self.improvement is None or self.improvement.nats < nats < 0:
-            self.improvement = Improvement(nats, se, gap_prior, "prior", reach)
-        self._judged_at = global_step
+        with uninterrupted():  # the weights that are kept, and what is said of them, belong together
+            if self.closest.offer(nats, self.optimization.weights, alike=ALIKE):
+                self.improvement = Improvement(nats, se, gap_prior, phase, reach)
+            elif self.improvement is None or self.improvement.nats < nats < 0:
+                self.improvement = Improvement(nats, se, gap_prior, "prior", reach)
+            self._judged_at = global_step
 
     def _is_closest(self) -> bool:
         pairs = zip(self.optimization.weights, self.closest.weights, strict=True)

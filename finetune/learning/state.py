@@ -115,8 +115,8 @@ class TrainState:
         self.optimization.end()
 
     def measure_steps_on(self, states: Tensor) -> None:
-        """What steps move is measured on states of these trajectories [K + 1, B, ...], drawn by noise of their own: a phase that
-        is begun again must not draw twice."""
+        """What steps move is measured on states of these trajectories [K + 1, B, ...]. Which ones, the first numbers of the
+        training's stream say: a phase that is begun again chooses the same."""
         self.bound.look_at(states, self.noise.fresh("training"))
 
     def complete_step(self, bar: Any) -> None:
@@ -193,16 +193,17 @@ class TrainState:
         for name, part in self.shared.items():
             part.load_state_dict(state[name])
         self.global_step = state["global_step"]
-        for name, part in self.own.items():
-            if name in own:
-                part.load_state_dict(own[name])
         before, now = state["processes"]["count"], self.processes.count
+        for name, part in self.own.items():
+            # A generator's state is of one kind of device, and other processes go on with other noise anyway.
+            if name in own and (before == now or part is not self.noise):
+                part.load_state_dict(own[name])
         said = ""
         if before != now:
             self.noise.reseed(self.global_step)
             said = (
                 f"the run was on {before} processes and goes on with {now}: the noise is another one from here on, and"
-                f" {'some parts of the bank are left out' if now < before else 'parts of the bank are used twice'}."
+                f" {'some parts of the population are left out' if now < before else 'parts of the population are used twice'}."
                 " Everything else is what it was."
             )
         elif state["processes"]["sharded"] != self.processes.sharded:

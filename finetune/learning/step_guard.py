@@ -1,4 +1,4 @@
-"""Which gradients no step is taken by."""
+"""Gradients that are left out."""
 
 from __future__ import annotations
 

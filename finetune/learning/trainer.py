@@ -165,7 +165,7 @@ class Trainer:
         On as many processes and the same kind of device it is bit for bit the same run. On another number of processes,
         each takes the part of one that there was, with noise of its own from there on: a warning says so.
 
-        Errors: ValueError for the state of a policy that trains other weights.
+        Errors: ValueError for the state of another version of Tiltune, or of a policy that trains other weights.
         """
         self.state.load_state_dict(state, own)
         self._restored = True

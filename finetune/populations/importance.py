@@ -44,7 +44,7 @@ def prior_paths(
     prior, processes = energies.prior, energies.processes
     shape = (prior.chain.num_steps + 1, size, *prior.shape)
     with processes.together():
-        refuse_oversized(prior, shape, processes)
+        refuse_oversized(prior, shape, processes, label)
     states = torch.empty(shape, device=prior.device)
     energy = torch.empty(size, device=prior.device)
     chunk = rows_at_once(prior.shape, prior.device)
@@ -77,7 +77,7 @@ def _moving(prior: Prior, processes: Processes, bar: Any, count: int) -> Callabl
     return step
 
 
-def refuse_oversized(prior: Prior, shape: tuple[int, ...], processes: Processes) -> None:
+def refuse_oversized(prior: Prior, shape: tuple[int, ...], processes: Processes, label: str) -> None:
     """ValueError where float32 states [K + 1, N, ...] of this shape would fill more than half of the memory that is free."""
     import psutil
 
@@ -86,7 +86,7 @@ def refuse_oversized(prior: Prior, shape: tuple[int, ...], processes: Processes)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available / here
     if wanted > free / 2:
         raise ValueError(
-            f"the bank of {shape[1] * processes.count:,} prior trajectories of {shape[0]} states takes"
+            f"the {label}, {shape[1] * processes.count:,} trajectories of {shape[0]} states, take"
             f" {wanted / 2**30:,.1f} GB, and {device} has {free / 2**30:,.1f} free; lower bank_size, or do without:"
             " warm_start none, soft_value_updates 0, forward_rows 0, behavior on_policy 1."
         )

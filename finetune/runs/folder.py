@@ -100,6 +100,12 @@ def new_run(folder: Path, kept: Callable[[], bool]) -> Iterator[None]:
                 path.rmdir()
 
 
+def remove_run(folder: Path) -> None:
+    """Remove every file of a run from ``folder``; the caller holds its `RunLock`."""
+    for name in FILES:
+        _remove(folder / name)
+
+
 def _finished(folder: Path) -> bool:
     return (folder / "run.json").exists()
 
@@ -120,8 +126,7 @@ def _put_aside(folder: Path) -> None:
 def _put_back(folder: Path) -> None:
     """The run in `ASIDE`, if any, in place of what is in the folder; killed anywhere, it can be done again."""
     if not (folder / MOVING).exists():
-        for name in FILES:
-            _remove(folder / name)
+        remove_run(folder)
         if (folder / ASIDE).exists():
             (folder / ASIDE).rename(folder / MOVING)
     if (folder / MOVING).exists():

@@ -11,7 +11,7 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 NAME = ".lock"
-PATIENCE = 0.2  # seconds: a holder may be leaving, and its file going, while we lock it
+PATIENCE = 0.2  # seconds to try again: the holder may be removing its file just now
 
 
 class RunLock:

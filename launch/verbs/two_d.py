@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -14,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...finetune.config.prior import PriorConfig
 from ...finetune.config.run import RunConfig
 from ...finetune.runs import folder
+from ...finetune.runs.lock import RunLock
 from ...finetune.runs.manifest import replace_file
 from ...finetune.strict_json import strict_json
 from ...tasks import mixture
 from ...tasks.task import Task
+from ..cluster.torchrun import UNSAVED
 from .train import status
 from .two_d_text import comparison, summary
 
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
 STARTED = time.perf_counter()
 DESCRIPTION = """Fine-tune the shipped prior (25 equal modes) onto a known target (9 unequal modes), and certify the result.
 
-Writes certificate.json, metrics.jsonl, picture.png, config.json and the policy into --out, a run like those of `tiltune train
-mixture`. Exit status: 0 the certificate
-passes, 1 it fails, 3 it is inconclusive, 2 bad input, 70 an error of Tiltune or of the machine.
+Writes certificate.json, metrics.jsonl, picture.png, config.json and the policy into --out, with the config.yaml and
+run.json of a run of `tiltune train mixture`. Exit status: 0 the certificate passes, 1 it fails, 3 it is inconclusive,
+2 bad input, 75 or 76 told to stop after or before something new was saved, 70 an error of Tiltune or of the machine.
 
 example: tiltune 2d --objective rtb --chain brownian --seed 1 --out my-run
 """
 # What --compare writes, or wrote over, is no run that `run.train` would put aside.
 FILES = ("certificate.json", "metrics.jsonl", "picture.png", "config.json", "policy")
+COMPARISON = ("certificate.json", "picture.png")  # what --compare writes
 
 
 @dataclass(frozen=True)
@@ -103,29 +105,24 @@ def prepare(options: Options) -> RunConfig:
             f"{options.out} already holds a run ({', '.join(found)}); nothing was touched. Name another folder with --out, or"
             " add --overwrite."
         )
-    if not (options.out / "config.yaml").exists():
-        clear(options.out, FILES)
-    folder.refuse_occupied(options.out, options.overwrite)
+    if not is_comparison(options.out):
+        folder.refuse_occupied(options.out, options.overwrite)
     return config
 
 
-def clear(out: Path, names: tuple[str, ...]) -> None:
-    """Remove files and folders by name from ``out``."""
-    for path in (out / name for name in names):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def is_comparison(out: Path) -> bool:
+    """Whether ``out`` holds what --compare leaves, and nothing else of a run."""
+    return {name for name in (*folder.FILES, *FILES) if (out / name).exists()} == set(COMPARISON)
 
 
 def single(options: Options) -> int:
     """One fine-tuning and its certificate."""
     config = prepare(options)
     trained, energy = train(options, config, options.out)
-    if trained.record["preempted"]:
-        return status(trained.record)
     said = {"task": "mixture", "chain": options.chain, "steps": config.prior.steps, "train": config.train.to_dict()}
     (options.out / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+    if trained.record["preempted"]:
+        return status(trained.record)
     certificate, evidence = certify(options, trained, energy)
     mixture.TASK.picture(evidence, energy, trained.history, certificate).savefig(options.out / "picture.png")
     certificate["seconds"] = round(time.perf_counter() - STARTED, 1)
@@ -144,6 +141,8 @@ def train(options: Options, config: RunConfig, out: Path, training_energy: Energ
 
     torch.set_num_threads(options.threads)
     certified_target(options.alpha)
+    if is_comparison(out):
+        folder.remove_run(out)
     task = announced(options)
     trained = runs.train(config, out, task=task, energy=training_energy, overwrite=options.overwrite)
     return trained, load_energies(config, task)
@@ -193,11 +192,25 @@ def mistaken_energy(x: Tensor) -> Tensor:
 def compare(options: Options) -> int:
     """Four objectives and the published mistake on equal terms; exit status 0 if the four pass and it does not."""
     prepare(options)
-    clear(options.out, (*folder.FILES, *FILES))
-    options.out.mkdir(parents=True, exist_ok=True)
-    from ...tasks.mixture_target import target_mixture
+    from ...tasks.mixture_target import certified_target, target_mixture
     from ...tasks.plots.mixture import comparison_figure
 
+    certified_target(options.alpha)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with RunLock(options.out):
+        runs = compared(options)
+        if runs is None:
+            return UNSAVED
+        folder.remove_run(options.out)
+        print(comparison(runs))
+        comparison_figure(runs, target_mixture(options.alpha)).savefig(options.out / "picture.png")
+        write_certificate(options.out, {name: certificate for name, (_, certificate) in runs.items()})
+    verdicts = [certificate["verdict"] for _, certificate in runs.values()]
+    return 0 if verdicts[:4] == ["pass"] * 4 and verdicts[4] == "fail" else 1
+
+
+def compared(options: Options) -> dict[str, tuple[Tensor, dict[str, Any]]] | None:
+    """{name: (samples, certificate)} of each training, None where SIGTERM or SIGUSR1 ended one."""
     settings: dict[str, tuple[Any, Energy | None]] = {
         "RTB": ("rtb", None),
         "Trust-PCL": ("trust_pcl", None),
@@ -213,11 +226,9 @@ def compare(options: Options) -> int:
         # Equal terms: the one behavior that every objective may use alone.
         config = replace(config, train=replace(config.train, behavior={"on_policy": 1.0}))
         with TemporaryDirectory() as scratch:
-            certificate, evidence = certify(chosen, *train(chosen, config, Path(scratch) / "run", training_energy))
+            trained, energy = train(chosen, config, Path(scratch) / "run", training_energy)
+            if trained.record["preempted"]:
+                return None
+            certificate, evidence = certify(chosen, trained, energy)
         runs[name] = (evidence.samples, certificate)
-    print(comparison(runs))
-    comparison_figure(runs, target_mixture(options.alpha)).savefig(options.out / "picture.png")
-    certificates = {name: certificate for name, (_, certificate) in runs.items()}
-    write_certificate(options.out, certificates)
-    verdicts = [certificate["verdict"] for certificate in certificates.values()]
-    return 0 if verdicts[:4] == ["pass"] * 4 and verdicts[4] == "fail" else 1
+    return runs

@@ -314,7 +314,7 @@ def test_what_is_missing_is_said_before_any_work(config: RunConfig, tmp_path: Pa
 def test_a_bank_that_does_not_fit_is_refused(config: RunConfig, tmp_path: Path) -> None:
     huge = replace(config.train, bank_size=10**12)
     needed = replace(config, train=replace(huge, behavior=None))
-    with pytest.raises(ValueError, match=r"bank of 1,000,000,000,000 prior trajectories of 4 states takes 238,\d{3}\.\d GB"):
+    with pytest.raises(ValueError, match=r"prior samples, 1,000,000,000,000 trajectories of 4 states, take 238,\d{3}\.\d GB"):
         train(needed, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
     train(replace(config, train=huge), tmp_path / "run", progress=False)  # control: nothing needs it

@@ -100,11 +100,32 @@ def test_train_makes_the_run_that_2d_makes(short_run: tuple[Path, int], tiltune:
 
 
 def test_an_older_result_is_replaced_when_asked_and_refused_otherwise(tmp_path: Path) -> None:
-    (tmp_path / "certificate.json").write_text("{}")  # as --compare leaves it
+    for name in two_d.COMPARISON:
+        (tmp_path / name).write_text("{}")
     (tmp_path / "notes.txt").write_text("kept")
     options = two_d.Options(out=tmp_path)
     with pytest.raises(ValueError, match="already holds a run"):
         two_d.prepare(options)
-    assert (tmp_path / "certificate.json").exists()
     two_d.prepare(replace(options, overwrite=True))
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match="closed form"):  # after which nothing is touched
+        two_d.train(replace(options, alpha=20.0), two_d.recipe(replace(options, alpha=20.0)), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["certificate.json", "notes.txt", "picture.png"]
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_a_folder_that_is_no_run_stays_as_it_is_whatever_is_asked_for(compare: bool, tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "mine.txt").write_text("kept")
+    (tmp_path / "config.json").write_text("{}")
+    options = two_d.Options(out=tmp_path, overwrite=True, compare=compare)
+    with pytest.raises(ValueError, match="no run that could be overwritten"):
+        (two_d.compare if compare else two_d.single)(options)
+    assert (tmp_path / "policy" / "mine.txt").read_text() == "kept" and (tmp_path / "config.json").exists()
+
+
+def test_a_comparison_at_a_wrong_temperature_leaves_the_run_that_is_there(short_run: tuple[Path, int], tmp_path: Path) -> None:
+    shutil.copytree(short_run[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="closed form"):
+        two_d.compare(two_d.Options(out=tmp_path / "run", overwrite=True, compare=True, alpha=20.0))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before

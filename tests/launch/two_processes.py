@@ -18,8 +18,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from tiltune.finetune.config.train import TrainConfig
-from tiltune.finetune.distributed import sharding
-from tiltune.finetune.distributed import signals as interrupts
+from tiltune.finetune.distributed import sharding, signals
 from tiltune.finetune.distributed.processes import Processes
 from tiltune.finetune.distributed.sharding import collect, shard
 from tiltune.finetune.distributed.signals import Preempted, ProcessError
@@ -307,12 +306,12 @@ def stopping(rank: int) -> dict[str, Any]:
     def energy(x: Tensor) -> Tensor:
         calls.append(len(x))
         if rank == 1 and len(calls) == 9:
-            interrupts._asked.append(Preempted)
+            signals._asked.append(Preempted)
         return TASK.energy(x)
 
     made = trainer(energy=energy, on_checkpoint=lambda trainer: kept.append(together(trainer)))
     result = made.train()
-    interrupts._asked.clear()
+    signals._asked.clear()
     return {"preempted": result.preempted, "steps": made.global_step, "kept": kept[-1]}
 
 
