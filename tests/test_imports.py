@@ -6,6 +6,7 @@ Every import counts: those inside functions, and those for type checking.
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,3 +130,9 @@ def test_a_circle_is_found() -> None:
     trees = modules()
     trees["samplers.chain"].body += ast.parse("def f():\n    from .rollout import rollout").body
     assert any("samplers.rollout" in path for path in circles(graph(trees)))
+
+
+def test_every_folder_of_code_is_a_package_that_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for floor in FLOORS for path in (ROOT / floor).rglob("*.py")}
+    assert sorted(listed) == sorted({"tiltune", *(".".join(("tiltune", *folder.parts)) for folder in folders)})
