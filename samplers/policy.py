@@ -14,7 +14,6 @@ from .denoiser import DiffusersDenoiser, ResidualDenoiser
 from .lora import LoraDenoiser
 from .prior import Prior
 from .rollout import denoise, draw_start
-from .streams import stream
 from .trajectory import rows_at_once
 
 PolicyKind = Literal["full", "lora", "residual"]
@@ -59,7 +58,7 @@ class Policy(nn.Module):
         """
         prior = self.prior
         batch = rows_at_once(prior.shape, prior.device) if batch is None else batch
-        generator = stream("samples", seed, prior.device)
+        generator = torch.Generator(device=prior.device).manual_seed(seed)
         samples: list[Tensor] = []
         for first in range(0, count, batch):
             state = draw_start(prior, min(batch, count - first), generator)

@@ -20,6 +20,11 @@ OFFSETS: dict[Purpose, int] = {
 }
 
 
+def seed_for(purpose: Purpose, seed: int) -> int:
+    """The seed of this purpose's generator, below 2**32."""
+    return (seed + OFFSETS[purpose]) % 2**32
+
+
 def stream(purpose: Purpose, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for this purpose; the same seed gives other numbers for another one."""
-    return torch.Generator(device).manual_seed((seed + OFFSETS[purpose]) % 2**32)
+    return torch.Generator(device).manual_seed(seed_for(purpose, seed))

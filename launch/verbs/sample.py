@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
 
     from ...finetune.runs.energies import absolute_term
     from ...finetune.runs.evaluate import energy_flags
+    from ...samplers.streams import seed_for
     from ..pictures import is_images, sample_figure
 
     told: dict[str, Any] = {
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> int:
         print(trust(drawn), *[f"flag: {flag}" for flag in flagged], sep="\n")
     else:
         with progress_bar(options.n, "samples") as advance:
-            samples = run.policy.sample(options.n, seed=options.seed, on_progress=advance)
+            samples = run.policy.sample(options.n, seed=seed_for("samples", options.seed), on_progress=advance)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")  # never in place: who has the old file mapped would see it change
     partial.write_bytes(save({"samples": samples.contiguous().cpu()}, metadata={"tiltune": json.dumps(told)}))

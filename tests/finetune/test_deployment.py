@@ -29,7 +29,6 @@ from tiltune.samplers.policy import Policy
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
-from tiltune.samplers.streams import stream
 
 STEPS = 8
 # Its last step draws noise, so that the trained chain is what diffusers runs, to the last step.
@@ -107,7 +106,7 @@ def test_the_trained_chain_without_a_decoder_is_the_plain_loop(tmp_path: Path) -
     prior = load_prior(saved(tmp_path, DDPMScheduler(**NOISY_END)), STEPS)
     policy = trained(prior)
     done: list[int] = []
-    looped = draw_deployed(policy, deployed_samplers(prior)[0], 2100, stream("samples", 3), done.append)
+    looped = draw_deployed(policy, deployed_samplers(prior)[0], 2100, seeded(3), done.append)
     steps = len(done) // 2  # of each of two batches, those of `rows_at_once` here and there
     assert (sum(done[:steps]), sum(done[steps:])) == (2048, 52)
     torch.testing.assert_close(looped, policy.sample(2100, seed=3), rtol=0, atol=1e-5)
@@ -169,7 +168,7 @@ def test_every_scheduler_has_its_deployed_samplers_and_all_of_them_run(name: str
         assert drawn.shape == (3, 2)
         assert drawn.isfinite().all()
     if name != "flow":  # starts at the prior, so that the last step is the same network's too
-        first = draw_deployed(policy, samplers[0], 3, stream("samples", 5))
+        first = draw_deployed(policy, samplers[0], 3, seeded(5))
         torch.testing.assert_close(first, policy.sample(3, seed=5), rtol=1e-5, atol=1e-4)
     if name == "euler":  # never clipped, so neither is its DDIM
         assert not samplers[-1].scheduler.config.clip_sample
@@ -185,8 +184,8 @@ def test_timesteps_that_were_placed_come_first(tmp_path: Path) -> None:
     assert (first.name, first.timesteps) == ("DDPM, trained timesteps", (950, 700, 300, 100, 40, 20, 10, 1))
     assert (second.name, second.timesteps) == ("DDPM", None)
     policy = trained(prior)
-    torch.testing.assert_close(draw_deployed(policy, first, 4, stream("samples", 3)), policy.sample(4, seed=3), rtol=0, atol=1e-5)
-    assert (draw_deployed(policy, second, 4, stream("samples", 3)) - policy.sample(4, seed=3)).abs().max() > 1e-3
+    torch.testing.assert_close(draw_deployed(policy, first, 4, seeded(3)), policy.sample(4, seed=3), rtol=0, atol=1e-5)
+    assert (draw_deployed(policy, second, 4, seeded(3)) - policy.sample(4, seed=3)).abs().max() > 1e-3
 
 
 def test_a_chain_that_diffusers_does_not_have_is_not_deployed() -> None:
