@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .kernel import GaussianKernel, Kernel, Row
+from .kernel import Columns, GaussianKernel, Kernel, Row
 from .typed import floats
 
 # Below this a standard deviation is a clamp of the scheduler (DDPM's 1e-10), not a noise.
@@ -123,9 +123,13 @@ class Chain:
         """The rows of steps [n] in a matrix of log-ratios; [n], -1 where a step is not trained."""
         return self._map(step)[1][step]
 
-    @cached_property
+    @property
     def kernel(self) -> Kernel:
         """What one step is: its mean, its noise, its log-ratio."""
+        return self._gaussian
+
+    @cached_property
+    def _gaussian(self) -> GaussianKernel:
         return GaussianKernel(self.p, self.q, self.c, self.d, self.e, self.sigma, self.clip)
 
     @property
@@ -143,18 +147,12 @@ class Chain:
         return floats(self.input_scale)
 
     @cached_property
-    def _tables(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-        return {}
-
-    def _table(self, like: Tensor) -> Tensor:
-        key = (like.device, like.dtype)
-        if key not in self._tables:
-            self._tables[key] = torch.stack([self.timesteps, self.input_scale]).to(like)
-        return self._tables[key]
+    def _columns(self) -> Columns:
+        return Columns(self.timesteps, self.input_scale)
 
     def timestep(self, step: int | Tensor, like: Tensor) -> Tensor:
         """The label a network is conditioned on, shape [] or [N]."""
-        return self._table(like)[0, step]
+        return self._columns.like(like)[0, step]
 
     def network_input(self, state: Tensor, step: int | Tensor) -> Tensor:
         """What the network is fed: the state, divided by sqrt(sigma² + 1) for Euler ancestral."""
@@ -162,7 +160,7 @@ class Chain:
             return state
         if isinstance(step, int):
             return state * self._scales[step]
-        return state * self._table(state)[1, step].reshape(-1, *[1] * (state.ndim - 1))
+        return state * self._columns.like(state)[1, step].reshape(-1, *[1] * (state.ndim - 1))
 
     @property
     def forgets_start(self) -> bool:
@@ -182,8 +180,7 @@ class Chain:
         if self.start_std == 0.0:
             return 0.0
         slope, spread = 1.0, 0.0
-        columns = [getattr(self, name).tolist() for name in Row._fields]
-        for k, row in enumerate(map(Row._make, zip(*columns, strict=True))):
+        for k, row in enumerate(self._gaussian.rows):
             signal, noise = self.signal[k].item(), self.noise[k].item()
             gain = signal * variance / (signal**2 * variance + noise**2)
             factor = row.c + row.d * gain + row.e * (gain - row.p) / row.q

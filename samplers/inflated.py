@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
 from .prior import Prior
-from .rollout import draw_start, step, step_noise
+from .rollout import rollout, step_noise
 from .trajectory import Trajectories
 
 
-@torch.no_grad()
 def inflated_rollout(
     prior: Prior,
     policy: Denoiser,
@@ -30,26 +30,20 @@ def inflated_rollout(
     start, on_step: as in `rollout`. Returns trajectories whose ``log_behavior`` has the inflated noise's density in it, and whose
     ``step_log_ratio`` is the policy's own. No gradient is kept.
     """
-    chain = prior.chain
-    state = draw_start(prior, batch, generator) if start is None else start.to(prior.device)
-    # Written in place: a list of states and their stack would hold every trajectory twice.
-    states, inflation = state.new_empty((chain.num_steps + 1, *state.shape)), state.new_zeros(len(state))
-    states[0] = state
-    ratios: list[Tensor] = []
-    for k in range(chain.num_steps):
-        if on_step is not None:
-            on_step()
-        noise = step_noise(chain, k, state, generator)
-        if k in chain.trained:
-            assert noise is not None
-            noise = noise * scale
-            inflation = inflation + _inflation(noise, scale)
-        state, ratio = step(prior, policy, state, k, noise)
-        states[k + 1] = state
-        if ratio is not None:
-            ratios.append(ratio)
-    log_ratio = torch.stack(ratios)
-    return Trajectories(states=states, step_log_ratio=log_ratio, log_behavior=log_ratio.sum(0) + inflation)
+    inflations: list[Tensor] = []
+
+    def inflated(k: int, state: Tensor) -> Tensor | None:
+        noise = step_noise(prior.chain, k, state, generator)
+        if k not in prior.chain.trained:
+            return noise
+        assert noise is not None
+        noise = noise * scale
+        inflations.append(_inflation(noise, scale))
+        return noise
+
+    drawn = rollout(prior, policy, batch, generator, start=start, noise=inflated, on_step=on_step)
+    assert drawn.log_behavior is not None
+    return drawn.with_(log_behavior=drawn.log_behavior + reduce(torch.add, inflations))
 
 
 def _inflation(noise: Tensor, scale: float) -> Tensor:

@@ -75,6 +75,21 @@ class Row(NamedTuple):
     sigma: Tensor | float
 
 
+class Columns:
+    """Columns [K] float64 as one table, made once for each device and dtype that it is asked for."""
+
+    def __init__(self, *columns: Tensor) -> None:
+        self._table = torch.stack(columns)
+        self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def like(self, state: Tensor) -> Tensor:
+        """[columns, K] on the device and in the dtype of ``state``."""
+        key = (state.device, state.dtype)
+        if key not in self._made:
+            self._made[key] = self._table.to(state)
+        return self._made[key]
+
+
 @dataclass(frozen=True, eq=False)
 class GaussianKernel:
     """N(c s + d clip(p s + q out) + e out, sigma² I), the same sigma for policy and prior; columns [K] float64.
@@ -101,15 +116,8 @@ class GaussianKernel:
         return [Row(*values) for values in zip(*columns, strict=True)]
 
     @cached_property
-    def _tables(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-        return {}
-
-    def _table(self, like: Tensor) -> Tensor:
-        key = (like.device, like.dtype)
-        if key not in self._tables:
-            columns = [getattr(self, name) for name in Row._fields]
-            self._tables[key] = torch.stack([*columns, self._growth]).to(like)
-        return self._tables[key]
+    def _columns(self) -> Columns:
+        return Columns(*(getattr(self, name) for name in Row._fields), self._growth)
 
     @cached_property
     def _growth(self) -> Tensor:
@@ -120,7 +128,7 @@ class GaussianKernel:
         """Coefficients at ``step``: floats for an int, tensors [N, 1, ...] shaped for ``like`` for a LongTensor [N]."""
         if isinstance(step, int):
             return self.rows[step]
-        columns = self._table(like)[: len(Row._fields), step]
+        columns = self._columns.like(like)[: len(Row._fields), step]
         return Row(*columns.reshape(len(Row._fields), -1, *[1] * (like.ndim - 1)))
 
     def std(self, step: int | Tensor, like: Tensor) -> Tensor | float:
@@ -181,7 +189,7 @@ class GaussianKernel:
         1000 steps in float32.
         """
         row = self.row(step, state)
-        growth = self._table(state)[-1, step].reshape(-1, *[1] * (state.ndim - 1))
+        growth = self._columns.like(state)[-1, step].reshape(-1, *[1] * (state.ndim - 1))
         drift = growth * state
         if self.clip is None:
             drift = drift + (row.d * row.q + row.e) * output

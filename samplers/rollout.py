@@ -63,6 +63,7 @@ def rollout(
     start: Tensor | None = None,
     condition: Tensor | None = None,
     keep: bool = True,
+    noise: Callable[[int, Tensor], Tensor | None] | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Trajectories:
     """Draw ``batch`` trajectories from the policy, or from the prior where ``policy`` is None.
@@ -70,6 +71,7 @@ def rollout(
     drawn_by: 'prior' gives the policy's log-ratio on the *prior's* own trajectories; the policy draws nothing.
     start: [batch, ...] fixed starts, whose dtype is that of the trajectories; drawn where None.
     keep: False keeps only the terminal samples (``states`` is then [1, batch, ...]).
+    noise: (k, state) → what is drawn at step k, in place of `step_noise`; the density of it is the caller's to know.
     on_step: called before every step; what it raises ends the rollout.
 
     Returns trajectories with ``log_behavior`` and, with a policy, ``step_log_ratio`` set. No gradient is kept.
@@ -83,7 +85,8 @@ def rollout(
     for k in range(chain.num_steps):
         if on_step is not None:
             on_step()
-        state, ratio = step(prior, policy, state, k, step_noise(chain, k, state, generator), condition, drawn_by=drawn_by)
+        drawn = step_noise(chain, k, state, generator) if noise is None else noise(k, state)
+        state, ratio = step(prior, policy, state, k, drawn, condition, drawn_by=drawn_by)
         if ratio is not None:
             ratios.append(ratio)
         if keep:
