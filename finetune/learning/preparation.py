@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,9 +120,7 @@ class Preparation:
         """`ForwardKL` and, where the warm start follows it, `ValueDrift`."""
         config, generator = self.config, self.noise.generator
 
-        def no_sync() -> Any:
-            return self.processes.no_sync(self.policy)
-
+        no_sync = partial(self.processes.no_sync, self.policy)
         self.forward_kl = ForwardKL(self.prior, self.policy, population, self.soft_value, config, generator, no_sync)
         if config.warm_start != "value_drift":
             return

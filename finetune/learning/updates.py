@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,9 +126,7 @@ def _backward(state: TrainState, trajectories: Trajectories, g: Tensor, chunk: i
     """Pass 2, and the forward KL beside it where asked for; returns the rows of a chunk."""
     config, policy, chain = state.config, state.wrapped, state.prior.chain
 
-    def no_sync() -> Any:
-        return state.processes.no_sync(policy)
-
+    no_sync = partial(state.processes.no_sync, policy)
     if chunk is None:
         with no_sync():
             chunk = chunk_rows(policy, chain, trajectories, config.memory_mb)
