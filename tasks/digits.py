@@ -103,7 +103,6 @@ def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], f
 TASK = Task(
     name="digits",
     module=__name__,
-    summary="8 x 8 handwritten digits, drawn as one class or a set of them",
     recipe=recipe,
     load_prior=load_prior,
     figures=figures,

@@ -148,7 +148,6 @@ def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], f
 TASK = Task(
     name="fashion",
     module=__name__,
-    summary="16 x 16 Fashion-MNIST, inpainted from a noisy measurement, or drawn as a class",
     recipe=recipe,
     load_prior=load_prior,
     figures=figures,

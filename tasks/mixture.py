@@ -126,7 +126,6 @@ def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], f
 TASK = Task(
     name="mixture",
     module=f"{__package__}.mixture_target",
-    summary="25 equal modes in the plane, fine-tuned onto nine unequal ones of them",
     recipe=recipe,
     load_prior=load_prior,
     figures=figures,

@@ -32,7 +32,6 @@ class Task:
 
     name: str
     module: str
-    summary: str
     recipe: Callable[[], RunConfig]
     load_prior: Callable[[PriorConfig], Prior]
     figures: Callable[[PriorConfig, Evidence, Energy, torch.Generator], dict[str, Any]]
