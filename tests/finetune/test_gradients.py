@@ -19,13 +19,12 @@ from tiltune.launch.bench.updates import ignore, naive_update, two_pass_update
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import evaluate
 from tiltune.samplers.log_ratio import rows_of, step_log_ratio
-from tiltune.samplers.make_policy import trainable_copy
-from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import draw_start, rollout
 from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.trajectory import Trajectories
+from toys.moved_policy import moved_policy
 
 ALPHA, BATCH = 0.6, 6
 
@@ -49,13 +48,7 @@ CHAINS: dict[str, Callable[[], Chain]] = {
 def make_setting(chain: Chain) -> tuple[Prior, nn.Module, Trajectories]:
     """A small float64 prior, a policy away from it, and its on-policy trajectories with energies."""
     generator = torch.Generator().manual_seed(0)
-    network = MLPDenoiser(dim=2, width=8, depth=1, fourier_features=4)
-    for parameter in network.parameters():
-        parameter.data.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
-    prior = Prior(network.double(), chain, (2,))
-    policy = trainable_copy(prior)
-    for parameter in policy.parameters():
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    prior, policy = moved_policy(chain, generator)
     drawn = rollout(prior, policy, BATCH, generator, start=draw_start(prior, BATCH, generator, torch.float64))
     return prior, policy, drawn.with_(energy=drawn.terminal.square().sum(1))
 

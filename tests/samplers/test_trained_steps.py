@@ -23,7 +23,6 @@ from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import Denoiser, evaluate
 from tiltune.samplers.inflated import inflated_rollout
 from tiltune.samplers.log_ratio import rows_of, step_log_ratio
-from tiltune.samplers.make_policy import trainable_copy
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.policy import Policy
 from tiltune.samplers.prior import Prior
@@ -31,6 +30,7 @@ from tiltune.samplers.rollout import draw_start, rollout
 from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.trained_steps import step_window, trained_line, with_trained_steps
+from toys.moved_policy import moved_policy
 
 CHAINS: dict[str, Callable[[], Chain]] = {
     "ddpm": lambda: chain_from_scheduler(DDPMScheduler(variance_type="fixed_large", clip_sample=False), 8),
@@ -44,15 +44,7 @@ OTHERS = (0, 1, 5, 6)
 
 def networks(chain: Chain) -> tuple[Prior, nn.Module]:
     """A small float64 prior and a policy away from it at every step."""
-    generator = torch.Generator().manual_seed(0)
-    network = MLPDenoiser(dim=2, width=8, depth=1, fourier_features=4)
-    for parameter in network.parameters():
-        parameter.data.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
-    prior = Prior(network.double(), chain, (2,))
-    policy = trainable_copy(prior)
-    for parameter in policy.parameters():
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return prior, policy
+    return moved_policy(chain, torch.Generator().manual_seed(0))
 
 
 def windowed(prior: Prior) -> Prior:
