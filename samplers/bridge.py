@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .chain import Chain
+from .condition import Condition
 from .prior import Prior
 from .rollout import decoded
 from .trajectory import Trajectories
@@ -75,11 +76,12 @@ def forgets_given_next(chain: Chain) -> bool:
 
 
 @torch.no_grad()
-def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condition: Tensor | None = None) -> Trajectories:
+def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condition: Condition | None = None) -> Trajectories:
     """Fresh trajectories that end at given samples [B, ...]: s_0 ~ N(a_0 x, b_0²), s_{k+1} = c s_k + d x + tau eps.
 
     Where the last rows are a decoder the trajectory ends at what they make, not at the given sample, since that is the
-    sample the chain would give: evaluate the energy there. Their behavior density is unknown (None).
+    sample the chain would give: evaluate the energy there. Their behavior density is unknown (None). condition: of the samples,
+    which a conditional prior needs.
 
     Errors: ValueError for a chain without a bridge.
     """

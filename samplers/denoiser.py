@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Chain
+from .condition import Condition
 
 if TYPE_CHECKING:
     from .adapter_switch import AdapterSwitch
 
 
 class Denoiser(Protocol):
-    """state [N, ...], timestep [] or [N], condition [N, ...] or None → output, the shape of ``state``."""
+    """state [N, ...], timestep [] or [N], condition of N or None → output, the shape of ``state``."""
 
-    def __call__(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor: ...
+    def __call__(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor: ...
 
 
-def evaluate(denoiser: Denoiser, chain: Chain, state: Tensor, step: int | Tensor, condition: Tensor | None) -> Tensor:
+def evaluate(denoiser: Denoiser, chain: Chain, state: Tensor, step: int | Tensor, condition: Condition | None) -> Tensor:
     """The network's output at a chain's step, in the dtype of ``state`` whatever precision it ran in."""
     output = denoiser(chain.network_input(state, step), chain.timestep(step, state), condition)
     return output.to(state.dtype)
@@ -33,31 +34,29 @@ def evaluate(denoiser: Denoiser, chain: Chain, state: Tensor, step: int | Tensor
 class DiffusersDenoiser(nn.Module):
     """A diffusers model (`UNet2DModel`, our `MLPDenoiser`, anything called as model(sample, timestep)) as a denoiser.
 
-    A condition [N], where there is one, is passed as ``class_labels``; ``label`` is one class label for every call that
-    brings none. autocast: the dtype of torch's autocast while the network runs, or None for its own precision. The second
-    half of twice as many output channels as states have (a DiT's learned variance) is left out, as its pipeline does.
+    A condition's tensors are passed under their names (``class_labels``). autocast: the dtype of torch's autocast while the
+    network runs, or None for its own precision. The second half of twice as many output channels as states have (a DiT's learned
+    variance) is left out, as its pipeline does.
 
     Where the network carries LoRA adapters (``adapters``), a call runs with all of them off.
     """
 
-    def __init__(self, model: nn.Module, *, label: int | None = None, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
-        self.label, self.autocast = label, autocast
+        self.autocast = autocast
         self.adapters: AdapterSwitch | None = None
         # A DiT takes no scalar timestep, and an embedding table of timesteps takes integers only.
         self._timestep_each = type(model).__name__ == "DiTTransformer2DModel"
         self._integer_timestep = getattr(getattr(model, "config", None), "time_embedding_type", None) == "learned"
 
-    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         with nullcontext() if self.adapters is None else self.adapters.using(None):
             return self.run(state, timestep, condition)
 
-    def run(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def run(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         """The network as it stands, with whatever adapters are on."""
-        if condition is None and self.label is not None:
-            condition = torch.full((len(state),), self.label, device=state.device)
-        extra = {} if condition is None else {"class_labels": condition}
+        extra = {} if condition is None else condition.network_inputs()
         if self._timestep_each:
             timestep = timestep.expand(len(state))
         if self._integer_timestep:
@@ -90,7 +89,7 @@ class ResidualDenoiser(nn.Module):
         zero_output_layer_(network.model if isinstance(network, DiffusersDenoiser) else network)
         self._prior: tuple[Denoiser] = (prior,)  # in a tuple, so that it does not register as a submodule
 
-    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         with torch.no_grad():
             prior = self._prior[0](state, timestep, condition)
         return prior.to(state.dtype) + self.residual(state, timestep, condition).to(state.dtype)

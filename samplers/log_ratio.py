@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from .chain import Chain
+from .condition import Condition, selected
 from .denoiser import Denoiser, evaluate
 from .trajectory import Trajectories, rows_at_once
 
+Target = Callable[[Tensor, Tensor, Tensor, Condition | None], Tensor]
 
-def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Flat (k, b) rows → (state [n, ...], next state [n, ...], step [n], condition [n, ...] or None), k slowest.
+
+def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Tensor, Tensor, Tensor, Condition | None]:
+    """Flat (k, b) rows → (state [n, ...], next state [n, ...], step [n], condition of n or None), k slowest.
 
     k counts the trained steps, as the rows of a matrix of log-ratios do.
     """
@@ -28,8 +31,7 @@ def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Tens
     beside = slice(begin, end + 1), slice(begin + batch, end + 1 + batch)
     # Steps that follow one another lie beside one another: views, where an index would copy.
     here, following = beside if end - begin == stop - 1 - first else (at, at + batch)
-    condition = None if trajectories.condition is None else trajectories.condition[path]
-    return flat[here], flat[following], step, condition
+    return flat[here], flat[following], step, selected(trajectories.condition, path)
 
 
 @torch.no_grad()
@@ -58,11 +60,12 @@ def shift_moments(
     policy: Denoiser,
     trajectories: Trajectories,
     prior_outputs: Tensor,
-    target: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    target: Target | None = None,
 ) -> Tensor:
     """[2 or 3, B] of stored trajectories, summed over their trained steps: <z, delta>, ½ ||delta||² and <delta_target, delta>.
 
-    prior_outputs: [num_kernels · B, ...] of the prior at their states (`outputs`). target: (state, step, prior output) → a shift.
+    prior_outputs: [num_kernels · B, ...] of the prior at their states (`outputs`). target: (state, step, prior output, condition)
+    → a shift.
     """
     found: list[Tensor] = []
     for rows in _chunks(trajectories, chain):
@@ -71,7 +74,7 @@ def shift_moments(
         shift = chain.kernel.shift(state, step, evaluate(policy, chain, state, step, condition), prior_output)
         others = [chain.kernel.standardize(following, state, step, prior_output), 0.5 * shift]
         if target is not None:
-            others.append(target(state, step, prior_output))
+            others.append(target(state, step, prior_output, condition))
         found.append(torch.stack([(shift * other).flatten(1).sum(1) for other in others]))
     return torch.cat(found, 1).reshape(-1, chain.num_kernels, len(trajectories)).double().sum(1)
 

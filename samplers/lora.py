@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .adapter_switch import AdapterSwitch
+from .condition import Condition
 from .denoiser import DiffusersDenoiser, is_diffusers
 from .loading.folder import read_json
 from .prior import Source
@@ -43,7 +44,7 @@ class LoraDenoiser(nn.Module):
         self.base, self.name, self.config, self.source = base, name, config, source
         self.switch = base.adapters
 
-    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         with self.switch.using(self.name):
             return self.base.run(state, timestep, condition)
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .condition import Condition, selected
 from .denoiser import DiffusersDenoiser, ResidualDenoiser
 from .lora import LoraDenoiser
 from .prior import Prior
@@ -24,7 +25,7 @@ class Policy(nn.Module):
 
     denoiser: what is trained. It says the policy's ``kind``: 'lora' for a `LoraDenoiser` (the prior's own network with adapters
     on), 'residual' for a `ResidualDenoiser` (the prior plus a network), and 'full' for any other, a copy of the prior's network.
-    forward: state [N, ...], timestep [] or [N], condition [N, ...] or None → output, the shape of ``state``.
+    forward: state [N, ...], timestep [] or [N], condition of N or None → output, the shape of ``state``.
     """
 
     def __init__(self, prior: Prior, denoiser: nn.Module) -> None:
@@ -39,7 +40,7 @@ class Policy(nn.Module):
             return "lora"
         return "residual" if isinstance(self.denoiser, ResidualDenoiser) else "full"
 
-    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         return self.denoiser(state, timestep, condition)
 
     @torch.no_grad()
@@ -48,26 +49,34 @@ class Policy(nn.Module):
         count: int,
         *,
         seed: int = 0,
+        condition: Condition | None = None,
         batch: int | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """[count, ...] samples as an energy sees them (`Prior.to_data`), ``batch`` at a time (`trajectory.rows_at_once`).
 
-        The law is that of the trained chain, the steps included that belong to the prior. ``on_progress`` receives
-        the number of samples just done. Samples depend on ``seed`` and ``batch``.
+        The law is that of the trained chain, the steps included that belong to the prior. condition: of each sample; those of
+        the prior in turn where None. ``on_progress`` receives the number of samples just done. Samples depend on ``seed`` and
+        ``batch``.
         """
         prior = self.prior
         batch = rows_at_once(prior.shape, prior.device) if batch is None else batch
         generator = torch.Generator(device=prior.device).manual_seed(seed)
+        condition = prior.condition(count) if condition is None else condition
         samples: list[Tensor] = []
         for first in range(0, count, batch):
             state = draw_start(prior, min(batch, count - first), generator)
-            for following in denoise(prior, self, state, generator):
+            rows = slice(first, first + len(state))
+            for following in denoise(prior, self, state, generator, selected(condition, rows)):
                 state = following
             samples.append(prior.to_data(state))
             if on_progress:
                 on_progress(len(state))
         return torch.cat(samples)
+
+    def only(self, row: int) -> Policy:
+        """The same policy with this condition of the prior alone; it shares the network."""
+        return Policy(self.prior.only(row), self.denoiser)
 
     def save(self, folder: str | Path) -> None:
         """Write the policy's own weights, safetensors and JSON only, beside a policy.json with the kind, for `load_policy`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Chain
+from .condition import Condition, ConditionTable
 from .denoiser import as_denoiser
 
 
@@ -31,7 +33,8 @@ class Prior:
 
     shape: of one state, without the batch. to_data: maps terminal states [B, ...] to the samples an energy sees (a
     scale, or a latent decoder); the identity where None. data_variance: of the samples' widest direction, in units of the state;
-    None where unknown. `load_prior` also fills source, scheduler (the diffusers scheduler that the chain was read from),
+    None where unknown. condition_table: what the network is conditioned on, each row with a law of its own; None for an
+    unconditional one. `load_prior` also fills source, scheduler (the diffusers scheduler that the chain was read from),
     step_options (what its step takes besides, DDIM's eta) and decisions (what the loader decided, a line each).
     """
 
@@ -42,6 +45,7 @@ class Prior:
         shape: tuple[int, ...],
         to_data: Callable[[Tensor], Tensor] | None = None,
         *,
+        condition_table: ConditionTable | None = None,
         source: Source | None = None,
         scheduler: Any = None,
         step_options: dict[str, float] | None = None,
@@ -52,7 +56,7 @@ class Prior:
         self.chain = chain
         self.shape = tuple(shape)
         self.source, self.scheduler, self.step_options, self.decisions = source, scheduler, step_options or {}, decisions
-        self.data_variance = data_variance
+        self.data_variance, self.condition_table = data_variance, condition_table
         self._to_data = to_data
         if isinstance(self.denoiser, nn.Module):
             self.denoiser.requires_grad_(False).eval()
@@ -63,13 +67,20 @@ class Prior:
         return state if self._to_data is None else self._to_data(state)
 
     @property
-    def label(self) -> int | None:
-        """The class that every call of the network is conditioned on, or None."""
-        return getattr(self.denoiser, "label", None)
+    def num_conditions(self) -> int:
+        """How many laws this prior has: one for each condition, 1 without conditions."""
+        return 1 if self.condition_table is None else len(self.condition_table)
 
-    def context(self, count: int) -> dict[str, Tensor]:
-        """What is known of ``count`` samples besides themselves: {"class_labels": [count]} of a class-conditional prior."""
-        return {} if self.label is None else {"class_labels": torch.full((count,), self.label, device=self.device)}
+    def condition(self, count: int) -> Condition | None:
+        """The conditions of ``count`` trajectories, in turn; None for an unconditional prior."""
+        return None if self.condition_table is None else self.condition_table.in_turn(count, self.device)
+
+    def only(self, row: int) -> Prior:
+        """The same prior with this condition alone; it shares the network."""
+        assert self.condition_table is not None
+        one = copy.copy(self)
+        one.condition_table = self.condition_table.only(row)
+        return one
 
     @property
     def device(self) -> torch.device:

@@ -38,6 +38,11 @@ class Resampled:
         return self.log_weight.double().softmax(0)
 
     @property
+    def proposals(self) -> int:
+        """Number of rollouts that the samples were chosen from."""
+        return len(self.log_weight)
+
+    @property
     def ess(self) -> float:
         """Effective number of proposals, 1 / sum w², between 1 and their number."""
         return 1 / self.weight.square().sum().item()
@@ -82,7 +87,7 @@ def importance_resample(
     log_potential: data [B, ...] → [B] nats, -E/alpha; -inf is zero density, and so is NaN. The law is that of the policy's
     chain, whatever the policy. batch: rollouts at once (`rows_at_once`). on_progress: receives the number of rollouts just done.
 
-    Errors: ValueError for fewer proposals than samples, and where no proposal has any density.
+    Errors: ValueError for fewer proposals than samples, several conditions, and where no proposal has any density.
     """
     if not 1 <= count <= proposals:
         raise ValueError(
@@ -90,6 +95,10 @@ def importance_resample(
             " or most of them would be copies."
         )
     prior = policy.prior
+    if prior.num_conditions > 1:
+        raise ValueError(
+            f"this policy has {prior.num_conditions} conditions, each with weights of its own; resample policy.only(row) for one."
+        )
     batch = rows_at_once(prior.shape, prior.device) if batch is None else batch
     data: list[Tensor] = []
     log_weights: list[Tensor] = []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .chain import Chain
+from .condition import Condition
 from .denoiser import Denoiser, evaluate
 from .prior import Prior
 from .trajectory import Trajectories
@@ -30,14 +31,14 @@ def step(
     state: Tensor,
     k: int,
     noise: Tensor | None,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     *,
     drawn_by: Drawing = "policy",
 ) -> Step:
     """Denoising step k: s_{k+1} from s_k [N, ...] and standard noise, and log policy - log prior of it.
 
-    noise: [N, ...] as `step_noise` draws it, None at a step without noise. The prior takes the steps that are not trained, and
-    all of them where ``policy`` is None or drawn_by is 'prior'.
+    noise: [N, ...] as `step_noise` draws it, None at a step without noise. condition: of each state, None without conditions.
+    The prior takes the steps that are not trained, and all of them where ``policy`` is None or drawn_by is 'prior'.
     """
     chain, kernel = prior.chain, prior.chain.kernel
     prior_output = evaluate(prior.denoiser, chain, state, k, condition)
@@ -61,7 +62,7 @@ def rollout(
     *,
     drawn_by: Drawing = "policy",
     start: Tensor | None = None,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     keep: bool = True,
     noise: Callable[[int, Tensor], Tensor | None] | None = None,
     on_step: Callable[[], None] | None = None,
@@ -70,6 +71,7 @@ def rollout(
 
     drawn_by: 'prior' gives the policy's log-ratio on the *prior's* own trajectories; the policy draws nothing.
     start: [batch, ...] fixed starts, whose dtype is that of the trajectories; drawn where None.
+    condition: of each trajectory; those of the prior in turn where None.
     keep: False keeps only the terminal samples (``states`` is then [1, batch, ...]).
     noise: (k, state) → what is drawn at step k, in place of `step_noise`; the density of it is the caller's to know.
     on_step: called before every step; what it raises ends the rollout.
@@ -78,6 +80,7 @@ def rollout(
     """
     chain = prior.chain
     state = draw_start(prior, batch, generator) if start is None else start.to(prior.device)
+    condition = prior.condition(batch) if condition is None else condition
     # Written in place: a list of states and their stack would hold every trajectory twice.
     states = state.new_empty((chain.num_steps + 1 if keep else 1, *state.shape))
     states[0] = state
@@ -115,15 +118,16 @@ def denoise(
     denoiser: Denoiser,
     state: Tensor,
     generator: torch.Generator,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     *,
     first: int = 0,
 ) -> Iterator[Tensor]:
     """The states that follow s_first [N, ...], step by step to the sample: a rollout without log-ratios, one network a step.
 
-    ``denoiser`` takes the trained steps, the prior's network the others.
+    ``denoiser`` takes the trained steps, the prior's network the others. condition: as in `rollout`.
     """
     chain = prior.chain
+    condition = prior.condition(len(state)) if condition is None else condition
     for k in range(first, chain.num_steps):
         noise = step_noise(chain, k, state, generator)
         output = evaluate(denoiser if k in chain.trained else prior.denoiser, chain, state, k, condition)
@@ -131,7 +135,7 @@ def denoise(
         yield state
 
 
-def decoded(prior: Prior, state: Tensor, generator: torch.Generator, condition: Tensor | None = None) -> list[Tensor]:
+def decoded(prior: Prior, state: Tensor, generator: torch.Generator, condition: Condition | None = None) -> list[Tensor]:
     """The states that follow the last trained step's [N, ...], by the prior; the last is the sample. Empty without a decoder."""
     first = prior.chain.last_trained + 1
     return list(denoise(prior, prior.denoiser, state, generator, condition, first=first))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .condition import Condition, members, selected
 
 MOST_AT_ONCE = 2048
 NUMBERS_AT_ONCE = 2**19
@@ -29,14 +32,31 @@ class Trajectories:
     log_behavior: [B] nats, log behavior - log prior of the whole trajectory, up to one constant for the batch; None where
         the density is unknown (noised-back, replayed and user samples).
     energy: [B], None until evaluated.
-    condition: [B, ...] what the network is conditioned on, or None.
+    condition: what each one is conditioned on, or None.
     """
 
     states: Tensor
     step_log_ratio: Tensor | None = None
     log_behavior: Tensor | None = None
     energy: Tensor | None = None
-    condition: Tensor | None = None
+    condition: Condition | None = None
+
+    @property
+    def group(self) -> Tensor:
+        """[B] the row of its condition, 0 where there are no conditions."""
+        if self.condition is None:
+            return torch.zeros(len(self), dtype=torch.long, device=self.states.device)
+        return self.condition.group
+
+    @property
+    def groups(self) -> list[Tensor]:
+        """The indices [n] of the trajectories of each condition: each has a law of its own. One entry without conditions."""
+        return members(self.group, 1 if self.condition is None else len(self.condition.table))
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """{name: B values}: what an energy may ask for besides the samples."""
+        return {} if self.condition is None else self.condition.context()
 
     @property
     def terminal(self) -> Tensor:
@@ -53,10 +73,10 @@ class Trajectories:
             step_log_ratio=None if self.step_log_ratio is None else self.step_log_ratio[:, index],
             log_behavior=None if self.log_behavior is None else self.log_behavior[index],
             energy=None if self.energy is None else self.energy[index],
-            condition=None if self.condition is None else self.condition[index],
+            condition=selected(self.condition, index),
         )
 
-    def with_(self, **changes: Tensor | None) -> Trajectories:
+    def with_(self, **changes: Any) -> Trajectories:
         return replace(self, **changes)
 
 
@@ -74,5 +94,12 @@ def concatenate(parts: list[Trajectories]) -> Trajectories:
         step_log_ratio=join("step_log_ratio", 1),
         log_behavior=join("log_behavior", 0),
         energy=join("energy", 0),
-        condition=join("condition", 0),
+        condition=_joined([part.condition for part in parts]),
     )
+
+
+def _joined(conditions: list[Condition | None]) -> Condition | None:
+    known = [condition for condition in conditions if condition is not None]
+    if len(known) < len(conditions):
+        return None
+    return Condition(known[0].table, torch.cat([condition.group for condition in known]))

@@ -15,6 +15,11 @@ def floats(values: Tensor) -> list[float]:
     return cast("list[float]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
+def integers(values: Tensor) -> list[int]:
+    """The entries of a tensor [n] of integers."""
+    return cast("list[int]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
 def unique(values: Tensor) -> Tensor:
     """The distinct values [m] in ascending order."""
     return cast(Tensor, values.unique())  # pyright: ignore[reportUnknownMemberType]

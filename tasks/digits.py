@@ -1,4 +1,5 @@
-"""The digits task: a prior on real handwritten digits, 8 x 8 pixels, and the energy of a class or a set of classes.
+"""The digits task: a prior on real handwritten digits, 8 x 8 pixels, and the energy of a class or a set of classes; besides, a
+prior that is conditioned on the digit.
 
 Truth is the prior itself: fresh samples of its chain weighted by exp(-E/alpha), one in ten of which counts for a single class.
 `data/make_digits` made the shipped files; the model card in `data/digits` says how, and how good they are.
@@ -19,6 +20,7 @@ from .task import Task, energy_terms
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from ..finetune.certificate.criteria import Verdict
     from ..finetune.certificate.evidence import Evidence
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .classifier import ClassEnergy, SmallClassifier
 
 FOLDER = Path(__file__).parent / "data" / "digits"
+LABELLED = Path(__file__).parent / "data" / "digits_labels"  # the prior that is conditioned on the digit
 
 
 @cache
@@ -57,14 +60,22 @@ def classes(*wanted: int) -> ClassEnergy:
     return ClassEnergy(classifier(), wanted)
 
 
+def own_class(x: Tensor, class_labels: Tensor) -> Tensor:
+    """E(x, c) = -log p(digit c | x), nats: for the prior that is conditioned on digits, each sample's own (``--labels``)."""
+    import torch
+
+    log_p = torch.log_softmax(classifier()(x), 1)
+    return -log_p[torch.arange(len(x), device=x.device), class_labels]
+
+
 def recipe() -> RunConfig:
     """One class at alpha = .25 and K = 20, in five minutes on two cores."""
     return image_recipe("digits", "classes(3)", alpha=0.25, updates=80, certificate_size=4500)
 
 
 def load_prior(config: PriorConfig) -> Prior:
-    """The shipped DDPM prior with the config's chain."""
-    return shipped_prior(FOLDER, config)
+    """The shipped DDPM prior with the config's chain: the one that is conditioned on digits where the config names labels."""
+    return shipped_prior(FOLDER if config.labels is None else LABELLED, config)
 
 
 def figures(config: PriorConfig, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
@@ -74,8 +85,10 @@ def figures(config: PriorConfig, evidence: Evidence, energy: Energy, generator: 
 
     found = image_figures(evidence, judge(), generator)
     # Of several terms of classes none is the wanted one: the histogram over all classes is then what there is to see.
-    terms = [term for term in energy_terms(energy) if isinstance(term, ClassEnergy)]
-    return found | (wanted_figures(evidence, judge(), terms[0].wanted) if len(terms) == 1 else {})
+    wanted = [term.wanted for term in energy_terms(energy) if isinstance(term, ClassEnergy)]
+    if own_class in energy_terms(energy) and isinstance(config.labels, tuple):
+        wanted.append(config.labels)
+    return found | (wanted_figures(evidence, judge(), wanted[0]) if len(wanted) == 1 else {})
 
 
 def criteria(figures: dict[str, Any]) -> list[Criterion]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..samplers.chain import Chain
+from ..samplers.condition import Condition
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,7 @@ class MixtureDenoiser:
         if chain.input_scale.ne(1).any():
             raise ValueError(f"{chain.name} scales its network's input; the exact denoiser is written for unscaled states.")
 
-    def __call__(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         labels = self.chain.timesteps.to(state.dtype)
         step = (timestep.reshape(-1)[:, None].to(state.dtype) - labels).abs().argmin(-1)
         if (labels[step] - timestep.reshape(-1).to(state.dtype)).abs().max() > 1e-3:

@@ -17,6 +17,7 @@ from tiltune.finetune.config.run import pretrained_recipe
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.runs.build import load_prior
 from tiltune.finetune.runs.energies import absolute_term, load_energies
+from tiltune.samplers.condition import selected
 from tiltune.samplers.denoiser import evaluate
 
 ROWS = 256
@@ -37,11 +38,11 @@ class Watched:
         kernels, paths = self.state.prior.chain.num_kernels, self.state.preparation.population.trajectories
         step = self.state.prior.chain.step_of_row(torch.arange(ROWS) % kernels)
         path = torch.randint(len(paths), (ROWS,), generator=torch.Generator().manual_seed(1))
-        return paths.states[step, path], step
+        return paths.states[step, path], step, selected(paths.condition, path)
 
     @torch.no_grad()
-    def outputs(self, state, step):
-        return evaluate(self.state.wrapped, self.state.prior.chain, state, step, None)
+    def outputs(self, state, step, condition):
+        return evaluate(self.state.wrapped, self.state.prior.chain, state, step, condition)
 
     def timed(self, before, weights, limit):
         began = time.perf_counter()
@@ -53,14 +54,14 @@ class Watched:
     def measured(self, bound):
         if self.ended is not None:
             self.updates += time.perf_counter() - self.ended
-        state, step = self.rows()
-        before = self.outputs(state, step)
+        state, step, condition = self.rows()
+        before = self.outputs(state, step, condition)
         self.limits = []
         began = time.perf_counter()
         nats = self.step(bound)
         self.updates += time.perf_counter() - began
         chain = self.state.prior.chain
-        shift = chain.kernel.shift(state, step, self.outputs(state, step), before).double()
+        shift = chain.kernel.shift(state, step, self.outputs(state, step, condition), before).double()
         kl = (0.5 * shift.flatten(1).square().sum(1)).mean().item() * chain.num_kernels
         self.shares += [kl / limit for limit in self.limits]
         self.ended = time.perf_counter()

@@ -89,11 +89,11 @@ def draw_deployed(
             scheduler.set_timesteps(timesteps=list(deployed.timesteps))
         shape = (min(batch, count - first), *prior.shape)
         state = getattr(scheduler, "init_noise_sigma", 1.0) * torch.randn(shape, generator=generator, device=prior.device)
-        step = in_parts(shape[0], len(scheduler.timesteps), on_progress)
+        step, condition = in_parts(shape[0], len(scheduler.timesteps), on_progress), prior.condition(shape[0])
         for t in scheduler.timesteps:
             step()
             fed = scheduler.scale_model_input(state, t) if hasattr(scheduler, "scale_model_input") else state
-            output = policy(fed, t.to(state.device)).to(state.dtype)
+            output = policy(fed, t.to(state.device), condition).to(state.dtype)
             state = _step(scheduler, output, t, state, generator, deployed.options)
         states.append(state)
     return torch.cat(states)
@@ -156,9 +156,8 @@ def deployment_figures(
     ]
     for deployed in deployed_samplers(prior):
         data = prior.to_data(draw_deployed(policy, deployed, size, generator, on_progress))
-        energies = torch.cat(
-            [meter(part, **prior.context(len(part))) for part in data.split(rows_at_once(prior.shape, prior.device))]
-        )
+        parts = data.split(rows_at_once(prior.shape, prior.device))
+        energies = torch.cat([meter(part, **_context(prior, part)) for part in parts])
         rows.append(row(deployed.name, deployed.steps, data, energies))
     return rows
 
@@ -187,6 +186,11 @@ class Reference:
         energies = binned_distance(filled(energy), self.energy, self.weight, self.edges, self.generator)
         cells = share_distance(nearest(_flat(samples), self.centers)[0], self.cells, self.weight, CELLS, self.generator)
         return {f"{side}_{figure}": value for figure, value in zip(self.FIGURES, (*energies, *cells), strict=True)}
+
+
+def _context(prior: Prior, samples: Tensor) -> dict[str, Any]:
+    condition = prior.condition(len(samples))
+    return {} if condition is None else condition.context()
 
 
 def _flat(samples: Tensor) -> Tensor:

@@ -103,9 +103,10 @@ def gather_evidence(
 ) -> Evidence:
     """Fresh rollouts of policy and prior, ``size`` each, and ``starts`` x ``rollouts`` from common starts.
 
-    A pinned start needs no start test, nor do 0 ``starts``. ``on_progress`` receives the number of trajectories just done, those
-    of a batch in parts, one with every step.
+    The prior has one condition, or none (`Prior.only`): each has a law of its own. A pinned start needs no start test, nor do 0
+    ``starts``. ``on_progress`` receives the number of trajectories just done, those of a batch in parts, one with every step.
     """
+    assert prior.num_conditions == 1, "evidence is of one law"
     meter = EnergyMeter(energy, max_invalid=1.0)
     chain = prior.chain
     policy_side: list[tuple[Tensor, ...]] = []
@@ -120,7 +121,7 @@ def gather_evidence(
             drawn = rollout(prior, policy, count, generator, drawn_by=drawn_by, keep=False, on_step=step)
             assert drawn.step_log_ratio is not None
             data = prior.to_data(drawn.terminal)
-            side.append((data, meter(data, **prior.context(count)), drawn.step_log_ratio.sum(0)))
+            side.append((data, meter(data, **drawn.context), drawn.step_log_ratio.sum(0)))
             if drawn_by == "policy":
                 step_kl += drawn.step_log_ratio.double().sum(1).cpu() / size
     start_log_weight = None
@@ -131,7 +132,7 @@ def gather_evidence(
             step = in_parts(len(part), chain.num_steps, on_progress)
             drawn = rollout(prior, policy, len(part), generator, start=part, keep=False, on_step=step)
             assert drawn.step_log_ratio is not None
-            energies = meter(prior.to_data(drawn.terminal), **prior.context(len(part)))
+            energies = meter(prior.to_data(drawn.terminal), **drawn.context)
             log_weights.append(_finite_log_weight(energies, alpha) - drawn.step_log_ratio.sum(0))
         start_log_weight = torch.cat(log_weights).reshape(starts, rollouts)
     samples, energies, ratios = (torch.cat(part) for part in zip(*policy_side, strict=True))

@@ -30,8 +30,8 @@ class PriorConfig:
     train_steps: str | None = None
     """FIRST:LAST, counted from 0: the only steps that the policy changes; the others stay the prior's own. A shorter window costs
     less and reaches less. None: every step that can be trained."""
-    label: int | None = None
-    """Class label of a class-conditional denoiser."""
+    labels: tuple[int, ...] | Literal["all"] | None = None
+    """Class labels of a class-conditional denoiser, fine-tuned together, each toward a law of its own; or all of them."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """What the networks run in; log-ratios stay float32."""
     channels_last: bool = False
@@ -52,4 +52,8 @@ class PriorConfig:
                 last >= self.steps,
                 f"train_steps {first}:{last} reaches beyond the chain, whose {self.steps} steps are 0 to {self.steps - 1}.",
             )
-        refuse(self.label is not None and self.label < 0, f"label is {self.label}; class labels start at 0.")
+        if isinstance(self.labels, tuple):
+            refuse(not self.labels, "labels is an empty list; name at least one, or leave it out for an unconditional denoiser.")
+            refuse(min(self.labels) < 0, f"labels holds {min(self.labels)}; class labels start at 0.")
+            twice = [label for label in self.labels if self.labels.count(label) > 1]
+            refuse(bool(twice), f"labels holds {twice[0] if twice else None} twice; name each label once.")

@@ -14,7 +14,9 @@ def refuse(wrong: bool, message: str) -> None:
 def refuse_other_choices(config: Any) -> None:
     """Errors: ValueError for a value that its field's Literal does not list."""
     for name, hint in get_type_hints(type(config)).items():
-        for choices in [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]:
-            value, allowed = getattr(config, name), get_args(choices)
-            missing = value is None and type(None) in get_args(hint)
-            refuse(value not in allowed and not missing, f"{name} is {value!r}; choose one of {', '.join(allowed)}.")
+        value, parts = getattr(config, name), [hint] if get_origin(hint) is Literal else list(get_args(hint))
+        # A union may admit None, or another type.
+        besides = any(isinstance(value, get_origin(part) or part) for part in parts if isinstance(get_origin(part) or part, type))
+        for choices in [part for part in parts if get_origin(part) is Literal]:
+            allowed = get_args(choices)
+            refuse(value not in allowed and not besides, f"{name} is {value!r}; choose one of {', '.join(allowed)}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -96,8 +97,11 @@ def _checked(value: Any, hint: Any) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in arguments:
             return None
-        [hint] = [part for part in arguments if part is not NoneType]
-        return _checked(value, hint)
+        for part in arguments:
+            if part is not NoneType:
+                with suppress(TypeError):
+                    return _checked(value, part)
+        raise TypeError
     if origin is Literal:
         if isinstance(value, str) and value in arguments:
             return value
@@ -128,7 +132,7 @@ def _expected(hint: Any) -> str:
 
 
 def _plural(hint: Any) -> str:
-    return {float: "numbers", str: "strings"}[hint]
+    return {int: "whole numbers", float: "numbers", str: "strings"}[hint]
 
 
 def _kind(value: Any) -> str:

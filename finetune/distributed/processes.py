@@ -168,6 +168,10 @@ class Processes:
             return value
         return self.gather(torch.tensor([value], device=self.device, dtype=torch.float64)).mean().item()
 
+    def mean_of(self, values: Tensor) -> Tensor:
+        """[n] over the processes, each on its own."""
+        return values if self.count == 1 else self.gather(values[None]).mean(0)
+
     def agree(self, error: BaseException | None = None) -> None:
         """Go on only if all processes can.
 

@@ -26,7 +26,8 @@ COUNTED = {  # by the energy meter, as metrics call it
 class EnergyEvaluation:
     """Gives trajectories their energies. All processes call its methods, in the same order.
 
-    meter: calls the energy, counts and checks. cap: E/alpha in training is at most so far above the lowest of the first batch.
+    meter: calls the energy, counts and checks. cap: E/alpha in training is at most so far above the lowest of the first batch, of
+    the same condition.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class EnergyEvaluation:
     ) -> None:
         self.prior, self.processes, self.meter = prior, processes, EnergyMeter(energy, max_invalid)
         self._room = cap * alpha
-        self._ceiling: float | None = None
+        self._ceiling: list[float] | None = None  # one for each condition
         self.settle()
 
     def evaluate(self, trajectories: Trajectories) -> Trajectories:
@@ -62,7 +63,7 @@ class EnergyEvaluation:
         started: Callable[[], Tensor] | None = None
         with self.processes.together():
             samples = self.prior.to_data(trajectories.terminal)
-            started = self.meter.start(samples, **self.prior.context(len(samples)))
+            started = self.meter.start(samples, **trajectories.context)
 
         def finish() -> Trajectories:
             assert started is not None
@@ -74,21 +75,30 @@ class EnergyEvaluation:
 
         return finish
 
-    def capped(self, energy: Tensor) -> tuple[Tensor, Tensor]:
+    def capped(self, trajectories: Trajectories) -> tuple[Tensor, Tensor]:
         """(finite energies, valid mask) [B]: +inf and what lies above the ceiling is set to it, NaN is masked.
 
-        Errors: EnergyError where the first batch has no finite energy.
+        Errors: EnergyError where the first batch has no finite energy of a condition.
         """
+        energy, groups = trajectories.energy, trajectories.groups
+        assert energy is not None
         valid = ~energy.isnan()
         if self._ceiling is None:
-            lowest = self.processes.gather(energy.where(energy.isfinite(), math.inf).min()[None]).min().item()
-            if math.isinf(lowest):
+            finite = energy.where(energy.isfinite(), math.inf)
+            lowest = torch.stack([torch.cat([finite[index], finite.new_full((1,), math.inf)]).min() for index in groups])
+            lowest = self.processes.gather(lowest[None]).min(0).values.tolist()
+            if math.inf in lowest:
+                table = self.prior.condition_table
+                of = "" if table is None else f" of {table.names[lowest.index(math.inf)]}"
                 raise EnergyError(
-                    "every energy of the first batch is +inf or invalid: the target has no mass where the prior samples."
+                    f"every energy{of} of the first batch is +inf or invalid: the target has no mass where the prior samples."
                     " Soften the constraint, or raise alpha."
                 )
-            self._ceiling = lowest + self._room
-        return energy.nan_to_num(nan=0.0, posinf=math.inf).clamp(max=self._ceiling), valid
+            self._ceiling = [low + self._room for low in lowest]
+        capped = energy.nan_to_num(nan=0.0, posinf=math.inf)
+        for index, ceiling in zip(groups, self._ceiling, strict=True):
+            capped[index] = capped[index].clamp(max=ceiling)
+        return capped, valid
 
     def counts(self) -> dict[str, int]:
         """What the meters of all processes have counted, by the names of the metrics."""

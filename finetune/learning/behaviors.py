@@ -57,14 +57,15 @@ def tilted_prior(context: Context, count: int, generator: torch.Generator) -> Tr
     bank = _bank(context)
     drawn = bank.trajectories.select(bank.draw(count, context.alpha, generator))
     assert drawn.energy is not None
-    return drawn.with_(step_log_ratio=None, log_behavior=-drawn.energy / context.alpha - bank.log_z(context.alpha))
+    log_z = bank.log_z(context.alpha)[drawn.group]
+    return drawn.with_(step_log_ratio=None, log_behavior=-drawn.energy / context.alpha - log_z)
 
 
 def noised_back(context: Context, count: int, generator: torch.Generator) -> Trajectories:
     """Terminal samples of the bank, drawn by exp(-E/alpha) and noised back: fresh trajectories without a rollout."""
     bank = _bank(context)
     drawn = bank.trajectories.select(bank.draw(count, context.alpha, generator))
-    fresh = noise_back(context.prior, drawn.terminal, generator)
+    fresh = noise_back(context.prior, drawn.terminal, generator, drawn.condition)
     # A decoder, or a chain that leaves noise on its samples, ends elsewhere than at the drawn sample, at another energy.
     chain = context.prior.chain
     unchanged = not chain.decoder and chain.noise[-1] == 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...samplers.bridge import bridge_of
+from ...samplers.condition import selected
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import Trajectories, rows_at_once
@@ -28,16 +29,18 @@ def bridge_bias(prior: Prior, paths: Trajectories) -> float:
     likelihood of a policy that follows it. It is a lower bound, since r is only linear, and below 0 by its noise where there is
     nothing to find.
     """
-    chain, states = prior.chain, paths.states[:, :PATHS]
+    chain, states, condition = prior.chain, paths.states[:, :PATHS], selected(paths.condition, slice(0, PATHS))
     count, bridge = states.shape[1], bridge_of(chain)
     rows = rows_at_once(prior.shape, prior.device)
     total = 0.0
     for k in chain.trained:
         features: list[Tensor] = []
         residuals: list[Tensor] = []
-        for state, end in zip(torch.split(states[k], rows), torch.split(states[-1], rows), strict=True):
+        for first in range(0, count, rows):
+            some = slice(first, first + rows)
+            state, end = states[k, some], states[-1, some]
             step = torch.full((len(state),), k, device=state.device)
-            output = evaluate(prior.denoiser, chain, state, step, None)
+            output = evaluate(prior.denoiser, chain, state, step, selected(condition, some))
             sigma = chain.kernel.std(step, state)
             residuals.append((bridge.mean(state, end, step) - chain.kernel.mean(state, step, output)) / sigma)
             features.append(torch.stack([chain.kernel.clean(state, step, output), state, torch.ones_like(state)]))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...samplers.bridge import bridge_of, forgets_given_next
+from ...samplers.condition import Condition, selected
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import rows_at_once
@@ -80,29 +81,34 @@ class ForwardKL:
             return self._controlled(self.soft_value, count, scale, factor)
         row = stratified(self._step_probability, count, self.generator)
         step = self.prior.chain.step_of_row(row)
-        state, following = self.rows(step)
+        state, following, condition = self.rows(step)
         g = scale(-factor / (count * self._step_probability[row]))
         chunk = self._chunk
-        states, followings = torch.split(state, chunk), torch.split(following, chunk)
-        parts = list(zip(states, followings, torch.split(step, chunk), torch.split(g, chunk), strict=True))
         losses: list[Tensor] = []
-        for part in parts:
-            with nullcontext() if part is parts[-1] else self.no_sync():
-                losses.append(backward_rows(self.policy, self.prior.chain, *part, None))
+        for first in range(0, count, chunk):
+            some = slice(first, first + chunk)
+            own = selected(condition, some)
+            with self.no_sync() if first + chunk < count else nullcontext():
+                losses.append(
+                    backward_rows(self.policy, self.prior.chain, state[some], following[some], step[some], g[some], own)
+                )
         return torch.stack(losses).sum()
 
-    def rows(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """(s_k, s_{k+1} or its mean given the path's end) of tilted prior paths at ``step`` [n]; [n, ...].
+    def rows(self, step: Tensor) -> tuple[Tensor, Tensor, Condition | None]:
+        """(s_k, s_{k+1} or its mean given the path's end, condition) of tilted prior paths at ``step`` [n]; [n, ...].
 
         A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
         """
         states = self.bank.trajectories.states
         index = self.bank.draw(len(step), self.config.alpha, self.generator)
-        state = states[step, index]
+        state, condition = states[step, index], self._condition(index)
         if not self.bridged:
-            return state, states[step + 1, index]
+            return state, states[step + 1, index], condition
         assert self.bridge is not None
-        return state, self.bridge.mean(state, states[-1, index], step)
+        return state, self.bridge.mean(state, states[-1, index], step), condition
+
+    def _condition(self, path: Tensor) -> Condition | None:
+        return selected(self.bank.trajectories.condition, path)
 
     def check_bridge(self, agreed: Callable[[float], float]) -> float:
         """Use bridged next states only where the bank's paths at E = 0 show that they may be; returns `bridge_bias`, nats.
@@ -128,9 +134,9 @@ class ForwardKL:
         path = self.bank.draw(SLOPE_PATHS, self.config.alpha, self.generator)
         for row, k in enumerate(chain.trained):
             for some in torch.split(path, rows_at_once(self.prior.shape, self.prior.device)):
-                state, step = states[k, some], torch.full_like(some, k)
-                prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
-                output = evaluate(self.policy, chain, state, step, None)
+                state, step, condition = states[k, some], torch.full_like(some, k), self._condition(some)
+                prior_output = evaluate(self.prior.denoiser, chain, state, step, condition)
+                output = evaluate(self.policy, chain, state, step, condition)
                 shift = chain.kernel.shift(state, step, output, prior_output)
                 drawn[row] += (shift * chain.kernel.standardize(states[k + 1, some], state, step, prior_output)).sum()
                 own[row] += shift.square().sum()
@@ -158,8 +164,9 @@ class ForwardKL:
         parts = list(zip(*(torch.split(rows, chunk) for rows in (all_states, all_steps, all_paths)), strict=True))
         for part in parts:
             state, step, path = part
+            condition = self._condition(path)
             with torch.no_grad():
-                prior_output = evaluate(self.prior.denoiser, chain, state, step, None)
+                prior_output = evaluate(self.prior.denoiser, chain, state, step, condition)
             if self.bridge is not None:
                 mean = chain.kernel.mean(state, step, prior_output)
                 slope = self.slope[chain.row_of_step(step)].reshape(-1, *[1] * (state.ndim - 1))
@@ -167,10 +174,10 @@ class ForwardKL:
             else:
                 following = states[step + 1, path]
             share = scale(factor * chain.num_kernels / (count * mixture[path]))
-            control = share * soft_value.of_paths(state, step, path).exp()
+            control = share * soft_value.of_paths(state, step, path, self.bank.trajectories.group[path]).exp()
             with nullcontext() if part is parts[-1] else self.no_sync():
                 total += backward_likelihood(
-                    self.policy, chain, prior_output, state, following, step, share * weight[path], control
+                    self.policy, chain, prior_output, state, following, step, share * weight[path], control, condition
                 )
         return total
 
@@ -194,13 +201,11 @@ class ForwardKL:
         per_step = 64
         step = chain.step_of_row(torch.arange(chain.num_kernels, device=self.prior.device)).repeat_interleave(per_step)
         with torch.no_grad():
-            state, following = self.rows(step)
+            state, following, condition = self.rows(step)
             chunk = rows_at_once(self.prior.shape, self.prior.device)
+            parts = [slice(first, first + chunk) for first in range(0, len(step), chunk)]
             output = torch.cat(
-                [
-                    evaluate(self.prior.denoiser, chain, *part, None)
-                    for part in zip(torch.split(state, chunk), torch.split(step, chunk), strict=True)
-                ]
+                [evaluate(self.prior.denoiser, chain, state[rows], step[rows], selected(condition, rows)) for rows in parts]
             )
             z = chain.kernel.standardize(following, state, step, output)
         residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()

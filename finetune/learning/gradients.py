@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...samplers.chain import Chain
+from ...samplers.condition import Condition
 from ...samplers.denoiser import evaluate
 from ...samplers.log_ratio import rows_of
 from ...samplers.trajectory import Trajectories
@@ -42,6 +43,8 @@ def objective_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Pass 1: (loss, g). ``batch`` is this process's; g [num_kernels, B] are its columns of the global gradient.
 
+    log_z: [G], one for each condition, or [] for one. The loss is the mean over the trajectories' conditions, each with its own
+    log Z, baseline and weights.
     gather: concatenates [B, ...] tensors of all processes in rank order (accelerate's ``gather``). The local columns are
     multiplied by ``world_size``, since data-parallel training averages gradients. log Z's own gradient is accumulated
     into ``log_z.grad``: it is global already and the same on every process, so it must never be reduced again.
@@ -55,17 +58,26 @@ def objective_gradient(
             valid=gather(batch.valid),
             log_behavior=None if behavior is None else gather(behavior),
             soft_value=None if value is None else gather(value.T.contiguous()).T,
+            group=None if batch.group is None else gather(batch.group),
         )
     leaf = batch.step_log_ratio.detach().requires_grad_(True)
-    loss = objective.loss(replace(batch, step_log_ratio=leaf), alpha, log_z, huber)
+    loss = _loss(objective, replace(batch, step_log_ratio=leaf), alpha, log_z.reshape(-1), huber)
     backward(loss)
     assert leaf.grad is not None
     columns = slice(rank * local, (rank + 1) * local)
     return loss.detach(), leaf.grad[:, columns] * world_size
 
 
+def _loss(objective: Objective, batch: Batch, alpha: float, log_z: Tensor, huber: float | None) -> Tensor:
+    if len(log_z) == 1:
+        return objective.loss(batch, alpha, log_z[0], huber)
+    parts = zip(log_z, batch.groups(len(log_z)), strict=True)
+    losses = [len(index) * objective.loss(batch.select(index), alpha, own, huber) for own, index in parts if len(index)]
+    return torch.stack(losses).sum() / len(batch.energy)
+
+
 def backward_rows(
-    policy: nn.Module, chain: Chain, state: Tensor, following: Tensor, step: Tensor, g: Tensor, condition: Tensor | None
+    policy: nn.Module, chain: Chain, state: Tensor, following: Tensor, step: Tensor, g: Tensor, condition: Condition | None
 ) -> Tensor:
     """Accumulate the gradient of sum_n g_n log policy(following_n | state_n); returns that sum up to a constant.
 
@@ -86,6 +98,7 @@ def backward_likelihood(
     step: Tensor,
     weight: Tensor,
     control: Tensor,
+    condition: Condition | None = None,
 ) -> Tensor:
     """Accumulate the gradient of sum_n [-weight_n l_n + control_n <z_n, delta_n>]; returns that sum.
 
@@ -93,7 +106,7 @@ def backward_likelihood(
     0 given the state, so that a control which depends on the state alone changes the variance and not the mean.
     prior_output, state, following [n, ...]; step, weight, control [n].
     """
-    output = evaluate(policy, chain, state, step, None)
+    output = evaluate(policy, chain, state, step, condition)
     shift = chain.kernel.shift(state, step, output, prior_output).flatten(1)
     z = chain.kernel.standardize(following, state, step, prior_output).flatten(1)
     total = (0.5 * weight * shift.square().sum(1) - (weight - control) * (z * shift).sum(1)).sum()

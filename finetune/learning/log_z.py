@@ -7,23 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...samplers.typed import floats
+
 
 class LogZ:
-    """parameter []: the estimate that `rtb` and `trust_pcl` learn; V(s_0) = alpha · log_z follows from it."""
+    """parameter [G], one for each condition: what `rtb` and `trust_pcl` learn; V(s_0) = alpha · log_z follows from it."""
 
-    def __init__(self, learning_rate: float, device: torch.device) -> None:
-        self.parameter: Tensor = torch.zeros((), device=device, requires_grad=True)
+    def __init__(self, count: int, learning_rate: float, device: torch.device) -> None:
+        self.parameter: Tensor = torch.zeros(count, device=device, requires_grad=True)
         self._optimizer: torch.optim.Optimizer = torch.optim.Adam([self.parameter], learning_rate)
         self.settle()
 
     @torch.no_grad()
-    def set(self, value: float) -> None:
-        self.parameter.fill_(value)
+    def set(self, value: Tensor) -> None:
+        """[G]."""
+        self.parameter.copy_(value)
 
     @torch.no_grad()
-    def move(self, by: float) -> None:
-        """Along with the temperature that it belongs to."""
-        self.parameter += by
+    def move(self, by: Tensor) -> None:
+        """By [G], along with the temperature that it belongs to."""
+        self.parameter += by.to(self.parameter)
 
     def step(self, taken: bool) -> None:
         """Use the gradient that is there; where the policy's step was left out, drop it."""
@@ -31,8 +34,9 @@ class LogZ:
             self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def item(self) -> float:
-        return self.parameter.item()
+    def values(self) -> list[float]:
+        """One for each condition."""
+        return floats(self.parameter)
 
     def settle(self) -> None:
         """A step is complete: `state_dict` is of now."""

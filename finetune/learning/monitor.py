@@ -75,7 +75,7 @@ class Monitor:
         All policies of a run are judged by the same noise, so that of two that hardly differ neither has the luckier rollouts.
         What is the closest already, the prior itself at first, is not judged again.
         """
-        own = -self.processes.gather_valid(*self.energies.capped(population.energy)).double() / self.alpha
+        own = -self.processes.gather_valid(*self.energies.capped(population.trajectories)).double() / self.alpha
         # A tilt that is steeper by the reach has a gap that is larger by its square, if log h is linear.
         reach = held_out.times
         gap_prior = reach**2 * (self.processes.mean(held_out.eubo) - own.mean().item() / reach)
@@ -106,8 +106,8 @@ class Monitor:
         noise = self.noise.fresh("judging")
         drawn = rollout(self.prior, self.policy, count, noise, keep=False, on_step=self.processes.poll)
         drawn = self.energies.evaluate(drawn)
-        assert drawn.energy is not None and drawn.step_log_ratio is not None
-        energy, valid = self.energies.capped(drawn.energy)
+        assert drawn.step_log_ratio is not None
+        energy, valid = self.energies.capped(drawn)
         return self.processes.gather_valid(-energy / self.alpha - drawn.step_log_ratio.sum(0), valid).double()
 
     # --- its state ---------------------------------------------------------------------------------------------------

@@ -13,14 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...samplers.condition import members
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What an objective may see: the global batch of B trajectories of one condition.
+    """What a loss is a function of: the global batch of B trajectories. An objective sees those of one condition.
 
     step_log_ratio: [num_kernels, B] nats. energy: [B], finite (capped). valid: [B] bool, False where the energy was NaN.
     log_behavior: [B] log behavior - log prior, normalized if behaviors are mixed, or None.
     soft_value: [num_kernels, B] nats, an estimate of log h_k(s_k) (`soft_value`), or None.
+    group: [B] the row of each one's condition; None where all have the same one.
     """
 
     step_log_ratio: Tensor
@@ -28,6 +31,7 @@ class Batch:
     valid: Tensor
     log_behavior: Tensor | None = None
     soft_value: Tensor | None = None
+    group: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.step_log_ratio.ndim == 2, self.step_log_ratio.shape
@@ -38,6 +42,23 @@ class Batch:
     def log_ratio(self) -> Tensor:
         """Λ [B]: nats, summed over steps."""
         return self.step_log_ratio.sum(0)
+
+    def select(self, index: Tensor) -> Batch:
+        """The trajectories at ``index``, all of one condition."""
+        return Batch(
+            self.step_log_ratio[:, index],
+            self.energy[index],
+            self.valid[index],
+            None if self.log_behavior is None else self.log_behavior[index],
+            None if self.soft_value is None else self.soft_value[:, index],
+        )
+
+    def groups(self, count: int) -> list[Tensor]:
+        """The trajectories [n] of each of ``count`` conditions."""
+        if self.group is None:
+            assert count == 1
+            return [torch.arange(len(self.energy), device=self.energy.device)]
+        return members(self.group, count)
 
     @property
     def weight(self) -> Tensor:

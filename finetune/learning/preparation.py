@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...samplers.condition import members
 from ...samplers.prior import Prior
 from ...samplers.rollout import rollout
 from ..config.train import TrainConfig
@@ -74,11 +75,13 @@ class Preparation:
         population = importance_population(self.energies, self.size["bank_size"], alpha, generator, self.bar)
         self.population = population
         # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
-        log_z.set(self.processes.mean(population.log_z(alpha)))
+        log_z.set(self.processes.mean_of(population.log_z(alpha).double()))
         # One temperature for all processes, by all of their paths: that of the soft value and of the held-out paths.
-        times = temperature_within_reach(self.processes.gather(population.energy), alpha) / alpha
+        energy, group = (self.processes.gather(each) for each in (population.energy, population.trajectories.group))
+        times = temperature_within_reach(energy, alpha, group) / alpha
         self.held_out = self._hold_out(times)
-        self.effective = ess(self.processes.gather(population.log_weight(alpha))) * config.bank_size
+        weights, count = self.processes.gather(population.log_weight(alpha)), self.prior.num_conditions
+        self.effective = sum(ess(weights[index]) * len(index) for index in members(group, count))
         if config.soft_value_updates:
             updates = config.soft_value_updates
             with self.bar(2 * updates, "soft value, two networks") as bar:
@@ -101,7 +104,7 @@ class Preparation:
                     " divides by and takes logarithms of, and return +inf for what must not occur."
                 )
             samples = self.prior.to_data(drawn.terminal)
-            probe_energy(meter, samples, energy, self.prior.context(len(samples)), self.config.alpha)
+            probe_energy(meter, samples, energy, drawn.context, self.config.alpha)
 
     def _hold_out(self, times: float) -> HeldOut | None:
         """Prior paths for watching what is learned, at ``times`` the target's temperature; None where their energies say
@@ -111,7 +114,8 @@ class Preparation:
             return None
         alpha, generator = self.config.alpha, self.noise.generator
         paths = Population(prior_paths(self.energies, size, "held-out samples", alpha, generator, self.bar))
-        usable = torch.isfinite(paths.log_weight(alpha)).any()
+        finite = torch.isfinite(paths.log_weight(alpha))
+        usable = torch.stack([finite[index].any() for index in paths.trajectories.groups]).all()
         if not self.processes.gather(usable[None]).all():  # all have some, or none of them
             return None
         return HeldOut.draw(self.prior, paths, alpha, times, generator)
@@ -172,7 +176,7 @@ class Preparation:
         if state_dict["population"] is None:
             return
         prior, device = self.prior, self.processes.device
-        self.population = Population.from_state_dict(state_dict["population"], device)
+        self.population = Population.from_state_dict(state_dict["population"], prior)
         if state_dict["held_out"] is not None:
             self.held_out = HeldOut.from_state_dict(prior, state_dict["held_out"])
         if state_dict["soft_value"] is not None:

@@ -36,20 +36,21 @@ LARGEST = math.log(60.0)  # h is bounded above: where it is larger the bank hold
 
 
 class ValueNetwork(nn.Module):
-    """States [N, ...] of a chain and their steps [N] → [N] log h; zero at the start. `estimates` → [N, 2], by cumulants too.
+    """States [N, ...] of a chain, their steps [N] and the rows [N] of their conditions, if any → [N] log h; zero at the start.
+    `estimates` → [N, 2], by cumulants too.
 
-    scale [steps + 1]: the states' standard deviation at each step. spread: that of -E/alpha over the prior's paths.
-    Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and shifted by
-    an embedding of the step.
+    scale [steps + 1]: the states' standard deviation at each step. spread [G]: that of -E/alpha over the prior paths of each
+    condition. Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and
+    shifted by an embedding of the step, and of the condition where there are several.
     """
 
     scale: Tensor
     spread: Tensor
 
-    def __init__(self, shape: tuple[int, ...], steps: int, scale: Tensor | None = None, spread: float = 1.0) -> None:
+    def __init__(self, shape: tuple[int, ...], steps: int, scale: Tensor | None = None, spread: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(steps + 1) if scale is None else scale.clone())
-        self.register_buffer("spread", torch.tensor(spread))
+        self.register_buffer("spread", torch.ones(1) if spread is None else spread.clone())
         self.step = nn.Embedding(steps + 1, 64)
         layers: list[nn.Module] = []
         outputs: list[int] = []
@@ -70,21 +71,25 @@ class ValueNetwork(nn.Module):
         self.out = nn.Linear(WIDTH, 3)  # log h, and the standardized mean and (before a softplus) variance of -E/alpha
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        self.group = nn.Embedding(len(self.spread), 64) if len(self.spread) > 1 else None
 
-    def forward(self, state: Tensor, step: Tensor) -> Tensor:
-        return self.heads(state, step)[:, 0]
+    def forward(self, state: Tensor, step: Tensor, group: Tensor | None = None) -> Tensor:
+        return self.heads(state, step, group)[:, 0]
 
-    def estimates(self, state: Tensor, step: Tensor, times: float = 1.0) -> Tensor:
+    def estimates(self, state: Tensor, step: Tensor, times: float = 1.0, group: Tensor | None = None) -> Tensor:
         """[N, 2] at a temperature lower by ``times`` than the one that was learned: log h grows with 1/alpha to first order, the
         cumulants with its first and second power."""
-        log_h, mean, variance = self.heads(state, step).unbind(1)
-        spread = times * self.spread
+        log_h, mean, variance = self.heads(state, step, group).unbind(1)
+        spread = times * (self.spread if group is None else self.spread[group])
         return torch.stack([times * log_h, spread * mean + 0.5 * spread.square() * variance], 1)
 
-    def heads(self, state: Tensor, step: Tensor) -> Tensor:
+    def heads(self, state: Tensor, step: Tensor, group: Tensor | None = None) -> Tensor:
         """[N, 3]: log h; mean and variance of -E/alpha given the state, in units of ``spread``."""
         hidden = state / self.scale[step].view(-1, *[1] * (state.ndim - 1))
         embedded = self.step(step)
+        if self.group is not None:
+            assert group is not None
+            embedded = embedded + self.group(group)
         for layer, shift in zip(self.layers, self.shifts, strict=True):
             if isinstance(layer, nn.Linear):
                 hidden = self.drop(hidden.flatten(1))
@@ -115,50 +120,54 @@ class SoftValue:
         networks: list[ValueNetwork] = []
         for weights in state["networks"]:
             with forked_rng():
-                network = ValueNetwork(shape, steps)
+                network = ValueNetwork(shape, steps, spread=weights["spread"])
             network.load_state_dict(weights)
             networks.append(network.to(device).eval().requires_grad_(False))
         return cls((networks[0], networks[1]), state["half"].to(device), state["times"])
 
     @torch.no_grad()
-    def __call__(self, state: Tensor, step: Tensor) -> Tensor:
-        """States [N, ...] at steps [N] → [N] nats, for states that no bank path passes through."""
-        values = [network(state, step) for network in self.networks]
+    def __call__(self, state: Tensor, step: Tensor, group: Tensor | None = None) -> Tensor:
+        """States [N, ...] at steps [N], of conditions [N] if any → [N] nats, for states that no bank path passes through."""
+        values = [network(state, step, group) for network in self.networks]
         return (0.5 * self.times * (values[0] + values[1])).clamp(max=LARGEST)
 
     @torch.no_grad()
-    def of_paths(self, state: Tensor, step: Tensor, path: Tensor) -> Tensor:
+    def of_paths(self, state: Tensor, step: Tensor, path: Tensor, group: Tensor | None = None) -> Tensor:
         """The same for states of (or noised from the end of) the bank's paths ``path`` [N]."""
-        values = [network(state, step) for network in self.networks]
+        values = [network(state, step, group) for network in self.networks]
         return (self.times * torch.where(self.half[path] == 0, values[1], values[0])).clamp(max=LARGEST)
 
-    def estimates(self, state: Tensor, step: Tensor, path: Tensor | None, times: float) -> Tensor:
+    def estimates(self, state: Tensor, step: Tensor, path: Tensor | None, times: float, group: Tensor | None = None) -> Tensor:
         """[N, 2]: log h by classification and by cumulants (up to a constant), with a graph; ``path`` as in `of_paths`.
 
         times: 1 for the temperature at which the networks have learned, ``self.times`` for the target's.
         """
-        first, second = (network.estimates(state, step, times) for network in self.networks)
+        first, second = (network.estimates(state, step, times, group) for network in self.networks)
         if path is None:
             return 0.5 * (first + second)
         return torch.where((self.half[path] == 0)[:, None], second, first)
 
 
 def bank_weight(bank: Population, alpha: float) -> Tensor:
-    """exp(-E/alpha) of the bank's paths [N], of mean 1."""
-    return bank.log_weight(alpha).double().softmax(0).float() * len(bank.trajectories)
+    """exp(-E/alpha) of the bank's paths [N], of mean 1 within each condition."""
+    return bank.weight(alpha).float() * len(bank.trajectories)
 
 
-def standardized(bank: Population, alpha: float) -> tuple[Tensor, float]:
-    """(-E/alpha of the bank's paths [N] with mean 0 and standard deviation 1, that deviation in nats).
+def standardized(bank: Population, alpha: float) -> tuple[Tensor, Tensor]:
+    """-E/alpha of the bank's paths [N] with mean 0 and standard deviation 1 within each condition; those deviations [G], nats.
 
     Cut at `DEEPEST` nats below the best: a few huge penalties would otherwise be all that there is to regress on. What has no
     finite energy counts as the worst that has one.
     """
-    reward = bank.log_weight(alpha)
-    finite = reward[reward.isfinite()]
-    reward = reward.clamp(min=max(finite.min().item(), finite.max().item() - DEEPEST))
-    spread = max(reward.std().item(), 1e-6) if len(reward) > 1 else 1.0
-    return (reward - reward.mean()) / spread, spread
+    everything, spreads = bank.log_weight(alpha), list[float]()
+    standard = torch.empty_like(everything)
+    for index in bank.trajectories.groups:
+        reward = everything[index]
+        finite = reward[reward.isfinite()]
+        reward = reward.clamp(min=max(finite.min().item(), finite.max().item() - DEEPEST))
+        spreads.append(max(reward.std().item(), 1e-6) if len(reward) > 1 else 1.0)
+        standard[index] = (reward - reward.mean()) / spreads[-1]
+    return standard, torch.tensor(spreads, device=standard.device)
 
 
 def states_of(chain: Chain, states: Tensor, path: Tensor, step: Tensor, fresh: float, generator: torch.Generator) -> Tensor:
@@ -186,6 +195,7 @@ def fit_soft_value(
     """
     learned = times * alpha
     states, weight = bank.trajectories.states, bank_weight(bank, learned)
+    group = bank.trajectories.group
     device, count = states.device, states.shape[1]
     half = torch.zeros(count, dtype=torch.long, device=device)
     half[torch.randperm(count, generator=generator, device=device)[count // 2 :]] = 1
@@ -206,7 +216,8 @@ def fit_soft_value(
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / updates) * min(1.0, (update + 1) / 100)
                 path = mine[torch.randint(len(mine), (BATCH,), generator=generator, device=device)]
                 step = torch.randint(chain.trained[0], last + 1, (BATCH,), generator=generator, device=device)
-                value, mean, variance = network.heads(states_of(chain, states, path, step, fresh, generator), step).unbind(1)
+                state = states_of(chain, states, path, step, fresh, generator)
+                value, mean, variance = network.heads(state, step, group[path]).unbind(1)
                 miss = reward[path] - mean
                 loss = (weight[path] * functional.softplus(-value) + functional.softplus(value)).mean()
                 loss = loss + miss.square().mean() + VARIANCE_SHARE * (miss.detach().square() - variance).square().mean()

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
+from ...samplers.trajectory import Trajectories
 from ..config.train import TrainConfig
 from ..distributed.processes import Processes
 from ..distributed.signals import NoAnswer, ProcessError
@@ -62,12 +62,13 @@ class TrainState:
         processes = self.processes = Processes(prior.device, config.process_timeout)
         self.wrapped = processes.wrap(policy)
         self.size = {name: processes.share(name, getattr(config, name)) for name in SHARED_SIZES}
+        self._refuse_too_many_conditions()
         self.noise = Noise(config.seed, processes.rank, processes.device)
         self.energies = EnergyEvaluation(
             prior, energy, processes, alpha=config.alpha, cap=config.max_energy, max_invalid=config.max_invalid
         )
-        self.log_z = LogZ(config.log_z_learning_rate, processes.device)
-        self.temperature = Temperature(config, processes)
+        self.log_z = LogZ(prior.num_conditions, config.log_z_learning_rate, processes.device)
+        self.temperature = Temperature(config, processes, prior.num_conditions)
         self.bound = StepBound(prior, self.wrapped, processes.mean)
         guard = StepGuard(config.max_skipped, config.spike_factor)
         self.optimization = Optimization(policy, self.wrapped, config, processes, self.bound, guard)
@@ -88,6 +89,16 @@ class TrainState:
         if isinstance(energy, CachedEnergy):
             self.own["energy_cache"] = energy
 
+    def _refuse_too_many_conditions(self) -> None:
+        """Errors: ValueError where a condition could get fewer than two trajectories of a batch: they are compared with each
+        other."""
+        count, behaviors = self.prior.num_conditions, len(self.config.shares)
+        if count > 1 and self.size["batch_size"] < 2 * count * behaviors:
+            raise ValueError(
+                f"batch_size is {self.config.batch_size}; every behavior and process draws at least two trajectories of each of"
+                f" {count} conditions, {2 * count * behaviors * self.processes.count} in all. Name fewer labels, or raise it."
+            )
+
     # --- steps -------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -103,7 +114,7 @@ class TrainState:
         self.optimization.begin(learning_rate, count)
         self.settle()
         if self.preparation.population is not None and self.global_step == first:
-            self.measure_steps_on(self.preparation.population.trajectories.states)
+            self.measure_steps_on(self.preparation.population.trajectories)
         self.bound.begin()
         try:
             yield range(self.global_step - first, count)
@@ -114,10 +125,10 @@ class TrainState:
             raise
         self.optimization.end()
 
-    def measure_steps_on(self, states: Tensor) -> None:
-        """What steps move is measured on states of these trajectories [K + 1, B, ...]. Which ones, the first numbers of the
-        training's stream say: a phase that is begun again chooses the same."""
-        self.bound.look_at(states, self.noise.fresh("training"))
+    def measure_steps_on(self, trajectories: Trajectories) -> None:
+        """What steps move is measured on states of these. Which ones, the first numbers of the training's stream say: a phase
+        that is begun again chooses the same."""
+        self.bound.look_at(trajectories, self.noise.fresh("training"))
 
     def complete_step(self, bar: Any) -> None:
         """Nothing of the last step is left over; it is saved where one is due."""

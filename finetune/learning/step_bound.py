@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...samplers.condition import Condition, selected
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
+from ...samplers.trajectory import Trajectories
 from .rows import step_share, stratified
 
 ROWS = 16  # states that a step is measured on
@@ -32,34 +34,40 @@ class StepBound:
     """Shortens steps of ``policy``.
 
     share: of the optimizer's last step that was taken, where the search for the next one begins.
-    state [n, ...], step [n], weight [n]: what steps are measured on, and for how many kernels each counts; None until `look_at`.
+    state [n, ...], step [n], condition, weight [n]: what steps are measured on, and for how many kernels each counts; the state
+    is None until `look_at`.
     """
 
     def __init__(self, prior: Prior, policy: nn.Module, agreed: Callable[[float], float]) -> None:
         self.prior, self.policy, self.agreed = prior, policy, agreed
         self.share = 1.0
         self.state: Tensor | None = None
+        self.condition: Condition | None = None
         self.step, self.weight = torch.empty(0, dtype=torch.long), torch.empty(0)
         self._output = torch.empty(0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"share": self.share, "state": self.state, "step": self.step, "weight": self.weight}
+        group = None if self.condition is None else self.condition.group
+        return {"share": self.share, "state": self.state, "step": self.step, "weight": self.weight, "group": group}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.share = state_dict["share"]
         if state_dict["state"] is not None:
             self.state, self.step, self.weight = (state_dict[name].to(self.prior.device) for name in ("state", "step", "weight"))
+        if state_dict["group"] is not None:
+            assert self.prior.condition_table is not None
+            self.condition = Condition(self.prior.condition_table, state_dict["group"].to(self.prior.device))
 
     @torch.no_grad()
-    def look_at(self, states: Tensor, generator: torch.Generator) -> None:
-        """Measure on states of the trajectories ``states`` [K + 1, B, ...] from now on, at steps drawn by `step_share`."""
-        device = states.device
+    def look_at(self, trajectories: Trajectories, generator: torch.Generator) -> None:
+        """Measure on states of these trajectories from now on, at steps drawn by `step_share`."""
+        states, device = trajectories.states, trajectories.states.device
         share = step_share(self.prior.chain).to(device)
         row = stratified(share, ROWS, generator)
         self.step = self.prior.chain.step_of_row(row)
         self.weight = (1 / (ROWS * share[row])).double()
         path = torch.randint(states.shape[1], (ROWS,), generator=generator, device=device)
-        self.state = states[self.step, path].clone()
+        self.state, self.condition = states[self.step, path].clone(), selected(trajectories.condition, path)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -69,7 +77,7 @@ class StepBound:
 
     def _evaluate(self) -> Tensor:
         assert self.state is not None
-        return evaluate(self.policy, self.prior.chain, self.state, self.step, None)
+        return evaluate(self.policy, self.prior.chain, self.state, self.step, self.condition)
 
     def _nats(self, output: Tensor) -> float:
         """The mean over the processes."""

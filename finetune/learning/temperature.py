@@ -14,10 +14,10 @@ from .objectives import Batch
 
 
 class Temperature:
-    """alpha: of the current update; infinite before the first one of a tempered run."""
+    """alpha: of the current update, for all ``conditions``; infinite before the first one of a tempered run."""
 
-    def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        self.config, self.processes = config, processes
+    def __init__(self, config: TrainConfig, processes: Processes, conditions: int) -> None:
+        self.config, self.processes, self.conditions = config, processes, conditions
         self.alpha = self._first = config.alpha
         self.settle()
 
@@ -46,14 +46,20 @@ class Temperature:
         self.alpha = max(self.config.alpha, wanted)
         if population is not None and self.alpha != before:
             old = self.config.alpha if math.isinf(before) else before
-            log_z.move(self.processes.mean(population.log_z(self.alpha) - population.log_z(old)))
+            log_z.move(self.processes.mean_of(population.log_z(self.alpha).double() - population.log_z(old).double()))
 
     def _adequate(self, batch: Batch, on_policy: int) -> float:
-        """The smallest temperature, from the configured one up, that keeps ``tempering_ess`` of the batch effective."""
+        """The smallest temperature, from the configured one up, that keeps ``tempering_ess`` of the batch effective, of the
+        condition for which it is the least."""
         alpha, target = self.config.alpha, self.config.tempering_ess
-        own = batch.valid[:on_policy]  # a masked energy is a placeholder, which could outweigh every real one
-        ratio, energy = batch.log_ratio[:on_policy][own].detach(), batch.energy[:on_policy][own]
-        return alpha if target is None or not on_policy else adequate_alpha(energy, alpha, target, ratio)
+        if target is None or not on_policy:
+            return alpha
+        found = [alpha]
+        for index in batch.groups(self.conditions):
+            # A masked energy is a placeholder, which could outweigh every real one.
+            own = index[(index < on_policy) & batch.valid[index]]
+            found.append(adequate_alpha(batch.energy[own], alpha, target, batch.log_ratio[own].detach()))
+        return max(found)
 
     def settle(self) -> None:
         """A step is complete: `state_dict` is of now."""

@@ -16,6 +16,7 @@ from ...samplers.bridge import bridge_of
 from ...samplers.make_policy import trainable_copy
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
+from ...samplers.typed import floats
 from ..config.train import TrainConfig
 from ..distributed.signals import Preempted
 from ..energies.energy import Energy
@@ -31,12 +32,14 @@ class TrainResult:
     """What training leaves behind.
 
     policy: on the CPU where it was trained in shards (`Processes`), else where it was.
-    log_z: the learned parameter; without one, the last on-policy batch's estimate, or the population's.
+    log_z: the learned parameter; without one, the last on-policy batch's estimate, or the population's. The mean over the
+        conditions, where there are several; log_z_by_condition: {condition: its own}, empty without conditions.
     improvement: how much closer to the target than the prior; None where there are no held-out paths, or no time to measure it.
     """
 
     policy: Policy
     log_z: float
+    log_z_by_condition: dict[str, float]
     energy_calls: int
     seconds: float
     interrupted: bool
@@ -104,9 +107,11 @@ class Trainer:
                 raise
             interrupted = error
         state.wrapped.eval()
+        log_z, table = self._log_z(), state.prior.condition_table
         return TrainResult(
             state.collected(),
-            self._log_z(),
+            sum(log_z) / len(log_z),
+            {} if table is None else dict(zip(table.names, log_z, strict=True)),
             state.energies.meter.calls,
             time.perf_counter() - started,
             interrupted is not None,
@@ -123,13 +128,20 @@ class Trainer:
                 state.judge("the updates")
             state.optimization.set_weights(state.monitor.closest.weights)
 
-    def _log_z(self) -> float:
-        state = self.state
+    def _log_z(self) -> list[float]:
+        """Of each condition."""
+        state, table = self.state, self.state.prior.condition_table
         if state.objective.learns_log_z:
-            return state.log_z.item()
+            return state.log_z.values()
+        last = self.history[-1] if self.history else {}
+        if table is not None and "log_z" in last.get("conditions", {}).get(table.names[0], {}):
+            return [last["conditions"][name]["log_z"] for name in table.names]
+        if "log_z" in last:
+            return [last["log_z"]]
         population = state.preparation.population
-        fallback = math.nan if population is None else state.processes.mean(population.log_z(state.config.alpha))
-        return self.history[-1].get("log_z", fallback) if self.history else fallback
+        if population is None:
+            return [math.nan] * state.prior.num_conditions
+        return floats(state.processes.mean_of(population.log_z(state.config.alpha).double()))
 
     # --- for whoever keeps checkpoints -------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...samplers.condition import members
 from ...samplers.log_ratio import step_log_ratio
 from ...samplers.trajectory import Trajectories, concatenate
 from ..distributed.signals import uninterrupted
@@ -55,7 +56,7 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
         world_size=state.processes.count,
     )
     if state.bound.state is None:  # without a population
-        state.measure_steps_on(trajectories.states)
+        state.measure_steps_on(trajectories)
         state.bound.begin()
     chunk = _backward(state, trajectories, g, chunk)
     with uninterrupted():
@@ -91,15 +92,18 @@ def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Traject
 
 def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Trajectories) -> Batch:
     """What the objective is a function of."""
-    assert trajectories.energy is not None
-    energy, valid = state.energies.capped(trajectories.energy)
-    usable = int(state.processes.gather(valid).sum())
-    if usable < 2:
-        raise EnergyError(
-            f"only {usable} of this update's energies are valid; the policy moved to where the energy is NaN or -inf."
-        )
+    energy, valid = state.energies.capped(trajectories)
+    table = state.prior.condition_table
+    known, group = state.processes.gather(valid), state.processes.gather(trajectories.group)
+    for row, index in enumerate(members(group, state.prior.num_conditions)):
+        usable = int(known[index].sum())
+        if usable < 2:
+            of = "" if table is None else f" for {table.names[row]}"
+            raise EnergyError(
+                f"only {usable} of this update's energies{of} are valid; the policy moved to where the energy is NaN or -inf."
+            )
     value = _soft_values(state, trajectories) if state.objective.takes_soft_value else None
-    return Batch(_log_ratios(state, parts), energy, valid, trajectories.log_behavior, value)
+    return Batch(_log_ratios(state, parts), energy, valid, trajectories.log_behavior, value, trajectories.group)
 
 
 def _soft_values(state: TrainState, trajectories: Trajectories) -> Tensor | None:
@@ -108,7 +112,7 @@ def _soft_values(state: TrainState, trajectories: Trajectories) -> Tensor | None
     if soft_value is None:
         return None
     step = torch.zeros(len(trajectories), dtype=torch.long, device=state.prior.device)
-    return torch.stack([soft_value(trajectories.states[k], step + k) for k in state.prior.chain.trained])
+    return torch.stack([soft_value(trajectories.states[k], step + k, trajectories.group) for k in state.prior.chain.trained])
 
 
 def _log_ratios(state: TrainState, parts: dict[str, Trajectories]) -> Tensor:
@@ -141,15 +145,29 @@ def _backward(state: TrainState, trajectories: Trajectories, g: Tensor, chunk: i
     return chunk
 
 
-def _metrics(state: TrainState, batch: Batch, on_policy: int) -> dict[str, float]:
-    """The residual of the whole batch; ELBO, ESS and log Z of its on-policy part, at the final temperature."""
-    alpha, gather_valid = state.temperature.alpha, state.processes.gather_valid
-    x = gather_valid(batch.log_ratio + batch.energy / alpha, batch.valid)
-    metrics = {"alpha": alpha, "residual_std": x.std().item()}
+def _metrics(state: TrainState, batch: Batch, on_policy: int) -> dict[str, Any]:
+    """The residual of the whole batch; ELBO, ESS and log Z of its on-policy part, at the final temperature.
+
+    Of several conditions, the mean over them, and under "conditions" those of each.
+    """
+    table = state.prior.condition_table
+    own = [_metrics_of(state, batch, on_policy, row, index) for row, index in enumerate(batch.groups(state.prior.num_conditions))]
+    if table is None or len(table) == 1:
+        return {"alpha": state.temperature.alpha, **own[0]}
+    mean = {name: sum(each[name] for each in own) / len(own) for name in own[0]}
+    return {"alpha": state.temperature.alpha, **mean, "conditions": dict(zip(table.names, own, strict=True))}
+
+
+def _metrics_of(state: TrainState, batch: Batch, on_policy: int, row: int, index: Tensor) -> dict[str, float]:
+    """Of the trajectories of one condition."""
+    valid, gather_valid = batch.valid[index], state.processes.gather_valid
+    log_ratio, energy = batch.log_ratio[index], batch.energy[index]
+    x = gather_valid(log_ratio + energy / state.temperature.alpha, valid)
+    metrics = {"residual_std": x.std().item()}
     if on_policy:
-        log_weight = -batch.log_ratio[:on_policy] - batch.energy[:on_policy] / state.config.alpha
-        log_weight = gather_valid(log_weight, batch.valid[:on_policy])
+        own = index < on_policy
+        log_weight = gather_valid(-log_ratio[own] - energy[own] / state.config.alpha, valid[own])
         metrics |= {"elbo": log_weight.mean().item(), "ess": ess(log_weight), "log_z": log_mean_exp(log_weight)[0]}
     if state.objective.learns_log_z:
-        metrics["log_z_learned"] = state.log_z.item()
+        metrics["log_z_learned"] = state.log_z.values()[row]
     return metrics

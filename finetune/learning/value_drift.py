@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...samplers.condition import Condition, selected
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import rows_at_once
@@ -88,9 +89,10 @@ class ValueDrift:
 
     def _gradients(self, mean: Tensor, step: Tensor, path: Tensor) -> Tensor:
         """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
+        group = self.bank.trajectories.group[path]
         with torch.enable_grad():
             state = mean.detach().requires_grad_(True)
-            values = self.soft_value.estimates(state, step + 1, path, 1.0).sum(0)
+            values = self.soft_value.estimates(state, step + 1, path, 1.0, group).sum(0)
             gradients = [torch.autograd.grad(value, state, retain_graph=True)[0] for value in values]
         return torch.stack(gradients) * self.prior.chain.kernel.std(step, mean)
 
@@ -112,7 +114,7 @@ class ValueDrift:
         for row, k in enumerate(chain.trained):
             for some, weight in zip(torch.split(path, rows), torch.split(times, rows), strict=True):
                 state, step = states[k, some], torch.full_like(some, k)
-                output = evaluate(self.prior.denoiser, chain, state, step, None)
+                output = evaluate(self.prior.denoiser, chain, state, step, selected(self.bank.trajectories.condition, some))
                 z = chain.kernel.standardize(states[k + 1, some], state, step, output)
                 shift = self._gradients(chain.kernel.mean(state, step, output), step, some).flatten(2).double()
                 drawn[row] += torch.einsum("ind,nd,n->i", shift, z.flatten(1).double(), weight)
@@ -129,17 +131,20 @@ class ValueDrift:
         self.explained = (a_step * along - 0.5 * a_step.square() * size).sum().item()
 
     @torch.no_grad()
-    def target(self, state: Tensor, step: Tensor, prior_output: Tensor) -> Tensor:
+    def target(self, state: Tensor, step: Tensor, prior_output: Tensor, condition: Condition | None = None) -> Tensor:
         """[n, ...] the shift to learn at states of any path, as far as a clipped x_hat can follow."""
-        return self._shift(state, step, prior_output, self.soft_value.times, self.scale)
+        return self._shift(state, step, prior_output, condition, self.soft_value.times, self.scale)
 
-    def _shift(self, state: Tensor, step: Tensor, prior_output: Tensor, times: float, scale: float) -> Tensor:
+    def _shift(
+        self, state: Tensor, step: Tensor, prior_output: Tensor, condition: Condition | None, times: float, scale: float
+    ) -> Tensor:
         """The same, at a temperature lower by ``times`` than the one that was learned at."""
         chain = self.prior.chain
+        group = None if condition is None else condition.group
         with torch.enable_grad():
             mean = chain.kernel.mean(state, step, prior_output).detach().requires_grad_(True)
             factor = self.factor[chain.row_of_step(step)]
-            value = (scale * factor * self.soft_value.estimates(mean, step + 1, None, times)).sum()
+            value = (scale * factor * self.soft_value.estimates(mean, step + 1, None, times, group)).sum()
             shift = torch.autograd.grad(value, mean)[0] * chain.kernel.std(step, mean)
         return chain.kernel.reachable(state, step, prior_output, shift)
 
@@ -152,8 +157,8 @@ class ValueDrift:
         shrunk toward 1 by as much as so many paths leave open. gather: one row a process.
         """
 
-        def claimed(state: Tensor, step: Tensor, prior_output: Tensor) -> Tensor:
-            return self._shift(state, step, prior_output, self.alpha / held_out.alpha, 1.0)
+        def claimed(state: Tensor, step: Tensor, prior_output: Tensor, condition: Condition | None) -> Tensor:
+            return self._shift(state, step, prior_output, condition, self.alpha / held_out.alpha, 1.0)
 
         along, _, asked = held_out.moments(policy, claimed)
         weight = held_out.weight
@@ -188,14 +193,14 @@ class ValueDrift:
         state = states[chain.step_of_row(row), path]
         total = torch.zeros((), device=states.device)
         misses = torch.zeros_like(self._misses)
-        parts = list(zip(torch.split(state, self.chunk), torch.split(row, self.chunk), strict=True))
-        for some, of in parts:
-            at = chain.step_of_row(of)
+        parts = list(zip(*(torch.split(rows, self.chunk) for rows in (state, row, path)), strict=True))
+        for some, of, paths in parts:
+            at, condition = chain.step_of_row(of), selected(self.bank.trajectories.condition, paths)
             with torch.no_grad():
-                prior_output = evaluate(self.prior.denoiser, chain, some, at, None)
-            target = self.target(some, at, prior_output)
+                prior_output = evaluate(self.prior.denoiser, chain, some, at, condition)
+            target = self.target(some, at, prior_output, condition)
             with nullcontext() if some is parts[-1][0] else self.no_sync():
-                output = evaluate(policy, chain, some, at, None)
+                output = evaluate(policy, chain, some, at, condition)
                 miss = chain.kernel.shift(some, at, output, prior_output, straight=True) - target
                 share = eased[of] / (count * self._probability[of])
                 missed, asked = (0.5 * share * side.flatten(1).square().sum(1) for side in (miss, target))

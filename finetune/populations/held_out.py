@@ -9,17 +9,16 @@ heart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...samplers.denoiser import Denoiser
-from ...samplers.log_ratio import outputs, shift_moments
+from ...samplers.log_ratio import Target, outputs, shift_moments
 from ...samplers.prior import Prior
 from ...samplers.trajectory import Trajectories
-from .population import Population
+from .population import Population, trajectories_of
 
 DRAWN = 160  # tilted paths among them that are watched: a systematic draw, so that a heavy path counts more and costs once
 
@@ -63,15 +62,15 @@ class HeldOut:
     def state_dict(self) -> dict[str, Any]:
         paths = self.paths
         tensors = {"states": paths.states, "energy": paths.energy, "weight": self.weight, "outputs": self.prior_outputs}
+        tensors["group"] = paths.group
         return {"alpha": self.alpha, "times": self.times, **tensors}
 
     @classmethod
     def from_state_dict(cls, prior: Prior, state: dict[str, Any]) -> HeldOut:
-        kept = {name: state[name].to(prior.device) for name in ("states", "energy", "weight", "outputs")}
-        paths = Trajectories(kept["states"], energy=kept["energy"])
-        return cls(prior, paths, kept["weight"], state["alpha"], state["times"], kept["outputs"])
+        weight, outputs = (state[name].to(prior.device) for name in ("weight", "outputs"))
+        return cls(prior, trajectories_of(state, prior), weight, state["alpha"], state["times"], outputs)
 
-    def moments(self, policy: Denoiser, target: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
+    def moments(self, policy: Denoiser, target: Target | None = None) -> Tensor:
         """[2 or 3, n] `shift_moments` of the policy on these paths."""
         return shift_moments(self.prior.chain, policy, self.paths, self.prior_outputs, target)
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from ...samplers.condition import selected
 from ...samplers.prior import Prior
 from ...samplers.rollout import in_parts, rollout
 from ...samplers.trajectory import Trajectories, rows_at_once
 from ..distributed.processes import Processes
 from ..energies.error import EnergyError
 from ..energies.evaluation import EnergyEvaluation
-from .population import Population
+from .population import FEWEST, Population
 
 Bar = Callable[[int, str], Any]  # (total, label) → a tqdm bar
 
@@ -25,15 +26,26 @@ def importance_population(
 ) -> Population:
     """``size`` prior paths with their energies.
 
-    Errors: ValueError where their states would fill more than half of the memory that is free; EnergyError where none of their
-    energies is finite.
+    Errors: ValueError where their states would fill more than half of the memory that is free, and where a condition gets fewer
+    than `FEWEST`; EnergyError where none of a condition's energies is finite.
     """
+    prior, count = energies.prior, energies.prior.num_conditions
+    with energies.processes.together():
+        if size < FEWEST * count and count > 1:
+            raise ValueError(
+                f"the bank is {size} paths here, for {count} conditions, each with a law of its own that needs {FEWEST} paths at"
+                " least; name fewer labels, or raise bank_size."
+            )
     population = Population(prior_paths(energies, size, "prior samples", alpha, generator, bar))
     with energies.processes.together():
-        if not torch.isfinite(population.log_weight(alpha)).any():
-            raise EnergyError(
-                f"none of {size} prior samples has a finite energy: the tilted law is out of the prior's reach here."
-            )
+        finite = torch.isfinite(population.log_weight(alpha))
+        for row, index in enumerate(population.trajectories.groups):
+            if not finite[index].any():
+                of = "" if prior.condition_table is None else f" of {prior.condition_table.names[row]}"
+                raise EnergyError(
+                    f"none of {len(index)} prior samples{of} has a finite energy: the tilted law is out of the prior's reach"
+                    " here."
+                )
     return population
 
 
@@ -48,19 +60,20 @@ def prior_paths(
     states = torch.empty(shape, device=prior.device)
     energy = torch.empty(size, device=prior.device)
     chunk = rows_at_once(prior.shape, prior.device)
-    counts = [min(chunk, size - first) for first in range(0, size, chunk)]
+    condition = prior.condition(size)
+    parts = [slice(first, min(first + chunk, size)) for first in range(0, size, chunk)]
     with bar(size, label) as shown:
-        drawn = (
-            ("", rollout(prior, None, count, generator, on_step=_moving(prior, processes, shown, count // 2))) for count in counts
-        )
-        first = 0
-        for _, part in energies.evaluate_each(drawn):
+
+        def draw(rows: slice) -> Trajectories:
+            count, own = rows.stop - rows.start, selected(condition, rows)
+            return rollout(prior, None, count, generator, condition=own, on_step=_moving(prior, processes, shown, count // 2))
+
+        drawn = (("", draw(rows)) for rows in parts)
+        for rows, (_, part) in zip(parts, energies.evaluate_each(drawn), strict=True):
             assert part.energy is not None
-            rows = slice(first, first + len(part))
             states[:, rows], energy[rows] = part.states, part.energy
-            first = rows.stop
             shown.update(len(part) - len(part) // 2)  # the other half moved with the rollout
-        paths = Trajectories(states, energy=energy)
+        paths = Trajectories(states, energy=energy, condition=condition)
         # What says whether alpha is within reach.
         shown.set_postfix(effective=f"{Population(paths).ess(alpha):,.0f}")
     return paths

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...samplers.condition import Condition
+from ...samplers.prior import Prior
 from ...samplers.resampling import systematic
 from ...samplers.trajectory import Trajectories
 from ..estimators import adequate_alpha, ess
@@ -16,9 +18,18 @@ ENOUGH, FEWEST = 0.025, 25  # effective prior paths that can stand for a tilted 
 FURTHEST = 4.0  # times alpha up to which what is learned at a milder temperature may be continued from it
 
 
+def trajectories_of(state: dict[str, Tensor], prior: Prior) -> Trajectories:
+    """The trajectories whose states, energy and group a ``state_dict`` holds."""
+    kept = {name: state[name].to(prior.device) for name in ("states", "energy", "group")}
+    table = prior.condition_table
+    condition = None if table is None else Condition(table, kept["group"])
+    return Trajectories(kept["states"], energy=kept["energy"], condition=condition)
+
+
 @dataclass(frozen=True, eq=False)
 class Population:
-    """N prior trajectories with their energies: reweighted by exp(-E/alpha) they are the tilted path law.
+    """N prior trajectories with their energies: reweighted by exp(-E/alpha), each condition's on their own, they are the tilted
+    path law.
 
     trajectories: states [K + 1, N, ...] and energy [N], NaN where invalid, +inf where the density is zero.
     """
@@ -39,35 +50,59 @@ class Population:
         """-E/alpha [N], -inf for invalid energies."""
         return torch.nan_to_num(-self.energy / alpha, nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
 
-    def log_z(self, alpha: float) -> float:
-        """log mean exp(-E/alpha) over the valid prior samples: the forward estimate of log Z."""
-        valid = ~self.energy.isnan()
-        return (self.log_weight(alpha)[valid].logsumexp(0) - math.log(int(valid.sum()))).item()
+    def weight(self, alpha: float) -> Tensor:
+        """[N] float64 ∝ exp(-E/alpha), of sum 1; each condition has as much of it as it has of the paths."""
+        weight = torch.empty(len(self), dtype=torch.float64, device=self.energy.device)
+        for index in self.trajectories.groups:
+            weight[index] = self.log_weight(alpha)[index].double().softmax(0) * (len(index) / len(self))
+        return weight
+
+    def log_z(self, alpha: float) -> Tensor:
+        """[G] log mean exp(-E/alpha) over the valid prior samples of each condition: the forward estimate of log Z."""
+        valid, log_weight = ~self.energy.isnan(), self.log_weight(alpha)
+        kept = [index[valid[index]] for index in self.trajectories.groups]
+        return torch.stack([log_weight[index].logsumexp(0) - math.log(max(1, len(index))) for index in kept])
 
     def ess(self, alpha: float) -> float:
-        """Effective number of samples of the tilted law."""
-        return ess(self.log_weight(alpha)) * len(self)
+        """Effective number of samples of the tilted law, over all conditions."""
+        log_weight = self.log_weight(alpha)
+        return sum(ess(log_weight[index]) * len(index) for index in self.trajectories.groups)
 
     def draw(self, count: int, alpha: float, generator: torch.Generator) -> Tensor:
-        """Indices [count] drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights."""
-        return systematic(self.log_weight(alpha).double().softmax(0), count, generator)
+        """Indices [count] drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights.
+
+        Each condition gets an equal number, as far as ``count`` allows.
+        """
+        weight, groups = self.weight(alpha), self.trajectories.groups
+        if len(groups) == 1:
+            return systematic(weight, count, generator)
+        sizes = [len(range(row, count, len(groups))) for row in range(len(groups))]
+        parts = zip(groups, sizes, strict=True)
+        index = torch.cat([part[systematic(weight[part], size, generator)] for part, size in parts if size])
+        return index[torch.randperm(count, generator=generator, device=index.device)]
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"states": self.trajectories.states, "energy": self.energy}
+        return {"states": self.trajectories.states, "energy": self.energy, "group": self.trajectories.group}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor], device: torch.device) -> Population:
-        return cls(Trajectories(state["states"].to(device), energy=state["energy"].to(device)))
+    def from_state_dict(cls, state: dict[str, Tensor], prior: Prior) -> Population:
+        return cls(trajectories_of(state, prior))
 
 
-def temperature_within_reach(energy: Tensor, alpha: float) -> float:
+def temperature_within_reach(energy: Tensor, alpha: float, group: Tensor | None = None) -> float:
     """The temperature, from ``alpha`` up, at which enough prior samples (`ENOUGH`, `FEWEST`) are effective to stand for the
     tilted law.
 
     ``alpha`` itself where that is beyond `FURTHEST` times it: few meet a strict constraint, at any temperature. energy [N] of
-    prior samples, NaN where invalid.
+    prior samples, NaN where invalid; group [N], their conditions, of which the one that asks for most decides; None: one for all.
     """
-    valid = energy[~energy.isnan()]
-    share = max(ENOUGH, FEWEST / len(valid)) if len(valid) > FEWEST else 1.0
-    found = adequate_alpha(valid, alpha, share)
-    return found if found <= FURTHEST * alpha else alpha
+
+    def within_reach(valid: Tensor) -> float:
+        share = max(ENOUGH, FEWEST / len(valid)) if len(valid) > FEWEST else 1.0
+        found = adequate_alpha(valid, alpha, share)
+        return found if found <= FURTHEST * alpha else alpha
+
+    known = ~energy.isnan()
+    if group is None:
+        return within_reach(energy[known])
+    return max(within_reach(energy[known & (group == row)]) for row in range(int(group.max()) + 1))

@@ -61,7 +61,14 @@ def certify(
     task judges by its own criteria; elsewhere the two sides judge each other ("judged_by"). until_decided: while the verdict is
     inconclusive and more rollouts would decide, draw them, at most so many a side. What plain diffusers loops around the policy
     give is another step, `measure_deployment`.
+
+    Errors: ValueError for a run of several conditions: each has a law of its own, and is judged alone (`Run.by_condition`).
     """
+    if run.prior.num_conditions > 1:
+        raise ValueError(
+            f"this run has {run.prior.num_conditions} conditions, each with a law of its own: certify every one of"
+            " run.by_condition()."
+        )
     config = run.config.certificate
     given = {"size": size, "seed": seed, "tolerance": tolerance}
     config = replace(config, **{name: value for name, value in given.items() if value is not None})

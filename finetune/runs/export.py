@@ -124,7 +124,7 @@ def _plain_pipeline(prior: Prior, network: nn.Module) -> str | None:
     source = prior.source
     assert source is not None
     pixels = type(network).__name__ == "UNet2DModel" and source.pipeline in (None, *PLAIN_PIPELINES.values())
-    return PLAIN_PIPELINES.get(type(prior.scheduler).__name__) if pixels and prior.label is None else None
+    return PLAIN_PIPELINES.get(type(prior.scheduler).__name__) if pixels and prior.condition_table is None else None
 
 
 def _usage(prior: Prior, network: Any, pipeline: str | None, out: Path, adapter: bool = False) -> str:

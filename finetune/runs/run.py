@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A trained policy with the prior it started from and the config that made it. record: what run.json holds."""
+    """A trained policy with the prior it started from and the config that made it. record: what run.json holds. condition: the
+    name of the only one that this run is of (`only`), None where it is the whole run."""
 
     folder: Path
     config: RunConfig
@@ -42,11 +43,34 @@ class Run:
     policy: Policy
     record: dict[str, Any]
     task: Task | None = None
+    condition: str | None = None
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        """The lines of metrics.jsonl; of one condition those that have figures of its own, and nothing of the others."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        if self.condition is None:
+            return lines
+        kept = ("phase", "update", "alpha")
+        own = [line for line in lines if self.condition in line.get("conditions", {})]
+        return [{name: line[name] for name in kept if name in line} | line["conditions"][self.condition] for line in own]
+
+    def by_condition(self) -> list[Run]:
+        """A run for each condition of the prior, each of which has a law of its own; the run itself where there is one law."""
+        if self.prior.num_conditions == 1:
+            return [self]
+        return [self.only(row) for row in range(self.prior.num_conditions)]
+
+    def only(self, row: int) -> Run:
+        """The run of the prior's condition ``row`` alone, as if no other had been trained beside it."""
+        policy = self.policy.only(row)
+        table = policy.prior.condition_table
+        assert table is not None
+        config = self.config
+        if "class_labels" in table.tensors:
+            labels = tuple(table.tensors["class_labels"].tolist())
+            config = replace(config, prior=replace(config.prior, labels=labels))
+        return replace(self, config=config, prior=policy.prior, policy=policy, condition=table.names[0])
 
     def energy(self, terms: Sequence[str] = ()) -> Energy:
         """The energy that ``terms`` name, or the one of the training where none are given.

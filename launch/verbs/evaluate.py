@@ -13,13 +13,16 @@ from .. import flags
 from .tasks import open_with_task
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ...finetune.certificate.evidence import Evidence
     from ...finetune.energies.energy import Energy
     from ...finetune.runs.run import Run
 
 DESCRIPTION = """Draw fresh rollouts of a run's policy and of its prior, and measure how close the policy came to
 p_prior(x) · exp(-E(x)/alpha). In this order: the verdict, on the terminal and in certificate.json; picture.png; what plain
-diffusers samplers give with the policy's network, added to certificate.json. Whatever ends it leaves what was written. A shipped
+diffusers samplers give with the policy's network, added to certificate.json. Whatever ends it leaves what was written. A run of
+several labels is judged label by label, with a picture of each, and passes where all of them do. A shipped
 task is judged by its own criteria, any other run by its two sides against each other. Exit status: 0 the certificate passes, 1
 it fails, 3 it is inconclusive, 75 stopped by SIGTERM or SIGUSR1, 2 bad input, 70 an unexpected error, after its traceback.
 
@@ -60,37 +63,72 @@ def main(argv: list[str]) -> int:
     energy = run.energy(options.energy)
     terms = options.energy or run.config.energy.terms
     chosen = {"size": options.size, "seed": options.seed, "tolerance": options.tolerance}
-    with preemptible():
-        certificate, evidence = certify(run, energy, terms=terms, until_decided=options.until_decided, **chosen)
+    judged: list[tuple[Run, dict[str, Any], Evidence]] = []
+    for one in run.by_condition():
+        with preemptible():
+            certificate, evidence = certify(one, energy, terms=terms, until_decided=options.until_decided, **chosen)
+        judged.append((one, certificate, evidence))
+        if one.condition is not None:
+            print(f"{one.condition}\n{summary(certificate, run.folder)}\n", flush=True)
+    certificate = of_run(judged)
     with uninterrupted():
         write_certificate(run, certificate)
-        print(summary(certificate, run.folder), flush=True)
+        print(summary(certificate, run.folder) if run.prior.num_conditions == 1 else verdict_line(certificate), flush=True)
     try:
         with preemptible():
-            show(options, run, certificate, evidence, energy)
+            show(options, run, judged, energy)
     except Preempted as signal:
         print(f"{signal}: the verdict is written; what comes after it was left out", file=sys.stderr)
         return REQUEUE
     return certificate["exit_status"]
 
 
-def show(options: Options, run: Run, certificate: dict[str, Any], evidence: Evidence, energy: Energy) -> None:
-    """What follows a verdict: the picture, then the deployed samplers. A cut leaves what is written by then."""
+def of_run(judged: list[tuple[Run, dict[str, Any], Evidence]]) -> dict[str, Any]:
+    """The certificate of the whole run, from that of each condition."""
+    from ...finetune.runs.verdicts import together
+
+    certificates = {one.condition: certificate for one, certificate, _ in judged}
+    if None in certificates:
+        return certificates[None]
+    return together({name: certificate for name, certificate in certificates.items() if name is not None})
+
+
+def show(options: Options, run: Run, judged: list[tuple[Run, dict[str, Any], Evidence]], energy: Energy) -> None:
+    """What follows a verdict: the pictures, then the deployed samplers. A cut leaves what is written by then."""
     from ...finetune.distributed.signals import uninterrupted
     from ...finetune.runs.evaluate import measure_deployment, write_certificate
+
+    for one, certificate, evidence in judged:
+        figure_of(one, certificate, evidence, energy).savefig(run.folder / picture_name(one))
+    for place, (one, certificate, evidence) in enumerate(judged):
+        if not options.deployment:
+            break
+        judged[place] = one, measure_deployment(one, certificate, evidence, energy), evidence
+        with uninterrupted():
+            write_certificate(run, of_run(judged))
+        if one.condition is not None:
+            print(one.condition)
+        for line in deployed(judged[place][1]["deployed"]):
+            print(line)
+
+
+def figure_of(run: Run, certificate: dict[str, Any], evidence: Evidence, energy: Energy) -> Figure:
+    """The task's picture where the task judged, else that of its two sides."""
     from ..pictures import run_figure
 
     if run.config.task is not None and certificate["judged_by"] == f"the task {run.config.task}":
-        figure = load_task(run.config.task).picture(evidence, energy, run.history, certificate)
-    else:
-        figure = run_figure(evidence, certificate)
-    figure.savefig(run.folder / "picture.png")
-    if options.deployment:
-        certificate = measure_deployment(run, certificate, evidence, energy)
-        with uninterrupted():
-            write_certificate(run, certificate)
-        for line in deployed(certificate["deployed"]):
-            print(line)
+        return load_task(run.config.task).picture(evidence, energy, run.history, certificate)
+    return run_figure(evidence, certificate)
+
+
+def picture_name(run: Run) -> str:
+    """picture.png, with the condition in its name where the run is one of several."""
+    return "picture.png" if run.condition is None else f"picture_{run.condition.replace(' ', '_')}.png"
+
+
+def verdict_line(certificate: dict[str, Any]) -> str:
+    """The verdict and its reasons."""
+    return f"verdict: {certificate['verdict']}: {'; '.join(certificate['reasons'])}"
 
 
 def summary(certificate: dict[str, Any], folder: Path) -> str:
@@ -108,7 +146,7 @@ def summary(certificate: dict[str, Any], folder: Path) -> str:
         f"{certificate['energy_calls']:,} energy calls in training, {certificate['certificate_energy_calls']:,} in the"
         f" certificate; written to {folder}",
         *[f"flag: {flag}" for flag in certificate["flags"] if flag not in certificate["reasons"]],
-        f"verdict: {certificate['verdict']}: {'; '.join(certificate['reasons'])}",
+        verdict_line(certificate),
     ]
     return "\n".join(lines)
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...finetune.runs.run import Run
+    from ...samplers.condition import Condition
+    from ...samplers.policy import Policy
+    from ...samplers.prior import Prior
     from ...samplers.resampling import Resampled
 
 DESCRIPTION = """Draw samples from a run's policy and write them to --out as safetensors, with a picture of them beside it
@@ -40,9 +43,11 @@ class Options:
     exact: bool = False
     """Resample policy rollouts by their weights toward the tilted prior."""
     proposals: int | None = None
-    """Policy rollouts for --exact; ten a sample, and at least 1000, where not given."""
+    """Policy rollouts for --exact, of each label; ten a sample, and at least 1000, where not given."""
     energy: tuple[str, ...] = ()
     """For --exact: the energy of the training, to be said again where it is code of your own."""
+    labels: tuple[int, ...] = ()
+    """Of these class labels alone, for a run of several; all of the run's, in turn, where not given."""
     seed: int = 0
     out: Path | None = None
     """A .safetensors file; samples.safetensors in the run's folder where not given."""
@@ -55,6 +60,7 @@ def main(argv: list[str]) -> int:
     options = flags.parse(Options, argv, "tiltune sample", DESCRIPTION)
     out, picture = targets(options)
     run = open_with_task(options.run)
+    import torch
     from safetensors.torch import save
 
     from ...finetune.runs.energies import absolute_term
@@ -68,20 +74,27 @@ def main(argv: list[str]) -> int:
         "seed": options.seed,
         "alpha": run.config.train.alpha,
     }
+    condition = wanted(run.prior, options)
     if options.exact:
-        drawn = resample(run, options)
-        samples = drawn.samples
+        drawn = resample(run, options, condition)
+        samples = torch.cat([one.samples for _, one in drawn])
+        condition = None if condition is None else condition.select(condition.group.argsort(stable=True))
         terms = options.energy or run.config.energy.terms
         flagged = energy_flags(run, terms)
-        told |= {"proposals": len(drawn.log_weight), "ess": drawn.ess, "unique": drawn.unique}
+        told |= {name: sum(getattr(one, name) for _, one in drawn) for name in ("proposals", "ess", "unique")}
         told |= {"energy": [absolute_term(term) for term in terms], "flags": flagged}
-        print(trust(drawn), *[f"flag: {flag}" for flag in flagged], sep="\n")
+        lines = [f"{name}: {trust(one)}" if name else trust(one) for name, one in drawn]
+        print(*lines, *[f"flag: {flag}" for flag in flagged], sep="\n")
     else:
         with progress_bar(options.n, "samples") as advance:
-            samples = run.policy.sample(options.n, seed=seed_for("samples", options.seed), on_progress=advance)
+            seed = seed_for("samples", options.seed)
+            samples = run.policy.sample(options.n, seed=seed, condition=condition, on_progress=advance)
+    tensors = {"samples": samples} if condition is None else {"samples": samples, **condition.network_inputs()}
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")  # never in place: who has the old file mapped would see it change
-    partial.write_bytes(save({"samples": samples.contiguous().cpu()}, metadata={"tiltune": json.dumps(told)}))
+    partial.write_bytes(
+        save({name: one.contiguous().cpu() for name, one in tensors.items()}, metadata={"tiltune": json.dumps(told)})
+    )
     partial.replace(out)
     print(f"{len(samples)} samples of shape {tuple(samples.shape[1:])}; written to {out}")
     if is_images(samples):
@@ -122,21 +135,52 @@ def progress_bar(total: int, name: str) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-def resample(run: Run, options: Options) -> Resampled:
-    """Exact samples, as far as the weights carry."""
+def wanted(prior: Prior, options: Options) -> Condition | None:
+    """The condition of each sample: the chosen labels in turn; None for an unconditional prior.
+
+    Errors: ValueError for labels that the run was not trained on.
+    """
+    import torch
+
+    from ...samplers.condition import Condition
+
+    table = prior.condition_table
+    known = [] if table is None else table.tensors["class_labels"].tolist()
+    unknown = [label for label in options.labels if label not in known]
+    if unknown:
+        trained = f"was trained on the labels {', '.join(map(str, known))}" if known else "has no labels"
+        raise ValueError(f"--labels {unknown[0]}: the run {trained}.")
+    if table is None:
+        return None
+    rows = torch.tensor([known.index(label) for label in options.labels or known], device=prior.device)
+    return Condition(table, rows[torch.arange(options.n, device=prior.device) % len(rows)])
+
+
+def resample(run: Run, options: Options, condition: Condition | None) -> list[tuple[str, Resampled]]:
+    """Exact samples of each condition (of "" where there are none), as far as the weights carry; in the order of the table."""
     from ...finetune.energies.energy import EnergyMeter
+    from ...samplers.condition import members
     from ...samplers.resampling import importance_resample
     from ...samplers.streams import stream
 
     alpha, meter = run.config.train.alpha, EnergyMeter(run.energy(options.energy))
-    proposals = options.proposals if options.proposals is not None else max(10 * options.n, 1000)
     generator = stream("resampling", options.seed, run.prior.device)
+    if condition is None:
+        parts = [("", run.policy, options.n)]
+    else:
+        sizes = [len(index) for index in members(condition.group, len(condition.table))]
+        parts = [(condition.table.names[row], run.policy.only(row), size) for row, size in enumerate(sizes) if size]
 
-    def log_potential(data: Tensor) -> Tensor:
-        return -meter(data, **run.prior.context(len(data))) / alpha
+    def one(policy: Policy, count: int) -> Resampled:
+        def log_potential(data: Tensor) -> Tensor:
+            own = policy.prior.condition(len(data))
+            return -meter(data, **({} if own is None else own.context())) / alpha
 
-    with progress_bar(proposals, "proposals") as advance:
-        return importance_resample(run.policy, log_potential, options.n, generator, proposals=proposals, on_progress=advance)
+        proposals = options.proposals if options.proposals is not None else max(10 * count, 1000)
+        with progress_bar(proposals, "proposals") as advance:
+            return importance_resample(policy, log_potential, count, generator, proposals=proposals, on_progress=advance)
+
+    return [(name, one(policy, count)) for name, policy, count in parts]
 
 
 def trust(drawn: Resampled) -> str:

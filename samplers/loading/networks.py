@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import torch
 from torch import nn
+
+from ..condition import ConditionTable
 
 
 def state_shape(model: Any) -> tuple[int, ...]:
@@ -36,10 +40,20 @@ def num_classes(model: Any) -> int | None:
     return config.num_class_embeds if name == "UNet2DModel" else None
 
 
-def check_label(model: nn.Module, label: int | None) -> None:
-    classes = num_classes(model)
-    if classes is None and label is not None:
-        raise ValueError(f"label={label} was given, but this {type(model).__name__} is unconditional; leave it out.")
-    if classes is not None and (label is None or not 0 <= label < classes):
-        given = "none was given" if label is None else f"{label} was given"
-        raise ValueError(f"this {type(model).__name__} is class-conditional: give a label from 0 to {classes - 1} ({given}).")
+def label_table(model: nn.Module, labels: Sequence[int] | Literal["all"] | None) -> ConditionTable | None:
+    """A row for each of these class labels; all: every one of the network's but a DiT's class-free one. None: unconditional.
+
+    Errors: ValueError for labels that the network does not have, and where it is conditioned and none are given.
+    """
+    classes, name = num_classes(model), type(model).__name__
+    if classes is None:
+        if labels is not None:
+            raise ValueError(f"labels were given, but this {name} is unconditional; leave them out.")
+        return None
+    if labels == "all":
+        labels = range(classes - 1 if name == "DiTTransformer2DModel" else classes)
+    wrong = [label for label in labels or () if not 0 <= label < classes]
+    if not labels or wrong:
+        given = f"{wrong[0]} was given" if wrong else "none were given"
+        raise ValueError(f"this {name} is class-conditional: give labels from 0 to {classes - 1}, or all of them ({given}).")
+    return ConditionTable(tuple(f"label {label}" for label in labels), {"class_labels": torch.tensor(list(labels))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from ..chain import Chain
+from ..condition import ConditionTable
 from ..denoiser import DiffusersDenoiser
 from ..prior import Prior, Source
 from ..schedulers.dispatch import chain_from_scheduler
@@ -16,8 +18,9 @@ from ..trained_steps import step_window, trained_line, with_trained_steps
 from .folder import DECODERS, DENOISERS, Layout, load_model, load_scheduler, locate, read_layout
 from .hints import start_hint, variance_hint
 from .latent_decoder import LatentDecoder
-from .networks import check_label, num_classes, state_shape
+from .networks import label_table, num_classes, state_shape
 
+NAMED = 12  # conditions that a line names one by one
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -30,7 +33,7 @@ def load_prior(
     noise: Literal["memoryless", "flow_grpo"] = "memoryless",
     noise_level: float = 0.7,
     train_steps: str | None = None,
-    label: int | None = None,
+    labels: Sequence[int] | Literal["all"] | None = None,
     precision: Literal["float32", "bf16", "fp16"] = "float32",
     channels_last: bool = False,
     device: torch.device | str | None = None,
@@ -42,8 +45,8 @@ def load_prior(
     of a pipeline where no such folder exists.
     eta: DDIM's noise. variance: DDPM's, in place of the scheduler's own. noise, noise_level: what makes a flow stochastic.
     train_steps: 'FIRST:LAST', the only steps that a policy changes (`with_trained_steps`); None: all that can be trained.
-    label: the class of a class-conditional model, run without guidance. precision: autocast of the networks; weights,
-    states and log-ratios are float32.
+    labels: the classes of a class-conditional model, run without guidance, each with a law of its own; or all. precision:
+    autocast of the networks; weights, states and log-ratios are float32.
 
     Energies see samples in the model's space, [-1, 1] nominal and not clamped: a DDPMPipeline's images are
     (sample / 2 + 0.5).clamp(0, 1) of them. Latents are decoded first, without a graph, `latent_decoder.DECODE_BATCH` at a time.
@@ -58,7 +61,7 @@ def load_prior(
     chain = chain if train_steps is None else with_trained_steps(chain, *step_window(train_steps))
     model, stored = load_model(layout.denoiser, DENOISERS)
     shape = state_shape(model)
-    check_label(model, label)
+    table = label_table(model, labels)
     to_data = None if layout.decoder is None else LatentDecoder(load_model(layout.decoder, DECODERS)[0], shape[0])
     autocast = _autocast(precision)
     if channels_last:
@@ -67,15 +70,16 @@ def load_prior(
         _prior_line(layout, model, stored, precision, shape, to_data),
         _chain_line(chain, scheduler),
         None if train_steps is None else trained_line(chain),
-        _condition_line(model, label),
+        _condition_line(model, table),
         None if variance is not None else variance_hint(chain),
         start_hint(chain, scheduler, shape, eta=eta, noise=noise, noise_level=noise_level),
     )
     return Prior(
-        DiffusersDenoiser(model.to(device or "cpu"), label=label, autocast=autocast),
+        DiffusersDenoiser(model.to(device or "cpu"), autocast=autocast),
         chain,
         shape,
         None if to_data is None else to_data.to(device or "cpu"),
+        condition_table=table,
         source=_source(path, layout),
         scheduler=scheduler,
         step_options={"eta": eta} if type(scheduler).__name__ == "DDIMScheduler" else {},
@@ -146,11 +150,12 @@ def _chain_line(chain: Chain, scheduler: Any) -> str:
     return f"chain: {chain.name}, K = {chain.num_steps}, {kind}, {clip}; {chain.conditions()['last_step']}"
 
 
-def _condition_line(model: Any, label: int | None) -> str:
+def _condition_line(model: Any, table: ConditionTable | None) -> str:
     classes = num_classes(model)
-    if classes is None:
+    if classes is None or table is None:
         return "condition: none"
-    line = f"condition: class {label} of 0 to {classes - 1}, without guidance"
+    names = ", ".join(table.names) if len(table) <= NAMED else f"{len(table)} labels"
+    line = f"condition: {names} of 0 to {classes - 1}, without guidance"
     if type(model).__name__ == "DiTTransformer2DModel":
         line += f" ({classes - 1} is class-free)"
         if model.out_channels == 2 * model.config.in_channels:

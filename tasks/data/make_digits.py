@@ -1,4 +1,4 @@
-"""Train the digits prior and its two classifiers: `python -m tiltune.tasks.data.make_digits prior|classifiers`.
+"""Train the digits priors and their two classifiers: `python -m tiltune.tasks.data.make_digits prior|labels|classifiers`.
 
 Data: the 1,797 handwritten digits of 8 x 8 pixels in scikit-learn's wheel (UCI, E. Alpaydin and C. Kaynak, CC BY 4.0), scaled
 from 0..16 to [-1, 1]. Training runs for minutes on one core and is never part of a test.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..classifier import SmallClassifier
-from ..digits import FOLDER
+from ..digits import FOLDER, LABELLED
 
 PIXELS = 16.0
+WRONG = 0.7  # share of labels drawn at random, so that a label is a weak condition, and the tilt toward its digit a real one
 
 
 def dataset() -> tuple[Tensor, Tensor]:
@@ -28,15 +30,23 @@ def dataset() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(digits.target)
 
 
-def train_prior(seconds: float = 480.0, batch: int = 128, lr: float = 2e-3, ema: float = 0.999) -> None:
+def train_prior(
+    folder: Path = FOLDER,
+    labels: int | None = None,
+    seconds: float = 480.0,
+    batch: int = 128,
+    lr: float = 2e-3,
+    ema: float = 0.999,
+) -> None:
     """v-prediction on the cosine schedule, mean squared error over even timesteps, averaged weights saved in float16.
 
+    labels: how many classes the network is conditioned on, None for none; `WRONG` of them are drawn anew, evenly, at every look.
     Trailing spacing starts at the last timestep, where nothing is left of the data: a start that the chain forgets.
     """
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
-    images, _ = dataset()
+    images, classes = dataset()
     scheduler = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
@@ -54,6 +64,7 @@ def train_prior(seconds: float = 480.0, batch: int = 128, lr: float = 2e-3, ema:
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
         attention_head_dim=8,
+        num_class_embeds=labels,
     )
     average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema))
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-3)
@@ -61,11 +72,16 @@ def train_prior(seconds: float = 480.0, batch: int = 128, lr: float = 2e-3, ema:
     while (passed := time.time() - started) < seconds:
         progress = passed / seconds
         optimizer.param_groups[0]["lr"] = lr * min(1.0, update / 200) * (1 - progress) ** 0.7
-        clean = images[torch.randint(len(images), (batch,))]
+        chosen = torch.randint(len(images), (batch,))
+        clean = images[chosen]
+        condition = {}
+        if labels is not None:
+            other = torch.rand(batch) < WRONG
+            condition["class_labels"] = torch.where(other, torch.randint(labels, (batch,)), classes[chosen])
         step: Any = torch.randint(1000, (batch,))
         noise = torch.randn_like(clean)
         state = scheduler.add_noise(clean, noise, step)
-        loss = (network(state, step).sample - scheduler.get_velocity(clean, noise, step)).square().mean()
+        loss = (network(state, step, **condition).sample - scheduler.get_velocity(clean, noise, step)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -76,7 +92,7 @@ def train_prior(seconds: float = 480.0, batch: int = 128, lr: float = 2e-3, ema:
             print(f"{update} loss {loss.item():.4f}  {passed:.0f} s", flush=True)
     averaged: Any = average.module.eval().half()
     pipeline = DDPMPipeline(averaged, scheduler)
-    pipeline.save_pretrained(FOLDER)
+    pipeline.save_pretrained(folder)
 
 
 def train_classifier(half: int, width: int, seed: int, smoothing: float, epochs: int = 150) -> SmallClassifier:
@@ -108,4 +124,5 @@ def train_classifiers() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"prior": train_prior, "classifiers": train_classifiers}[sys.argv[1]]()
+    makers = {"prior": train_prior, "labels": lambda: train_prior(LABELLED, labels=10), "classifiers": train_classifiers}
+    makers[sys.argv[1]]()

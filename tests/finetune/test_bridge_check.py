@@ -96,7 +96,7 @@ def test_plain_rows_take_stored_next_states_where_the_bridge_is_biased(error, br
     said = [str(warning.message) for warning in raised if "not the exact denoiser" in str(warning.message)]
     assert len(said) == (0 if bridged else 1)
     step = torch.full((50,), 4)
-    _, following = preparation.forward_kl.rows(step)
+    _, following, _ = preparation.forward_kl.rows(step)
     states = preparation.population.trajectories.states
     stored = (following[:, None] == states[5][None]).all(2).any(1)
     assert stored.all() if not bridged else not stored.any()

@@ -31,7 +31,7 @@ CONFIGS = [
     pretrained_recipe("some/folder", "a.py:b", "0.5*c.py:d(3, width=.5)"),
     RunConfig(task="digits", train=TrainConfig(learning_rate=1e-5, huber=None, tempering_ess=None, alpha=1 / 3)),
     RunConfig(
-        prior=PriorConfig("a: b # c\n'd' ünïcode", steps=7, train_steps="2:5", label=0, variance="fixed_small"),
+        prior=PriorConfig("a: b # c\n'd' ünïcode", steps=7, train_steps="2:5", labels=(0, 7), variance="fixed_small"),
         energy=EnergyConfig(("yes", "no:1", "null", "1e3"), cache=True),
         policy=PolicyConfig("lora", 2, ("to_q", "resnets.0.conv1"), True),
         train=TrainConfig(behavior={"on_policy": 0.1 + 0.2, "prior": 0.7}),
@@ -157,7 +157,7 @@ def test_the_yaml_keys_are_frozen() -> None:
     tempering_ess huber max_energy noise_scale max_grad_norm ema_decay spike_factor max_skipped memory_mb max_invalid
     monitor_every checkpoint_every process_timeout seed"""
     sections: dict[str, str] = {
-        "prior": "source steps chain eta variance noise noise_level train_steps label precision channels_last",
+        "prior": "source steps chain eta variance noise noise_level train_steps labels precision channels_last",
         "energy": "terms cache workers timeout",
         "policy": "kind rank targets gradient_checkpointing",
         "train": train,

@@ -223,7 +223,7 @@ def test_energies_that_are_none_are_counted_and_labels_are_passed(tmp_path: Path
         )
     network.save_pretrained(tmp_path)
     DDPMScheduler().save_pretrained(tmp_path)
-    policy = make_policy(load_prior(tmp_path, 2, label=3))
+    policy = make_policy(load_prior(tmp_path, 2, labels=[3]))
     seen: list[Tensor] = []
 
     def half(x: Tensor, class_labels: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.schedulers.brownian import brownian_chain
+from tiltune.samplers.trajectory import Trajectories
 
 X = torch.arange(8.0)[:, None].expand(8, 3)
 
@@ -195,13 +196,17 @@ def test_an_interrupt_in_an_energy_stays_one() -> None:
         assert meter.calls == 0
 
 
+def with_energy(energy: Tensor) -> Trajectories:
+    return Trajectories(torch.zeros(3, len(energy), 1), energy=energy)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_infinite_energies_reach_every_objective_capped(name: str) -> None:
     prior = Prior(MLPDenoiser(dim=1, width=4, depth=1, fourier_features=2), brownian_chain(2), (1,))
     config = TrainConfig(alpha=0.5, max_energy=30.0)
     trainer = Trainer(prior, lambda x: x.sum(1), config, progress=False)
     energy = torch.tensor([1.0, math.inf, 3.0, math.nan, 1e9, 2.0])
-    capped, valid = trainer.state.energies.capped(energy)
+    capped, valid = trainer.state.energies.capped(with_energy(energy))
     ceiling = 1.0 + 30.0 * 0.5
     assert capped.tolist() == [1.0, ceiling, 3.0, 0.0, ceiling, 2.0]
     assert valid.tolist() == [True, True, True, False, True, True]
@@ -214,11 +219,11 @@ def test_infinite_energies_reach_every_objective_capped(name: str) -> None:
     assert torch.isfinite(ratio.grad).all()
     assert ratio.grad[:, 3].eq(0).all()
     # The ceiling is the first batch's and stays.
-    assert trainer.state.energies.capped(torch.tensor([-5.0, math.inf]))[0].tolist() == [-5.0, ceiling]
+    assert trainer.state.energies.capped(with_energy(torch.tensor([-5.0, math.inf])))[0].tolist() == [-5.0, ceiling]
 
 
 def test_a_batch_without_any_finite_energy_is_refused() -> None:
     prior = Prior(MLPDenoiser(dim=1, width=4, depth=1, fourier_features=2), brownian_chain(2), (1,))
     trainer = Trainer(prior, lambda x: x.sum(1), progress=False)
     with pytest.raises(EnergyError, match="no mass where the prior samples"):
-        trainer.state.energies.capped(torch.full((4,), math.inf))
+        trainer.state.energies.capped(with_energy(torch.full((4,), math.inf)))

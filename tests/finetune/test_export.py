@@ -245,7 +245,7 @@ def test_a_prior_that_is_stored_as_a_variant_exports_what_loads(format: Any, tmp
 
 
 BARE: dict[str, tuple[Callable[[], Any], Any, dict[str, Any]]] = {
-    "class labels": (lambda: unet(num_class_embeds=4), DDPMScheduler(), {"label": 2}),
+    "class labels": (lambda: unet(num_class_embeds=4), DDPMScheduler(), {"labels": [2]}),
     "euler ancestral": (unet, EulerAncestralDiscreteScheduler(), {}),
     "a flow": (unet, FlowMatchEulerDiscreteScheduler(), {}),
     "tiltune's own network": (mlp, DDPMScheduler(), {}),
@@ -262,11 +262,12 @@ def test_what_no_pipelines_call_samples_stays_a_bare_model(name: str, format: An
     assert not (tmp_path / "out" / "model_index.json").exists()
     assert public(names["scheduler"].config) == public(scheduler.config)
     state = torch.randn(3, *prior.shape, generator=seeded(0))
-    labels = {} if prior.label is None else {"class_labels": torch.full((3,), prior.label)}
+    condition = prior.condition(3)
+    labels = {} if condition is None else condition.network_inputs()
     with torch.no_grad():
         theirs = names["network"](state, torch.tensor(300.0), return_dict=False, **labels)[0]
-        torch.testing.assert_close(policy(state, torch.tensor(300.0)), theirs, rtol=0, atol=1e-5)
-        assert (prior.denoiser(state, torch.tensor(300.0)) - theirs).abs().max() > 1e-3
+        torch.testing.assert_close(policy(state, torch.tensor(300.0), condition), theirs, rtol=0, atol=1e-5)
+        assert (prior.denoiser(state, torch.tensor(300.0), condition) - theirs).abs().max() > 1e-3
 
 
 def public(config: Any) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_the_warm_start_at_zero_energy_leaves_the_prior_unchanged(name):
     worst = 0.0
     for k in range(chain.num_kernels):
         step = torch.full((20_000,), k)
-        state, following = forward.rows(step)
+        state, following, _ = forward.rows(step)
         output = prior.denoiser(state, chain.timestep(step, state), None)
         z = chain.kernel.standardize(following, state, step, output).double().flatten()
         s = state.double().flatten()

@@ -67,7 +67,7 @@ def test_it_learns_the_closed_form(task, bank, fitted):
 
 
 def test_a_path_is_judged_by_the_network_that_has_not_seen_it():
-    networks = (lambda state, step: torch.zeros(len(state)), lambda state, step: torch.ones(len(state)))
+    networks = (lambda state, step, group: torch.zeros(len(state)), lambda state, step, group: torch.ones(len(state)))
     value = SoftValue(networks, torch.tensor([0, 1, 1]))  # pyright: ignore[reportArgumentType]
     state, step = torch.zeros(3, 2), torch.zeros(3, dtype=torch.long)
     assert value.of_paths(state, step, torch.tensor([0, 1, 2])).tolist() == [1.0, 0.0, 0.0]
@@ -212,7 +212,7 @@ class ExactValue:
     def __init__(self, task):
         self.task = task
 
-    def of_paths(self, state, step, path):
+    def of_paths(self, state, step, path, group=None):
         return exact(self.task, state, step).float()
 
 
@@ -351,7 +351,7 @@ def test_a_few_huge_penalties_do_not_fill_the_scale_that_is_regressed_on():
     assert wide < 5 * spread and reward.isfinite().all()
     ordinary = torch.ones(1000, dtype=torch.bool)
     ordinary[::100] = False
-    assert (reward[ordinary].max() - reward[ordinary].min()) * wide == pytest.approx(3.0, abs=0.02)
+    assert (reward[ordinary].max() - reward[ordinary].min()) * wide.item() == pytest.approx(3.0, abs=0.02)
     energy[::100] = math.inf
     forbidden, _ = standardized(Population(Trajectories(torch.zeros(2, 1000, 1), energy=energy)), 1.0)
     assert torch.allclose(forbidden[::100], forbidden[ordinary].min()) and usual.std() == pytest.approx(1.0, abs=1e-5)

@@ -12,6 +12,7 @@ from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
+from tiltune.samplers.trajectory import Trajectories
 from toys.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
@@ -51,7 +52,7 @@ def nonlinear(prior):
 
 def bound_of(task, policy, states):
     bound = StepBound(task.prior(), policy, lambda value: value)
-    bound.look_at(states, torch.Generator().manual_seed(2))
+    bound.look_at(Trajectories(states), torch.Generator().manual_seed(2))
     bound.begin()
     return bound
 
@@ -123,7 +124,7 @@ def test_a_constant_shift_has_the_nats_of_its_closed_form(task, states):
             for own, weight in zip(trained(policy), weights, strict=True):
                 own.copy_(weight)
             if weights is before:
-                bound.look_at(states, torch.Generator().manual_seed(seed))
+                bound.look_at(Trajectories(states), torch.Generator().manual_seed(seed))
                 bound.begin()
         found.append(bound.shorten(before, trained(policy), math.inf))
     found = torch.tensor(found, dtype=torch.float64)
@@ -232,7 +233,7 @@ def test_a_restored_bound_goes_on_as_the_first(task, states):
             kept, bound = bound.state_dict(), StepBound(task.prior(), policy, lambda value: value)
             bound.load_state_dict(kept)
         if kind == "other rows":
-            bound.look_at(states, torch.Generator().manual_seed(9))
+            bound.look_at(Trajectories(states), torch.Generator().manual_seed(9))
         bound.begin()
         nats = bound.shorten(step(policy, 0.3, seed=4), trained(policy), LIMIT)
         found.append((nats, bound.share, copies(policy)))
@@ -248,7 +249,7 @@ def test_several_processes_share_one_length(task, states):
     for agreed in (lambda value: value, lambda value: 0.5 * (value + 10 * value)):
         policy = nonlinear(task.prior())
         bound = StepBound(task.prior(), policy, agreed)
-        bound.look_at(states, torch.Generator().manual_seed(2))
+        bound.look_at(Trajectories(states), torch.Generator().manual_seed(2))
         bound.begin()
         assert bound.shorten(step(policy, 0.3), trained(policy), LIMIT) <= LIMIT
         shares.append(bound.share)

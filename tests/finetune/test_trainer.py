@@ -202,12 +202,12 @@ def test_tempering_lowers_alpha_monotonically_to_the_one_configured() -> None:
 
 
 def test_tempering_does_not_look_at_masked_energies() -> None:
-    temperature = Temperature(make_config(tempering_ess=0.5), Processes(torch.device("cpu")))
+    temperature = Temperature(make_config(tempering_ess=0.5), Processes(torch.device("cpu")), conditions=1)
     temperature.begin()
     energy = 100 + 0.1 * torch.arange(10.0)
     energy[4] = 0.0  # what a masked energy becomes: it would outweigh all others by exp(100)
     batch = Batch(torch.zeros(2, 10), energy, torch.arange(10) != 4)
-    temperature.lower(batch, 10, 0.0, LogZ(0.1, torch.device("cpu")), None)
+    temperature.lower(batch, 10, 0.0, LogZ(1, 0.1, torch.device("cpu")), None)
     assert temperature.alpha == 1.0
 
 
@@ -220,10 +220,10 @@ def test_processes_agree_on_one_temperature() -> None:
 
     processes = Three(torch.device("cpu"))
     processes.count = 3
-    temperature = Temperature(make_config(tempering_ess=0.5), processes)
+    temperature = Temperature(make_config(tempering_ess=0.5), processes, conditions=1)
     temperature.begin()
     batch = Batch(torch.zeros(2, 10), torch.zeros(10), torch.ones(10, dtype=torch.bool))
-    temperature.lower(batch, 10, 0.0, LogZ(0.1, torch.device("cpu")), None)
+    temperature.lower(batch, 10, 0.0, LogZ(1, 0.1, torch.device("cpu")), None)
     assert temperature.alpha == pytest.approx(1.5)
 
 

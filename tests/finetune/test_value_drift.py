@@ -59,7 +59,7 @@ class Estimates(SoftValue):
     def __init__(self, first, second):
         self.both, self.times = (first, second), 1.0
 
-    def estimates(self, state, step, path, times):
+    def estimates(self, state, step, path, times, group=None):
         assert times == 1.0
         return torch.stack([one(state, step, path) for one in self.both], 1)
 
@@ -277,7 +277,7 @@ class Constant(nn.Module):
         super().__init__()
         self.a = torch.tensor(a)
 
-    def estimates(self, state, step, times):
+    def estimates(self, state, step, times, group=None):
         return (state @ self.a)[:, None].expand(-1, 2)
 
 
@@ -289,8 +289,9 @@ def test_a_path_is_judged_by_the_network_that_has_not_seen_it(task, bank):
     judged = drift._gradients(mean, step, torch.tensor([0, 1, 2]))
     for both in judged:
         assert torch.allclose(both, sigma[:, None] * torch.tensor([[0.0, 2.0], [1.0, 0.0], [1.0, 0.0]]))
-    for both in drift._gradients(mean, step, None):  # of no path: the mean of both
-        assert torch.allclose(both, sigma[:, None] * torch.tensor([0.5, 1.0]))
+    mean.requires_grad_(True)
+    for both in value.estimates(mean, step, None, 1.0).sum(0):  # of no path: the mean of both
+        assert torch.allclose(torch.autograd.grad(both, mean, retain_graph=True)[0], torch.tensor([0.5, 1.0]))
 
 
 class Memory(nn.Module):
@@ -301,7 +302,7 @@ class Memory(nn.Module):
         super().__init__()
         self.means, self.noise, self.sigma = means, noise, sigma
 
-    def estimates(self, state, step, times):
+    def estimates(self, state, step, times, group=None):
         k = int(step[0]) - 1  # one step at a time, as `measure` asks
         nearest = torch.cdist(state.detach(), self.means[k]).argmin(1)
         return (state * self.noise[k][nearest] / self.sigma[k]).sum(1, keepdim=True).expand(-1, 2)
@@ -395,7 +396,7 @@ class Milder(Estimates):
         super().__init__(truth(task), truth(task))
         self.own, self.times = times, times
 
-    def estimates(self, state, step, path, times):
+    def estimates(self, state, step, path, times, group=None):
         return torch.stack([one(state, step, path) for one in self.both], 1) * times / self.own
 
 
@@ -497,10 +498,10 @@ class Told(ValueNetwork):
     """The network, with the mean and the variance that it is told, in units of its spread."""
 
     def __init__(self, told, spread):
-        super().__init__((2,), STEPS, spread=spread)
+        super().__init__((2,), STEPS, spread=torch.tensor([spread]))
         self.told = told
 
-    def heads(self, state, step):
+    def heads(self, state, step, group=None):
         return torch.stack([torch.zeros(len(state)), *self.told], 1)
 
 

@@ -25,7 +25,7 @@ VALUES: dict[str, list[str]] = {
     "--noise": ["flow_grpo"],
     "--noise-level": ["0.5"],
     "--train-steps": ["1:2"],
-    "--label": ["2"],
+    "--labels": ["2", "5"],
     "--precision": ["bf16"],
     "--channels-last": [],
     "--energy": ["a.py:b", "0.5*c.py:d(3)"],

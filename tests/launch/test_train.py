@@ -191,7 +191,7 @@ FLAGS = [
     (["--train-steps", "1"], "write FIRST:LAST"),
     (["--policy", "lora", "--targets", "nothing_like_it"], "nothing_like_it"),
     (["--rank", "0"], "rank is 0"),
-    (["--label", "3"], "unconditional"),
+    (["--labels", "3"], "unconditional"),
     (["--eta", "0.5"], "eta"),
     (["--threads", "0"], "threads is 0"),
     (["--certificate-size", "5"], "certificate size is 5"),

@@ -84,35 +84,44 @@ def weights(module: torch.nn.Module) -> list[Tensor]:
 
 def gradients(rank: int) -> dict[str, float]:
     """One process with eight trajectories (1 x 8), two with four (2 x 4), two with twice two (4 x 2): the largest difference
-    of gradient and loss, relative to the largest entry."""
+    of gradient and loss, relative to the largest entry; of one condition, and of two in turn."""
     found = {}
     prior = TASK.prior()
     processes = Processes(CPU)
-    for name, objective in OBJECTIVES.items():
+    for name, (objective, conditions) in {
+        f"{name}, {conditions}": (objective, conditions) for name, objective in OBJECTIVES.items() for conditions in (1, 2)
+    }.items():
         single = Policy(prior, policy())
         drawn = rollout(prior, single, 8, torch.Generator().manual_seed(3))
         drawn = drawn.with_(energy=TASK.energy(drawn.terminal))
-        loss, gradient = gradient_of(objective, prior, single, drawn, len(drawn))
+        loss, gradient = gradient_of(objective, prior, single, drawn, len(drawn), conditions=conditions)
         part = drawn.select(torch.arange(4) + 4 * rank)
         wrapped = processes.wrap(Policy(prior, policy()))
         for split, at_once in (("2 x 4", 4), ("4 x 2", 2)):
-            theirs, shared = gradient_of(objective, prior, wrapped, part, at_once, processes)
+            theirs, shared = gradient_of(objective, prior, wrapped, part, at_once, processes, conditions)
             found[f"{name} {split}"] = max(difference(shared, gradient), abs(loss - theirs) / max(1.0, abs(loss)))
         # The control: without the last, shared pass the gradient is this process's own.
         with processes.no_sync(wrapped):
-            _, own = gradient_of(objective, prior, wrapped, part, 4, processes)
+            _, own = gradient_of(objective, prior, wrapped, part, 4, processes, conditions)
         found[f"{name}, not shared"] = difference(own, gradient)
     return found
 
 
 def gradient_of(
-    objective: Any, prior: Prior, policy: Any, part: Any, at_once: int, processes: Processes | None = None
+    objective: Any,
+    prior: Prior,
+    policy: Any,
+    part: Any,
+    at_once: int,
+    processes: Processes | None = None,
+    conditions: int = 1,
 ) -> tuple[float, list[Tensor]]:
     """(loss, gradients of the weights and of log Z), ``at_once`` trajectories a backward pass."""
     with torch.no_grad():
         ratio = step_log_ratio(prior.chain, prior.denoiser, policy, part)
-    batch = Batch(ratio, part.energy, torch.ones(len(part), dtype=torch.bool), ratio.sum(0))
-    log_z = torch.tensor(0.2, requires_grad=True)
+    group = torch.arange(len(part)) % conditions
+    batch = Batch(ratio, part.energy, torch.ones(len(part), dtype=torch.bool), ratio.sum(0), group=group)
+    log_z = torch.tensor([0.2, -0.3][:conditions], requires_grad=True)
     shared: dict[str, Any] = {}
     if processes is not None:
         shared = {"gather": processes.gather, "rank": processes.rank, "world_size": processes.count}

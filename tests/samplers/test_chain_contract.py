@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tiltune.samplers.bridge import bridge_of, noise_back
 from tiltune.samplers.chain import SIGMA_ZERO, Chain
+from tiltune.samplers.condition import Condition
 from tiltune.samplers.denoiser import Denoiser, ResidualDenoiser, evaluate
 from tiltune.samplers.log_ratio import rows_of
 from tiltune.samplers.prior import Prior
@@ -312,7 +313,7 @@ def data() -> GaussianMixture:
 def exact_prior(chain: Chain) -> Prior:
     exact = MixtureDenoiser(data(), replace(chain, input_scale=torch.ones(chain.num_steps)))
 
-    def unscaled(fed: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def unscaled(fed: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         step = (timestep.reshape(-1, 1) - chain.timesteps).abs().argmin(-1)
         return exact(fed / chain.input_scale[step, None], timestep)
 
@@ -327,7 +328,7 @@ class Probe(nn.Module):
         self.layer = nn.Linear(8, 2, dtype=torch.float64)
         self.features = torch.empty(0)
 
-    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         t = timestep.reshape(-1, 1).expand(len(state), 1) / 1000
         self.features = torch.cat([torch.ones_like(t), t, state, t * state, torch.tanh(3 * state)], 1)
         return self.layer(self.features)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from tiltune.samplers.chain import Chain
+from tiltune.samplers.condition import Condition, ConditionTable
 from tiltune.samplers.inflated import inflated_rollout
 from tiltune.samplers.log_ratio import rows_of, step_log_ratio
 from tiltune.samplers.prior import Prior
@@ -23,7 +24,7 @@ class Toy:
     def __init__(self, push: float = 0.0) -> None:
         self.push = push
 
-    def __call__(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         t = timestep.reshape(-1, *[1] * (state.ndim - 1)) / 1000
         return torch.tanh(state) * (1 - t) + self.push * torch.cos(3 * state + t)
 
@@ -93,16 +94,25 @@ def test_log_ratio_does_not_depend_on_the_chunk() -> None:
     torch.testing.assert_close(step_log_ratio(chain, Toy(), Toy(0.2), drawn, chunk=7), whole, rtol=1e-12, atol=1e-12)
 
 
+TABLE = ConditionTable(tuple("abcde"))
+
+
 def test_rows_pair_each_state_with_its_successor_step_and_condition() -> None:
     chain = CHAINS["ddpm"]()
-    drawn = rollout(Prior(Toy(), chain, (3,)), None, 5, torch.Generator().manual_seed(0), condition=10 * torch.arange(5))
+    drawn = rollout(
+        Prior(Toy(), chain, (3,)),
+        None,
+        5,
+        torch.Generator().manual_seed(0),
+        condition=Condition(TABLE, torch.tensor([4, 3, 2, 1, 0])),
+    )
     state, following, step, condition = rows_of(drawn, chain, slice(7, 23))
     assert condition is not None
     for n, flat in enumerate(range(7, 23)):
         k, b = divmod(flat, 5)
         assert torch.equal(state[n], drawn.states[k, b])
         assert torch.equal(following[n], drawn.states[k + 1, b])
-        assert (step[n], condition[n]) == (k, 10 * b)
+        assert (step[n], condition.group[n]) == (k, 4 - b)
 
 
 def test_expected_log_ratio_under_the_policy_is_a_kl() -> None:
@@ -122,7 +132,7 @@ class Linear:
     def __init__(self, push: Tensor) -> None:
         self.weight, self.push = torch.linspace(0.1, 0.9, 16384), push
 
-    def __call__(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         return self.weight.to(state) * state + self.push.to(state)
 
 

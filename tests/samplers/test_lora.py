@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
+from tiltune.samplers.condition import Condition, ConditionTable
 from tiltune.samplers.denoiser import DiffusersDenoiser, evaluate
 from tiltune.samplers.lora import LoraDenoiser, without_adapters
 from tiltune.samplers.make_policy import make_policy, trainable_copy
@@ -100,7 +101,7 @@ def test_samples_come_in_batches_and_are_data() -> None:
 
 
 class Silent(nn.Module):
-    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         return 0 * state
 
 
@@ -305,7 +306,8 @@ def test_other_networks_take_adapters_too(name: str) -> None:
     make, shape = NETWORKS[name]
     network = make()
     move_(network)
-    prior = Prior(DiffusersDenoiser(network, label=3 if name == "dit" else None), CHAIN, shape)
+    table = ConditionTable(("label 3",), {"class_labels": torch.tensor([3])}) if name == "dit" else None
+    prior = Prior(DiffusersDenoiser(network), CHAIN, shape, condition_table=table)
     policy = make_policy(prior, "lora", rank=2)
     drawn = rollout(prior, policy, 3, torch.Generator().manual_seed(0))
     assert drawn.step_log_ratio is not None

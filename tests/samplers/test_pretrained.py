@@ -206,15 +206,14 @@ def test_class_labels_are_kept(tmp_path: Path) -> None:
     network, scheduler = unet(1, num_class_embeds=4), DDPMScheduler()
     network.save_pretrained(tmp_path)
     scheduler.save_pretrained(tmp_path)
-    prior = load_prior(tmp_path, STEPS, label=2)
+    prior = load_prior(tmp_path, STEPS, labels=[2])
     looped = plain_loop(network.eval(), scheduler, 3, seeded(1), torch.full((3,), 2))
     drawn = rollout(prior, None, 3, seeded(1)).terminal
     torch.testing.assert_close(drawn, looped, rtol=0, atol=1e-5)
-    assert prior.label == 2
-    assert prior.context(3)["class_labels"].tolist() == [2, 2, 2]
+    assert prior.condition(3).context()["class_labels"].tolist() == [2, 2, 2]
     for kind in ("full", "residual", "lora"):
         assert torch.equal(make_policy(prior, kind, rank=1).sample(3, seed=1), drawn)
-    other = rollout(load_prior(tmp_path, STEPS, label=0), None, 3, seeded(1)).terminal
+    other = rollout(load_prior(tmp_path, STEPS, labels=[0]), None, 3, seeded(1)).terminal
     assert (other - drawn).abs().max() > 1e-3
 
 
@@ -239,13 +238,13 @@ def test_latents_are_decoded_as_their_pipeline_does(decoder: str, tmp_path: Path
 def test_a_dit_runs_its_class_without_guidance_and_without_its_learned_variance(tmp_path: Path) -> None:
     DiTPipeline(dit(), vae(4), DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path)
     stranger = quiet(DiTPipeline.from_pretrained(tmp_path))
-    prior = load_prior(tmp_path, STEPS, label=7)
+    prior = load_prior(tmp_path, STEPS, labels=[7])
     drawn = prior.to_data(rollout(prior, None, 2, seeded(4)).terminal)
     theirs = call(4, lambda: stranger([7, 7], guidance_scale=1.0, num_inference_steps=STEPS, output_type="np"))
     torch.testing.assert_close(images(drawn), theirs, rtol=0, atol=1e-5)
-    assert "class 7 of 0 to 1000, without guidance (1000 is class-free); the learned variance" in prior.decisions[2]
+    assert "label 7 of 0 to 1000, without guidance (1000 is class-free); the learned variance" in prior.decisions[2]
     assert torch.equal(make_policy(prior, "residual").sample(2, seed=4), drawn)
-    other = load_prior(tmp_path, STEPS, label=8)
+    other = load_prior(tmp_path, STEPS, labels=[8])
     assert (other.to_data(rollout(other, None, 2, seeded(4)).terminal) - drawn).abs().max() > 1e-5
 
 
@@ -430,7 +429,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "truncated weights": (truncated, {}, "cannot be read as a UNet2DModel"),
     "weights that are none": (overwritten(WEIGHTS, b"nothing"), {}, "cannot be read as a UNet2DModel"),
     "weights of another network": (foreign_weights, {}, "another network's: class_embedding.weight is missing or foreign"),
-    "weights that lack a layer": (missing_layer, {"label": 0}, "another network's: class_embedding.weight is missing or foreign"),
+    "weights that lack a layer": (
+        missing_layer,
+        {"labels": [0]},
+        "another network's: class_embedding.weight is missing or foreign",
+    ),
     "weights of other shapes": (edited("unet/config.json", layers_per_block=1, in_channels=2), {}, "cannot be read as a UNet2D"),
     "two variants": (two_variants, {}, "in variants .bf16, fp16. and no plain ones"),
     "no scheduler": (without("scheduler/scheduler_config.json"), {}, "no scheduler/scheduler_config.json"),
@@ -479,12 +482,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "wrong channels": (bare(lambda: unet(2, out_channels=3), DDPMScheduler()), {}, "takes 2 channels and gives 3; a chain"),
     "no sample size": (bare(lambda: unet(1, sample_size=None), DDPMScheduler()), {}, "no sample_size"),
     "latents of other channels": (latent_mismatch, {}, "takes latents of 4 channels, but the denoiser makes 3"),
-    "no label": (bare(lambda: unet(1, num_class_embeds=4), DDPMScheduler()), {}, "give a label from 0 to 3 .none was given"),
-    "a label too large": (bare(lambda: unet(1, num_class_embeds=4), DDPMScheduler()), {"label": 4}, "from 0 to 3 .4 was given"),
-    "a label for nothing": (pipeline_folder, {"label": 1}, "label=1 was given, but this UNet2DModel is unconditional"),
+    "no label": (
+        bare(lambda: unet(1, num_class_embeds=4), DDPMScheduler()),
+        {},
+        "give labels from 0 to 3, or all of them .none were given",
+    ),
+    "a label too large": (
+        bare(lambda: unet(1, num_class_embeds=4), DDPMScheduler()),
+        {"labels": [0, 4]},
+        "from 0 to 3, or all of them .4 was given",
+    ),
+    "a label for nothing": (pipeline_folder, {"labels": [1]}, "labels were given, but this UNet2DModel is unconditional"),
     "a condition that is no class": (
         bare(lambda: unet(1, class_embed_type="timestep"), DDPMScheduler()),
-        {"label": 1},
+        {"labels": [1]},
         "of type 'timestep'",
     ),
     "eta where nothing reads it": (pipeline_folder, {"eta": 0.5}, "eta=0.5 is DDIM's noise"),

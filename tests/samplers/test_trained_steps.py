@@ -20,6 +20,7 @@ from tiltune.finetune.learning.value_drift import ValueDrift
 from tiltune.finetune.populations.population import Population
 from tiltune.samplers.bridge import noise_back
 from tiltune.samplers.chain import Chain
+from tiltune.samplers.condition import Condition
 from tiltune.samplers.denoiser import Denoiser, evaluate
 from tiltune.samplers.inflated import inflated_rollout
 from tiltune.samplers.log_ratio import rows_of, step_log_ratio
@@ -55,7 +56,7 @@ def inside_only(prior: Prior, policy: Denoiser) -> Denoiser:
     """The policy at the timesteps of the window, the prior at all others: what a window means, on the full chain."""
     inside = prior.chain.timesteps[FIRST : LAST + 1]
 
-    def denoiser(state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def denoiser(state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         at = torch.isin(timestep.double(), inside).reshape(-1, 1)
         return torch.where(at, policy(state, timestep, condition), prior.denoiser(state, timestep, condition))
 
@@ -177,7 +178,7 @@ def test_what_is_measured_lies_inside_the_window() -> None:
     prior, policy = windowed(Prior(prior.denoiser.float(), prior.chain, (2,))), policy.float()
     drawn = rollout(prior, policy, BATCH, torch.Generator().manual_seed(0))
     bound = StepBound(prior, policy, lambda nats: nats)
-    bound.look_at(drawn.states, torch.Generator().manual_seed(0))
+    bound.look_at(drawn, torch.Generator().manual_seed(0))
     assert set(bound.step.tolist()) <= set(range(FIRST, LAST + 1))
     evidence = gather_evidence(
         prior, policy, lambda x: x.square().sum(1), 1.0, torch.Generator().manual_seed(0), size=400, starts=0

@@ -164,7 +164,7 @@ def kernel_limit(digit, paths, rollouts):
     chain, bridge = prior.chain, bridge_of(prior.chain)
     bank = Trainer(prior, energy, recipe.train, progress=False).fill_bank(6000)
     weight = bank.log_weight(alpha).double().softmax(0)
-    total = (weight @ (-bank.trajectories.energy.double() / alpha)).item() - bank.log_z(alpha)
+    total = (weight @ (-bank.trajectories.energy.double() / alpha)).item() - bank.log_z(alpha).item()
     generator = torch.Generator().manual_seed(3)
     followed, error = 0.0, 0.0
 

@@ -68,8 +68,8 @@ def test_the_prior_has_the_configs_chain_and_says_what_it_is(name: str) -> None:
 def test_settings_that_would_change_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown chain 'dpm'"):
         TASK.load_prior(PriorConfig(chain="dpm"))
-    with pytest.raises(ValueError, match="the chains of the mixture task fix eta, label"):
-        TASK.load_prior(PriorConfig(eta=0.5, label=3))
+    with pytest.raises(ValueError, match="the chains of the mixture task fix eta, labels"):
+        TASK.load_prior(PriorConfig(eta=0.5, labels=(3,)))
     with pytest.raises(ValueError, match="this task has one chain"):
         digits.TASK.load_prior(PriorConfig(steps=5, chain="flow"))
     with pytest.raises(ValueError, match="the chain of 'folder' is its scheduler's"):

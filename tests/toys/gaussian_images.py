@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltune.samplers.chain import Chain
+from tiltune.samplers.condition import Condition
 from tiltune.samplers.denoiser import Denoiser
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 from tiltune.tasks.inpainting import Inpainting, measure
@@ -131,7 +132,7 @@ class GuidedDenoiser(nn.Module):
         nn.init.zeros_(self.gains.weight)
         nn.init.zeros_(self.gains.bias)
 
-    def forward(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         prior, chain, problem = self._frozen
         with torch.no_grad():
             output = prior(state, timestep, condition)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tiltune.samplers.chain import SIGMA_ZERO, Chain
+from tiltune.samplers.condition import Condition
 from tiltune.samplers.prior import Prior
 
 
@@ -28,7 +29,7 @@ class LinearDenoiser:
         # What a denoiser is fed is the scaled state.
         self.slope, self.offset = slope / chain.input_scale, offset
 
-    def __call__(self, state: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
         label = timestep.reshape(-1).cpu().double()
         distance, step = (label[:, None] - self.labels).abs().min(-1)
         if distance.max() > 1e-3:

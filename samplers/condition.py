@@ -1,0 +1,93 @@
+"""What trajectories are conditioned on: a table with a row for each condition, and the row of each trajectory.
+
+The target is one law for each condition c: p_prior(x|c) · exp(-E(x, c)/alpha) / Z(c). So what is one number for a law (log Z, a
+baseline, the weights of a softmax) is one number for each row of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .typed import integers
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionTable:
+    """G conditions.
+
+    names: what each one is called ("label 3"). tensors: {name: [G, ...]}, what the network is called with, under the names of its
+    own arguments ("class_labels"). strings: {name: G strings}, what only energies see ("prompts").
+
+    Errors: ValueError for a table without rows, a name that stands twice, and columns that have not G rows.
+    """
+
+    names: tuple[str, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    strings: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("a table of conditions without a row; give at least one condition.")
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the condition {twice[0]} stands twice; name each one once.")
+        for name, column in {**self.tensors, **self.strings}.items():
+            if len(column) != len(self.names):
+                raise ValueError(f"{name} has {len(column)} rows for {len(self.names)} conditions; give one for each.")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def in_turn(self, count: int, device: torch.device) -> Condition:
+        """``count`` trajectories, each of the next condition, from the first one on."""
+        return Condition(self, torch.arange(count, device=device) % len(self))
+
+    def only(self, row: int) -> ConditionTable:
+        """The table of this row alone."""
+        return ConditionTable(
+            (self.names[row],),
+            {name: column[row : row + 1] for name, column in self.tensors.items()},
+            {name: column[row : row + 1] for name, column in self.strings.items()},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """The conditions of N trajectories. group: [N] integers, the row of the table that each one has.
+
+    A network reads the tensors and never the row: a policy on one of its conditions alone has a table of one row.
+    """
+
+    table: ConditionTable
+    group: Tensor
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def select(self, index: Tensor | slice) -> Condition:
+        """Those of the trajectories at ``index``."""
+        return Condition(self.table, self.group[index])
+
+    def network_inputs(self) -> dict[str, Tensor]:
+        """{name: [N, ...]} on the device of ``group``, as the network takes them; the table may lie elsewhere."""
+        return {name: column[self.group.to(column.device)].to(self.group.device) for name, column in self.table.tensors.items()}
+
+    def context(self) -> dict[str, Any]:
+        """{name: N values}: what an energy may ask for."""
+        rows = integers(self.group)
+        return {**self.network_inputs(), **{name: [column[row] for row in rows] for name, column in self.table.strings.items()}}
+
+
+def selected(condition: Condition | None, index: Tensor | slice) -> Condition | None:
+    """The conditions of the trajectories at ``index``; None where there are none."""
+    return None if condition is None else condition.select(index)
+
+
+def members(group: Tensor, count: int) -> list[Tensor]:
+    """For each of ``count`` conditions the indices [n] of those that have it, out of the rows ``group`` [N]."""
+    return [(group == row).nonzero()[:, 0] for row in range(count)]

@@ -1,0 +1,286 @@
+"""Several conditions in one training: each has a law of its own, so log Z, baselines, weights and verdicts are its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from tiltune.finetune.certificate.evidence import gather_evidence, path_figures
+from tiltune.finetune.config.train import TrainConfig
+from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.learning.gradients import objective_gradient
+from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.soft_value import fit_soft_value, standardized
+from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.populations.population import Population, temperature_within_reach
+from tiltune.finetune.runs.state_file import read_state, write_state
+from tiltune.finetune.runs.verdicts import together
+from tiltune.samplers.condition import ConditionTable, selected
+from tiltune.samplers.resampling import importance_resample
+from tiltune.samplers.rollout import rollout
+from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
+from toys.conditional import Conditional, ConditionalShift
+
+SLOPES = torch.tensor([[1.0, -0.5], [-1.2, 0.4], [0.1, 0.5]], dtype=torch.float64)
+VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
+
+
+@pytest.fixture(scope="module")
+def problem() -> Conditional:
+    chain = chain_from_scheduler(DDPMScheduler(variance_type="fixed_large", **VP), 6)
+    return Conditional(chain, SLOPES)
+
+
+@pytest.fixture(scope="module")
+def population(problem: Conditional) -> Population:
+    return population_of(problem, 12_000)
+
+
+def population_of(problem: Conditional, size: int) -> Population:
+    drawn = rollout(problem.prior(), None, size, torch.Generator().manual_seed(0))
+    return Population(drawn.with_(energy=problem.energy(drawn.terminal, drawn.context["class_labels"])))
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------
+
+
+def test_conditions_go_in_turn_and_with_their_trajectories(problem: Conditional) -> None:
+    drawn = rollout(problem.prior(), None, 5, torch.Generator().manual_seed(0))
+    assert drawn.group.tolist() == [0, 1, 2, 0, 1]
+    assert [index.tolist() for index in drawn.groups] == [[0, 3], [1, 4], [2]]
+    picked = drawn.select(torch.tensor([4, 2]))
+    assert picked.context["class_labels"].tolist() == [10, 20]
+    assert picked.context["prompts"] == ["prompt 1", "prompt 2"]
+    alone = rollout(problem.prior().only(2), None, 2, torch.Generator().manual_seed(0))
+    assert alone.group.tolist() == [0, 0] and alone.context["class_labels"].tolist() == [20, 20]
+    assert selected(None, slice(0, 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (((), {}), "without a row"),
+        ((("a", "b", "a"), {}), "the condition a stands twice"),
+        ((("a", "b"), {"class_labels": torch.zeros(3)}), "class_labels has 3 rows for 2 conditions"),
+        ((("a",), {}, {"prompts": ()}), "prompts has 0 rows for 1 conditions"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(columns: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConditionTable(*columns)
+
+
+# --- the population ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_and_log_z_are_each_conditions_own(problem: Conditional, population: Population) -> None:
+    """log Z within 5 standard errors of the closed form (p < 1e-5 together); draws are even over the conditions, and each
+    condition's have the mean of its own tilted law."""
+    truth = torch.tensor([law.log_z for law in problem.laws])
+    weights = [population.log_weight(1.0)[index].exp() for index in population.trajectories.groups]
+    error = torch.tensor([(weight.std() / weight.mean()).item() / math.sqrt(len(weight)) for weight in weights])
+    assert ((population.log_z(1.0) - truth).abs() < 5 * error).all()
+    assert (truth[0] - truth[2]).abs() > 10 * error.max()  # one log Z for all would be seen
+    drawn = population.trajectories.select(population.draw(6001, 1.0, torch.Generator().manual_seed(1)))
+    assert [len(index) for index in drawn.groups] == [2001, 2000, 2000]
+    for index, law in zip(drawn.groups, problem.laws, strict=True):
+        expected = -law.slope.float()  # N(0, I) tilted by exp(-b·x) is N(-b, I), here but for the chain's own variance
+        assert (drawn.terminal[index].mean(0) - expected).norm() < 0.15 * expected.norm()
+    assert population.weight(1.0).sum().item() == pytest.approx(1.0, abs=1e-12)
+    assert [population.weight(1.0)[index].sum().item() for index in population.trajectories.groups] == pytest.approx([1 / 3] * 3)
+
+
+def test_the_condition_that_is_hardest_to_reach_sets_the_temperature() -> None:
+    energy, group = torch.cat([torch.linspace(0, 1, 2000), torch.linspace(0, 160, 2000)]), torch.arange(4000) // 2000
+    alone = [temperature_within_reach(energy[group == row], 1.0) for row in (0, 1)]
+    assert alone[0] == 1.0 < alone[1]
+    assert temperature_within_reach(energy, 1.0, group) == alone[1]
+
+
+# --- one update -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_is_the_mean_of_the_conditions_own(name: str) -> None:
+    """On a batch of three conditions in any order, to 1e-6; taken for one condition it is another gradient (but for tlm)."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.randint(3, (24,), generator=generator)
+    levels = torch.tensor([0.0, 4.0, -7.0])  # of the conditions' energies
+    energy = levels[group] + torch.randn(24, generator=generator)
+    ratio = 0.3 * torch.randn(4, 24, generator=generator)
+    batch = Batch(ratio, energy, torch.ones(24, dtype=torch.bool), ratio.sum(0), 0.1 * ratio, group)
+    log_z = torch.tensor([0.1, -0.2, 0.3], requires_grad=True)
+    loss, g = objective_gradient(OBJECTIVES[name], batch, 0.5, log_z, 20.0)
+    expected, losses = torch.zeros_like(g), []
+    for row in range(3):
+        own = (group == row).nonzero()[:, 0]
+        alone = log_z.detach()[row].clone().requires_grad_(True)
+        part, gradient = objective_gradient(OBJECTIVES[name], batch.select(own), 0.5, alone, 20.0)
+        losses.append(len(own) / 24 * part)
+        expected[:, own] = len(own) / 24 * gradient
+        if OBJECTIVES[name].learns_log_z:
+            assert alone.grad is not None and log_z.grad is not None
+            assert log_z.grad[row].item() == pytest.approx(len(own) / 24 * alone.grad.item(), abs=1e-6)
+    assert torch.allclose(g, expected, atol=1e-6) and loss.item() == pytest.approx(sum(losses).item(), abs=1e-5)
+    as_one = objective_gradient(OBJECTIVES[name], replace(batch, group=None), 0.5, torch.zeros((), requires_grad=True), 20.0)[1]
+    assert torch.allclose(as_one, g, atol=1e-3) == (name == "tlm")
+
+
+def test_the_soft_value_knows_the_condition(problem: Conditional, population: Population) -> None:
+    """Its error is below a third of that of a value that is asked for another condition."""
+    value = fit_soft_value(population, problem.chain, 1.0, 250, torch.Generator().manual_seed(1))
+    state = torch.randn(600, 2, generator=torch.Generator().manual_seed(2))
+    step = torch.full((600,), 4)
+
+    def error(asked: int, row: int) -> float:
+        g, _ = (part[4].float() for part in problem.laws[row].soft_value)
+        exact = state @ g
+        found = value(state, step, torch.full((600,), asked))
+        return ((found - found.mean()) - (exact - exact.mean())).square().mean().item()
+
+    for row in range(3):
+        assert error(row, row) < error((row + 1) % 3, row) / 3
+    _, spreads = standardized(population, 1.0)
+    assert torch.allclose(spreads, SLOPES.float().norm(dim=1), rtol=0.05)
+
+
+# --- whole trainings --------------------------------------------------------------------------------------------------------
+
+QUICK = TrainConfig(
+    bank_size=6000, warm_start_updates=120, warm_start_rows=300, warm_start_learning_rate=0.03, updates=60, batch_size=96,
+    learning_rate=0.01, tempering_ess=None,
+)  # fmt: skip
+RECIPES = {
+    **{name: replace(QUICK, objective=name) for name in OBJECTIVES},
+    "rtb, tempered": replace(QUICK, objective="rtb", tempering_ess=0.5, warm_start="none", updates=150, learning_rate=0.05),
+    "controlled": replace(QUICK, objective="reinforce_kl", soft_value_updates=200, forward_rows=128),
+    "value drift": replace(QUICK, objective="log_variance", warm_start="value_drift", soft_value_updates=200),
+    "noised back": replace(QUICK, behavior={"on_policy": 0.5, "noised_back": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_learns_each_conditions_law(name: str, problem: Conditional) -> None:
+    """After training the residual gap is below a fifth of the prior's for each condition, and the log Z of each is within .1 of
+    the closed form. The control: judged by another condition's energy, the same policy is further away than the prior."""
+    prior, policy = problem.prior(), ConditionalShift(problem)
+    trainer = Trainer(prior, problem.energy, RECIPES[name], policy=policy, progress=False)
+    result = trainer.train()
+    assert list(result.log_z_by_condition) == ["label 0", "label 10", "label 20"]
+    for row, law in enumerate(problem.laws):
+        one = result.policy.only(row)
+        evidence = gather_evidence(
+            one.prior, one, problem.energy, 1.0, torch.Generator().manual_seed(5), size=4000, starts=0, rollouts=2
+        )
+        figures = path_figures(evidence)
+        assert figures["gap"] < 0.2 * figures["prior"]["gap"], row
+        assert figures["log_z"] == pytest.approx(law.log_z, abs=0.1)
+        if OBJECTIVES[RECIPES[name].objective].learns_log_z:  # else it is an estimate from the last batch
+            assert result.log_z_by_condition[f"label {10 * row}"] == pytest.approx(law.log_z, abs=0.1)
+        wrong = gather_evidence(
+            one.prior,
+            one,
+            problem.laws[row - 1].energy,
+            1.0,
+            torch.Generator().manual_seed(5),
+            size=4000,
+            starts=0,
+        )
+        assert path_figures(wrong)["gap"] > path_figures(wrong)["prior"]["gap"]
+    last = trainer.history[-1]
+    assert set(last["conditions"]) == {"label 0", "label 10", "label 20"}
+    if "elbo" in last:
+        assert last["elbo"] == pytest.approx(sum(own["elbo"] for own in last["conditions"].values()) / 3, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["rtb, tempered", "controlled", "value drift"])
+def test_resumed_at_any_step_it_is_the_same_run(name: str, problem: Conditional, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"bank_size": 150, "warm_start_rows": 32, "updates": 3, "batch_size": 12, "checkpoint_every": 1}
+    config = replace(RECIPES[name], warm_start_updates=3, soft_value_updates=min(2, RECIPES[name].soft_value_updates), **sizes)
+
+    def keep(trainer: Trainer) -> None:
+        folder = tmp_path / str(trainer.global_step)
+        folder.mkdir()
+        write_state(folder, "run", trainer.state_dict())
+        write_state(folder, "process", trainer.own_state_dict())
+
+    def begin(keep: Any = None) -> Trainer:
+        return Trainer(
+            problem.prior(), problem.energy, config, policy=ConditionalShift(problem), progress=False, on_checkpoint=keep
+        )
+
+    whole = begin(keep)
+    ended = whole.train()
+    steps = sorted(int(folder.name) for folder in tmp_path.iterdir())
+    assert len(steps) >= 3
+    for step in steps:
+        resumed = begin()
+        resumed.load_state_dict(read_state(tmp_path / str(step), "run"), read_state(tmp_path / str(step), "process"))
+        again = resumed.train()
+        assert str(resumed.history) == str(whole.history), step
+        assert again.log_z_by_condition == ended.log_z_by_condition
+        for one, other in zip(again.policy.parameters(), ended.policy.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_an_energy_sees_the_conditions_of_its_samples(problem: Conditional) -> None:
+    seen: list[tuple[list[int], list[str]]] = []
+
+    def energy(x: Tensor, class_labels: Tensor, prompts: list[str]) -> Tensor:
+        seen.append((class_labels.tolist(), prompts))
+        return problem.energy(x, class_labels)
+
+    config = replace(QUICK, warm_start="none", updates=1, behavior={"on_policy": 1.0}, batch_size=6)
+    Trainer(problem.prior(), energy, config, policy=ConditionalShift(problem), progress=False).train()
+    assert seen[-1] == ([0, 10, 20, 0, 10, 20], [f"prompt {row}" for row in (0, 1, 2)] * 2)
+
+
+def test_a_condition_without_any_finite_energy_is_named(problem: Conditional) -> None:
+    def energy(x: Tensor, class_labels: Tensor) -> Tensor:
+        return torch.where(class_labels == 20, math.inf, problem.energy(x, class_labels))
+
+    for config in (QUICK, replace(QUICK, warm_start="none", behavior={"on_policy": 1.0})):
+        with pytest.raises(EnergyError, match="of label 20"):
+            Trainer(problem.prior(), energy, config, policy=ConditionalShift(problem), progress=False).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 10}, r"batch_size is 10; .* 3 conditions, 12 in all"),
+        ({"bank_size": 60}, "the bank is 60 paths here, for 3 conditions, .* needs 25 paths"),
+    ],
+)
+def test_too_few_trajectories_a_condition_are_refused(changes: dict[str, int], message: str, problem: Conditional) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(
+            problem.prior(), problem.energy, replace(QUICK, **changes), policy=ConditionalShift(problem), progress=False
+        ).train()
+
+
+def test_resampling_several_conditions_as_one_is_refused(problem: Conditional) -> None:
+    trainer = Trainer(problem.prior(), problem.energy, QUICK, policy=ConditionalShift(problem), progress=False)
+    with pytest.raises(ValueError, match=r"3 conditions, each with weights of its own; .*only"):
+        importance_resample(trainer.collected(), lambda x: x.sum(1), 4, torch.Generator(), proposals=40)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        (("pass", "pass"), ("pass", 0, "pass for 2 of 2 conditions: a, b")),
+        (("pass", "inconclusive"), ("inconclusive", 3, "inconclusive for 1 of 2 conditions: b")),
+        (("fail", "inconclusive"), ("fail", 1, "fail for 1 of 2 conditions: a")),
+    ],
+)
+def test_a_run_passes_where_every_condition_does(verdicts: tuple[str, str], expected: tuple[str, int, str]) -> None:
+    own = {"energy_calls": 7, "certificate_energy_calls": 10}
+    whole = together({name: {"verdict": verdict, **own} for name, verdict in zip("ab", verdicts, strict=True)})
+    assert (whole["verdict"], whole["exit_status"], whole["reasons"][0]) == expected
+    assert (whole["energy_calls"], whole["certificate_energy_calls"]) == (7, 20)
