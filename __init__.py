@@ -12,8 +12,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .finetune.certificate.criteria import judge_known
-    from .finetune.certificate.deployment import deployment_figures
-    from .finetune.certificate.evidence import gather_evidence, path_figures
+    from .finetune.certificate.deployment import deployment_metrics
+    from .finetune.certificate.evidence import gather_evidence, path_metrics
     from .finetune.certificate.verdict import judge_unknown
     from .finetune.config.certificate import CertificateConfig
     from .finetune.config.energy import EnergyConfig
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .tasks.task import load_task
 
 _HOMES = {
-    "finetune.certificate.evidence": ("gather_evidence", "path_figures"),
+    "finetune.certificate.evidence": ("gather_evidence", "path_metrics"),
     "finetune.config.certificate": ("CertificateConfig",),
     "finetune.config.energy": ("EnergyConfig",),
     "finetune.config.policy": ("PolicyConfig",),
@@ -60,7 +60,7 @@ _HOMES = {
     "finetune.config.run": ("RunConfig", "pretrained_recipe"),
     "finetune.config.train": ("TrainConfig",),
     "finetune.certificate.criteria": ("judge_known",),
-    "finetune.certificate.deployment": ("deployment_figures",),
+    "finetune.certificate.deployment": ("deployment_metrics",),
     "finetune.energies.energy": ("Energy", "from_density", "from_reward"),
     "finetune.energies.cache": ("CachedEnergy",),
     "finetune.energies.images": ("to_pil", "to_uint8", "to_unit"),
@@ -124,7 +124,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "MLPDenoiser",
     "importance_resample",
     "export_policy",
-    "deployment_figures",
+    "deployment_metrics",
     # energies
     "Energy",
     "load_energy",
@@ -148,7 +148,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "noise_back",
     # the certificate
     "gather_evidence",
-    "path_figures",
+    "path_metrics",
     "judge_known",
     "judge_unknown",
 ]

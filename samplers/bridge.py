@@ -17,7 +17,7 @@ from torch import Tensor
 from .chain import Chain
 from .condition import Condition
 from .prior import Prior
-from .rollout import decoded
+from .rollout import prior_last_states
 from .trajectory import Trajectories
 from .typed import floats
 
@@ -48,8 +48,8 @@ def bridge_of(chain: Chain) -> Bridge:
     following = slice(1, count + 1)
     misfit = (d - (chain.signal[following] - c * chain.signal[rows])).abs().max().item()
     variance = chain.noise[following] ** 2 - c**2 * chain.noise[rows] ** 2
-    # What the last kernel before a decoder lands on feeds no further kernel, so only its mean matters there.
-    inner = variance[:-1] if chain.decoder else variance
+    # What the last kernel before the steps of the prior lands on feeds no further kernel, so only its mean matters there.
+    inner = variance[:-1] if chain.prior_last_steps else variance
     if not (misfit < 1e-4 and bool((inner > -1e-6).all())):
         raise ValueError(
             f"{chain.name}: cannot noise samples back along this chain: its steps do not lead from one nominal noise"
@@ -79,7 +79,7 @@ def forgets_given_next(chain: Chain) -> bool:
 def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condition: Condition | None = None) -> Trajectories:
     """Fresh trajectories that end at given samples [B, ...]: s_0 ~ N(a_0 x, b_0²), s_{k+1} = c s_k + d x + tau eps.
 
-    Where the last rows are a decoder the trajectory ends at what they make, not at the given sample, since that is the
+    Where the last steps belong to the prior the trajectory ends at what they make, not at the given sample, since that is the
     sample the chain would give: evaluate the energy there. Their behavior density is unknown (None). condition: of the samples,
     which a conditional prior needs.
 
@@ -101,5 +101,5 @@ def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condit
         if tau[k] > 0:
             state = state + tau[k] * gaussian()
         states.append(state)
-    states += decoded(prior, state, generator, condition)
+    states += prior_last_states(prior, state, generator, condition)
     return Trajectories(states=torch.stack(states), condition=condition)

@@ -65,7 +65,7 @@ class Chain:
                 )
         if not self.trained:
             raise ValueError(
-                f"{self.name}: the only step belongs to the prior as its decoder, so nothing is left to carry a log-ratio;"
+                f"{self.name}: the only step belongs to the prior, so nothing is left to carry a log-ratio;"
                 " take at least two steps."
             )
         inside = range(self.num_steps)
@@ -75,7 +75,7 @@ class Chain:
             raise ValueError(
                 f"{self.name}: step {quiet[0]} of {self.num_steps} draws no noise (sigma < {SIGMA_ZERO:g}), so the log-ratio of"
                 " policy and prior is undefined there. Use a stochastic sampler (DDIM with eta > 0, DDPM, Euler ancestral,"
-                " a flow SDE); a noiseless *last* step is accepted with last_step='decoder' or an explicit sigma."
+                " a flow SDE); a noiseless *last* step is accepted with last_step='prior' or an explicit sigma."
             )
 
     @property
@@ -90,11 +90,11 @@ class Chain:
 
     @property
     def last_trained(self) -> int:
-        """The last step that carries a log-ratio; what follows is the decoder."""
+        """The last step that carries a log-ratio; what follows belongs to the prior."""
         return self.trained[-1]
 
     @property
-    def decoder(self) -> int:
+    def prior_last_steps(self) -> int:
         """Number of last steps that belong to the prior."""
         return self.num_steps - 1 - self.last_trained
 
@@ -205,11 +205,11 @@ class Chain:
             else:
                 verdict = "REMEMBERED: a tilt of this direction is partly lost"
             start = f"share of the start in a component of variance {variance:g}: {share:.2g} ({verdict})"
-        if self.decoder:
+        if self.prior_last_steps:
             own = [f"{sigma:.2g}" for sigma in floats(self.sigma[self.last_trained + 1 :])]
             sigmas = " and ".join(own) if len(own) <= 3 else f"{own[0]} to {own[-1]}"
-            which = "step" if self.decoder == 1 else f"{self.decoder} steps"
-            verbs = "belongs to the prior and carries" if self.decoder == 1 else "belong to the prior and carry"
+            which = "step" if self.prior_last_steps == 1 else f"{self.prior_last_steps} steps"
+            verbs = "belongs to the prior and carries" if self.prior_last_steps == 1 else "belong to the prior and carry"
             last = f"the last {which} (sigma {sigmas}) {verbs} no ratio"
         else:
             last = f"the last step draws sigma {self.sigma[-1].item():.2g}, shared by prior and policy"

@@ -135,8 +135,10 @@ def denoise(
         yield state
 
 
-def decoded(prior: Prior, state: Tensor, generator: torch.Generator, condition: Condition | None = None) -> list[Tensor]:
-    """The states that follow the last trained step's [N, ...], by the prior; the last is the sample. Empty without a decoder."""
+def prior_last_states(
+    prior: Prior, state: Tensor, generator: torch.Generator, condition: Condition | None = None
+) -> list[Tensor]:
+    """The states that follow the last trained step's [N, ...], by the prior; the last is the sample. Empty without such steps."""
     first = prior.chain.last_trained + 1
     return list(denoise(prior, prior.denoiser, state, generator, condition, first=first))
 

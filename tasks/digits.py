@@ -78,39 +78,39 @@ def load_prior(config: PriorConfig) -> Prior:
     return shipped_prior(FOLDER if config.labels is None else LABELLED, config)
 
 
-def figures(config: PriorConfig, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+def metrics(config: PriorConfig, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
     """Shares, diversity, W2 and the energy histogram against the weighted prior samples, each with its error."""
     from .classifier import ClassEnergy
-    from .metrics.images import image_figures, wanted_figures
+    from .metrics.images import image_metrics, wanted_metrics
 
-    found = image_figures(evidence, judge(), generator)
+    found = image_metrics(evidence, judge(), generator)
     # Of several terms of classes none is the wanted one: the histogram over all classes is then what there is to see.
     wanted = [term.wanted for term in energy_terms(energy) if isinstance(term, ClassEnergy)]
     if own_class in energy_terms(energy) and isinstance(config.labels, tuple):
         wanted.append(config.labels)
-    return found | (wanted_figures(evidence, judge(), wanted[0]) if len(wanted) == 1 else {})
+    return found | (wanted_metrics(evidence, judge(), wanted[0]) if len(wanted) == 1 else {})
 
 
-def criteria(figures: dict[str, Any]) -> list[Criterion]:
+def criteria(metrics: dict[str, Any]) -> list[Criterion]:
     """The bars of the task: what a policy that draws the tilted prior, and nothing less, meets."""
     lines = [
-        Criterion("energy TV", figures["energy_tv"], 0.15),
-        Criterion("EUBO - ELBO", figures["gap"], 2.0),
-        Criterion("|log Z forward - reverse|", abs(figures["log_z"] - figures["log_z_forward"]), 0.3),
+        Criterion("energy TV", metrics["energy_tv"], 0.15),
+        Criterion("EUBO - ELBO", metrics["gap"], 2.0),
+        Criterion("|log Z forward - reverse|", abs(metrics["log_z"] - metrics["log_z_forward"]), 0.3),
     ]
-    return lines + class_criteria(figures)
+    return lines + class_criteria(metrics)
 
 
-def judge_run(figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
+def judge_run(metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
     """The verdict by `criteria` and the gap against the prior's."""
-    return judge_weighted(criteria(figures), figures)
+    return judge_weighted(criteria(metrics), metrics)
 
 
-def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], figures: dict[str, Any]) -> Figure:
+def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], metrics: dict[str, Any]) -> Figure:
     """Prior, policy and target as image grids, with the training curves."""
     from .plots.images import image_figure
 
-    return image_figure(evidence, history, figures)
+    return image_figure(evidence, history, metrics)
 
 
 TASK = Task(
@@ -118,7 +118,7 @@ TASK = Task(
     module=__name__,
     recipe=recipe,
     load_prior=load_prior,
-    figures=figures,
+    metrics=metrics,
     judge=judge_run,
     picture=picture,
 )

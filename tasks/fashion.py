@@ -94,55 +94,55 @@ def load_prior(config: PriorConfig) -> Prior:
     return shipped_prior(FOLDER, config)
 
 
-def figures(config: PriorConfig, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+def metrics(config: PriorConfig, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
     """Classes, W2 and the energy histogram against the weighted prior samples, and what belongs to each kind of energy."""
     from .classifier import ClassEnergy
     from .inpainting import Inpainting
-    from .metrics.images import image_figures, inpainting_figures, wanted_figures
+    from .metrics.images import image_metrics, inpainting_metrics, wanted_metrics
 
-    found = image_figures(evidence, judge(), generator)
+    found = image_metrics(evidence, judge(), generator)
     for term in energy_terms(energy):
         if isinstance(term, ClassEnergy):
-            found |= wanted_figures(evidence, judge(), term.wanted)
+            found |= wanted_metrics(evidence, judge(), term.wanted)
         if isinstance(term, Inpainting):
-            found |= inpainting_figures(evidence, term, generator)
+            found |= inpainting_metrics(evidence, term, generator)
     return found
 
 
-def criteria(figures: dict[str, Any]) -> list[Criterion]:
+def criteria(metrics: dict[str, Any]) -> list[Criterion]:
     """The bars of the task; ``_null`` is what an exact sampler exceeds in three cases of a thousand."""
     lines = [
-        Criterion("energy TV", figures["energy_tv"], 0.03 + figures["energy_tv_null"]),
-        Criterion("EUBO - ELBO", figures["gap"], 2.0),
-        Criterion("|log Z forward - reverse|", abs(figures["log_z"] - figures["log_z_forward"]), 0.3),
+        Criterion("energy TV", metrics["energy_tv"], 0.03 + metrics["energy_tv_null"]),
+        Criterion("EUBO - ELBO", metrics["gap"], 2.0),
+        Criterion("|log Z forward - reverse|", abs(metrics["log_z"] - metrics["log_z_forward"]), 0.3),
     ]
-    if "share" in figures or "residual" not in figures:  # an energy of neither kind leaves these two unmeasured, and says so
-        lines += class_criteria(figures)
-    if "residual" in figures:
-        error = math.hypot(figures["residual_se"], figures["residual_reference_se"])
+    if "share" in metrics or "residual" not in metrics:  # an energy of neither kind leaves these two unmeasured, and says so
+        lines += class_criteria(metrics)
+    if "residual" in metrics:
+        error = math.hypot(metrics["residual_se"], metrics["residual_reference_se"])
         # The noise level is 1; a measurement that the prior itself cannot meet is reproduced as well as the target does.
-        lines.append(Criterion("measured residual", figures["residual"], max(1.0, figures["residual_reference"] + 3.3 * error)))
+        lines.append(Criterion("measured residual", metrics["residual"], max(1.0, metrics["residual_reference"] + 3.3 * error)))
         for pixels in ("measured", "unmeasured"):
             for moment in ("mean", "spread"):
                 name, null = f"{moment}_error_{pixels}", f"{moment}_error_null_{pixels}"
-                lines.append(Criterion(f"{moment} of {pixels} pixels, error", figures[name], figures[null]))
+                lines.append(Criterion(f"{moment} of {pixels} pixels, error", metrics[name], metrics[null]))
     return lines
 
 
-def judge_run(figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
+def judge_run(metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
     """The verdict by `criteria` and the gap against the prior's."""
-    return judge_weighted(criteria(figures), figures)
+    return judge_weighted(criteria(metrics), metrics)
 
 
-def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], figures: dict[str, Any]) -> Figure:
+def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], metrics: dict[str, Any]) -> Figure:
     """Prior, policy and target as image grids: beside the measurement for inpainting, else with the training curves."""
     from .inpainting import Inpainting
     from .plots.images import image_figure, inpainting_figure
 
     for term in energy_terms(energy):
         if isinstance(term, Inpainting):
-            return inpainting_figure(evidence, term, figures)
-    return image_figure(evidence, history, figures)
+            return inpainting_figure(evidence, term, metrics)
+    return image_figure(evidence, history, metrics)
 
 
 TASK = Task(
@@ -150,7 +150,7 @@ TASK = Task(
     module=__name__,
     recipe=recipe,
     load_prior=load_prior,
-    figures=figures,
+    metrics=metrics,
     judge=judge_run,
     picture=picture,
 )

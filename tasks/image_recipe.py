@@ -23,7 +23,7 @@ def image_recipe(task: str, energy: str, alpha: float, updates: int, certificate
         alpha=alpha,
         objective="reinforce_kl",
         soft_value_updates=300,
-        bank_size=8000,
+        population_size=8000,
         warm_start_updates=200,
         warm_start_rows=256,
         warm_start_learning_rate=5e-4,
@@ -47,12 +47,12 @@ def image_recipe(task: str, energy: str, alpha: float, updates: int, certificate
     )
 
 
-def class_criteria(figures: dict[str, Any]) -> list[Criterion]:
+def class_criteria(metrics: dict[str, Any]) -> list[Criterion]:
     """The lines of an energy of one set of classes, unmeasured where the certificate found no such energy."""
-    found = "share" in figures
+    found = "share" in metrics
     return [
-        Criterion("share below the target's", figures["share_reference"] - figures["share"] if found else None, 0.03),
-        Criterion("|diversity ratio - 1|", abs(figures["diversity"] - 1) if found else None, 0.1),
+        Criterion("share below the target's", metrics["share_reference"] - metrics["share"] if found else None, 0.03),
+        Criterion("|diversity ratio - 1|", abs(metrics["diversity"] - 1) if found else None, 0.1),
     ]
 
 

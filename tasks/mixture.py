@@ -42,7 +42,7 @@ def recipe(
     seed: int = 0,
 ) -> RunConfig:
     """A training of half a minute on one core. steps: the chain's own default where None."""
-    # A checkpoint holds the bank, 33 MB, and takes as long as fifty steps.
+    # A checkpoint holds the population, 33 MB, and takes as long as fifty steps.
     train = TrainConfig(objective=objective, alpha=alpha, warm_start=warm_start, seed=seed, checkpoint_every=500)
     if chain == "brownian":
         # Twice the steps, and a gap of .11 to fit instead of .3.
@@ -74,7 +74,7 @@ def load_prior(config: PriorConfig) -> Prior:
     return shipped_prior(name, build_chain(name, config.steps))
 
 
-def figures(config: PriorConfig, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+def metrics(config: PriorConfig, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
     """Distances to exact samples of the target, and log Z and gap against the exact posterior denoiser's on this chain.
 
     The reference is shipped for the default steps at alpha = 1. Elsewhere it would cost more than the run: log Z is then
@@ -83,7 +83,7 @@ def figures(config: PriorConfig, evidence: Evidence, energy: Energy, generator: 
     Errors: ValueError for another energy than the task's own, an alpha without closed form, or fewer than 40,000 samples.
     """
     from ..finetune.estimators import log_mean_exp
-    from .metrics.known_truth import truth_figures
+    from .metrics.known_truth import truth_metrics
     from .metrics.samples import generator_on_cpu
     from .mixture_target import certified_target, ideal_log_z
 
@@ -91,7 +91,7 @@ def figures(config: PriorConfig, evidence: Evidence, energy: Energy, generator: 
     _refuse_other_energy(energy)
     shipped, name, steps = shipped_reference(), config.chain or CHAINS[0], config.steps
     exact_w2 = (shipped["w2_exact"]["mean"], shipped["w2_exact"]["se"]) if evidence.alpha == 1.0 else None
-    found = truth_figures(evidence.samples, target, energy, generator_on_cpu(generator), exact_w2)
+    found = truth_metrics(evidence.samples, target, energy, generator_on_cpu(generator), exact_w2)
     reference = shipped[name] if evidence.alpha == 1.0 and shipped[name]["steps"] == steps else {}
     log_z, forward = log_mean_exp(evidence.log_weight)[0], log_mean_exp(evidence.target_log_weight)
     # The chain's own log Z: from the reference's 100k rollouts where it has them, else from this run's prior side.
@@ -115,12 +115,12 @@ def _refuse_other_energy(energy: Energy) -> None:
         raise ValueError("the target of the mixture task is known for the task's own energy alone, and this is another one")
 
 
-def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], figures: dict[str, Any]) -> Figure:
+def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], metrics: dict[str, Any]) -> Figure:
     """Prior, policy on the target's contours, and the training curves."""
     from .mixture_target import target_mixture
     from .plots.mixture import mixture_figure
 
-    return mixture_figure(evidence.prior_samples, evidence.samples, target_mixture(evidence.alpha), history, figures)
+    return mixture_figure(evidence.prior_samples, evidence.samples, target_mixture(evidence.alpha), history, metrics)
 
 
 TASK = Task(
@@ -128,7 +128,7 @@ TASK = Task(
     module=f"{__package__}.mixture_target",
     recipe=recipe,
     load_prior=load_prior,
-    figures=figures,
+    metrics=metrics,
     judge=judge_known,
     picture=picture,
 )

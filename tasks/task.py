@@ -25,16 +25,16 @@ class Task:
     """A task by name. Its functions import what they need when they are called, so that naming a task loads no torch.
 
     module: where its energies are. recipe: the default config. load_prior: the shipped prior with the config's chain.
-    figures: (prior config, evidence, energy, generator) → what the truth adds to a certificate; ValueError where it adds nothing.
-    judge: all figures, those of the two sides among them → the verdict and its reasons: `judge_known` where the truth is known
-    exactly, `judge_weighted` where it is the weighted prior. picture: (evidence, energy, history, figures) → the run's picture.
+    metrics: (prior config, evidence, energy, generator) → what the truth adds to a certificate; ValueError where it adds nothing.
+    judge: all metrics, those of the two sides among them → the verdict and its reasons: `judge_known` where the truth is known
+    exactly, `judge_weighted` where it is the weighted prior. picture: (evidence, energy, history, metrics) → the run's picture.
     """
 
     name: str
     module: str
     recipe: Callable[[], RunConfig]
     load_prior: Callable[[PriorConfig], Prior]
-    figures: Callable[[PriorConfig, Evidence, Energy, torch.Generator], dict[str, Any]]
+    metrics: Callable[[PriorConfig, Evidence, Energy, torch.Generator], dict[str, Any]]
     judge: Callable[[dict[str, Any]], tuple[Verdict, list[str]]]
     picture: Callable[[Evidence, Energy, list[dict[str, Any]], dict[str, Any]], Figure]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import calibrate_unknown
 from tiltune.finetune.certificate.criteria import judge_known
-from tiltune.finetune.certificate.evidence import Evidence, gather_evidence, path_figures
+from tiltune.finetune.certificate.evidence import Evidence, gather_evidence, path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.samplers.chain import Chain
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
@@ -79,18 +79,18 @@ def rates(evidence: Evidence, samples: Tensor, bootstraps: int) -> dict[str, flo
     for index in range(bootstraps):
         chosen = draw(SIZE, POOL)
         again = evidence.resampled(chosen, draw(SIZE, POOL))
-        figures = path_figures(again)
+        metrics = path_metrics(again)
         x = samples[chosen]
         sets = draw(W2_SETS, W2_POOL)
-        figures |= {
+        metrics |= {
             "mode_tv": mode_tv(x[:MODE_SAMPLES], truth),
             "mode_spread_error": (mode_spreads(x, truth) - 1).abs().nan_to_num(nan=torch.inf).max().item(),
             "w2_ratio": own_w2[sets].mean().item() / reference["w2_exact"]["mean"],
-            "log_z_error": abs(figures["log_z"] - reference["ddpm"]["log_z_forward"]),
+            "log_z_error": abs(metrics["log_z"] - reference["ddpm"]["log_z_forward"]),
             "gap_reference": reference["ddpm"]["gap"],
         }
-        known = judge_known(figures)[0]
-        unknown = judge_unknown(again, figures, seed=index)[0]
+        known = judge_known(metrics)[0]
+        unknown = judge_unknown(again, metrics, seed=index)[0]
         for kind, verdict in (("known", known), ("unknown", unknown)):
             if verdict != "pass":
                 count[f"{kind} {verdict}"] += 1
@@ -110,7 +110,7 @@ def main(bootstraps: int, names: list[str]) -> None:
             path.write_text(json.dumps(found, indent=2) + "\n")
 
     def exact_samples() -> dict[str, float]:
-        # Exact terminal samples with the path figures of the exact denoiser: no chain's bias in what is judged.
+        # Exact terminal samples with the path metrics of the exact denoiser: no chain's bias in what is judged.
         evidence = pool("exact denoiser", chain)
         return rates(evidence, target_mixture().sample(POOL, torch.Generator().manual_seed(2)), bootstraps)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tiltune.finetune.certificate.criteria import EXIT_STATUS
-from tiltune.finetune.certificate.evidence import Evidence, path_figures
+from tiltune.finetune.certificate.evidence import Evidence, path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from toys.held_out_mixtures import DIMENSIONS, HeldOut, certificate, held_out, planted, rollouts
 
@@ -31,9 +31,9 @@ def counted(pool: Evidence, size: int, certificates: int) -> Counter[str]:
     generator, count = torch.Generator().manual_seed(size), Counter[str]()
     for index in range(certificates):
         evidence = pool.resampled(*torch.randint(len(pool.samples), (2, size), generator=generator))
-        figures = path_figures(evidence)
-        verdict = judge_unknown(evidence, figures, seed=index)[0]
-        count.update([verdict, *([f"thick {verdict}", "thick"] if figures["target_ess"] >= 300 else [])])
+        metrics = path_metrics(evidence)
+        verdict = judge_unknown(evidence, metrics, seed=index)[0]
+        count.update([verdict, *([f"thick {verdict}", "thick"] if metrics["target_ess"] >= 300 else [])])
     return count
 
 

@@ -4,7 +4,7 @@
     python tests/same_metrics.py after PRIOR FILE.py:NAME ALPHA --against before
 
 PRIOR is a folder of diffusers with its energy and temperature. Prints the SHA-256 of each run's metrics.jsonl; with --against the
-exit status is 1 if any differs. Certificates are compared in the figures that both have, and what differs is named: a change of
+exit status is 1 if any differs. Certificates are compared in the metrics that both have, and what differs is named: a change of
 the certificate's noise is one of the certificate, not of the training. The runs are left in the folder.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 OBJECTIVES = ("rtb", "log_variance", "trust_pcl", "reinforce_kl")
 CHAINS = ("ddim", "flow", "brownian")
-SMALL = """--threads 1 --bank-size 400 --soft-value-updates 60 --warm-start-updates 60 --warm-start-rows 96 --updates 12
+SMALL = """--threads 1 --population-size 400 --soft-value-updates 60 --warm-start-updates 60 --warm-start-rows 96 --updates 12
     --batch-size 32 --checkpoint-every 0"""
 CLOCKS = ("seconds", "train_seconds")
 SHARDED = ["launch", "--cpu", "--nproc", "2", "--fsdp", "--"]
@@ -50,7 +50,7 @@ def hashed(data: bytes) -> str:
 
 
 def differing(here: Path, there: Path) -> list[str]:
-    """The figures in which two certificates that both have them differ, without their clocks."""
+    """The metrics in which two certificates that both have them differ, without their clocks."""
     first, second = (json.loads(path.read_text()) for path in (here, there))
     return [name for name in first if name in second and name not in CLOCKS and first[name] != second[name]]
 

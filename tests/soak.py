@@ -39,7 +39,7 @@ ENERGY = "def ink(x):\n    return x.flatten(1).mean(1)\n"
 CONFIG = """
 prior: {{source: {folder}/prior, steps: 4}}
 energy: {{terms: ["{folder}/ink.py:ink"], cache: true}}
-train: {{objective: reinforce_kl, soft_value_updates: 20, forward_rows: 16, bank_size: 64, warm_start_updates: 40,
+train: {{objective: reinforce_kl, soft_value_updates: 20, forward_rows: 16, population_size: 64, warm_start_updates: 40,
          warm_start_rows: 32, updates: 40, batch_size: 16, ema_decay: 0.9, tempering_ess: 0.9, checkpoint_every: 3}}
 device: cpu
 """

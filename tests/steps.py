@@ -1,8 +1,8 @@
 """What updates move, measured apart from the bound: `python tests/steps.py PRIOR FILE.py:NAME ALPHA [--steps 20] [--seed 0]`.
 
 Trains a prior of one's own as `tiltune train --prior` does. After each update KL(before || after) is measured once more, on 256
-states of the bank that the bound does not look at, spread evenly over the steps of the chain. At the end it prints these nats as
-shares of the update's bound, and the time spent in the bound over that of the updates, looks at held-out paths included.
+states of the population that the bound does not look at, spread evenly over the steps of the chain. At the end it prints these
+nats as shares of the update's bound, and the time spent in the bound over that of the updates, looks at held-out paths included.
 """
 
 from __future__ import annotations

@@ -43,93 +43,93 @@ def conclude(criteria: list[Criterion], doubts: list[str]) -> tuple[Verdict, lis
     return "pass", [f"all {len(criteria)} criteria met: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items())]
 
 
-def judge_weighted(criteria: list[Criterion], figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
+def judge_weighted(criteria: list[Criterion], metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
     """The verdict where the truth is the weighted prior sample: a task's own criteria, and the gap against the prior's.
 
-    ``figures`` are those of both sides and the task's, "verdict_unknown_truth" among them.
+    ``metrics`` are those of both sides and the task's, "verdict_unknown_truth" among them.
     """
-    verdict, reasons = conclude([*criteria, against_prior(figures)], target_side_doubts(figures))
-    return fail_gross_misses(verdict, reasons, figures)
+    verdict, reasons = conclude([*criteria, against_prior(metrics)], target_side_doubts(metrics))
+    return fail_gross_misses(verdict, reasons, metrics)
 
 
-def fail_gross_misses(verdict: Verdict, reasons: list[str], figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
+def fail_gross_misses(verdict: Verdict, reasons: list[str], metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
     """A failure in place of a verdict with doubts where the two sides show a difference above `GROSS`."""
-    shown = figures["verdict_unknown_truth"]
-    if target_side_doubts(figures) and shown.get("lower", 0.0) > GROSS:
+    shown = metrics["verdict_unknown_truth"]
+    if target_side_doubts(metrics) and shown.get("lower", 0.0) > GROSS:
         return "fail", [shown["reasons"][0], *reasons]
     return verdict, reasons
 
 
-def judge_known(figures: dict[str, Any]) -> tuple[Verdict, list[str]]:
+def judge_known(metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
     """The verdict where the truth is known: terminal samples against exact ones, and the gap against its reference.
 
-    ``figures`` needs mode_tv, log_z_error, w2_ratio, mode_spread_error, and gap with gap_reference (None to leave out).
+    ``metrics`` needs mode_tv, log_z_error, w2_ratio, mode_spread_error, and gap with gap_reference (None to leave out).
     """
     criteria = [
-        Criterion("mode TV", figures["mode_tv"], 0.04),
-        Criterion("|log Z error|", figures["log_z_error"], 0.05),
-        Criterion("W2 ratio", figures["w2_ratio"], 1.15),
-        Criterion("mode spread error", figures["mode_spread_error"], 0.10),
+        Criterion("mode TV", metrics["mode_tv"], 0.04),
+        Criterion("|log Z error|", metrics["log_z_error"], 0.05),
+        Criterion("W2 ratio", metrics["w2_ratio"], 1.15),
+        Criterion("mode spread error", metrics["mode_spread_error"], 0.10),
     ]
-    if figures["gap_reference"] is not None:
-        criteria.append(Criterion("gap - gap_reference", figures["gap"] - figures["gap_reference"], 0.35))
-    return conclude(criteria, target_side_doubts(figures))
+    if metrics["gap_reference"] is not None:
+        criteria.append(Criterion("gap - gap_reference", metrics["gap"] - metrics["gap_reference"], 0.35))
+    return conclude(criteria, target_side_doubts(metrics))
 
 
-def target_side_doubts(figures: dict[str, Any]) -> list[str]:
+def target_side_doubts(metrics: dict[str, Any]) -> list[str]:
     """Why the weighted prior sample cannot carry the verdict of a task or of a known truth; empty where it can."""
-    doubts = thin_target(figures)
-    if figures["target_max_weight"] > MAX_TARGET_WEIGHT:
-        doubts.insert(1, f"one prior sample carries {figures['target_max_weight']:.1%} of the target's weight")
+    doubts = thin_target(metrics)
+    if metrics["target_max_weight"] > MAX_TARGET_WEIGHT:
+        doubts.insert(1, f"one prior sample carries {metrics['target_max_weight']:.1%} of the target's weight")
     return doubts
 
 
-def thin_target(figures: dict[str, Any]) -> list[str]:
+def thin_target(metrics: dict[str, Any]) -> list[str]:
     """Too few effective target samples, or weights with a tail so heavy that their number cannot be trusted."""
     doubts = []
-    if figures["target_ess"] < MIN_TARGET_ESS:
-        doubts.append(f"the target side has {figures['target_ess']:.0f} effective samples, fewer than {MIN_TARGET_ESS:.0f}")
-    if figures["target_pareto_k"] > MAX_PARETO_K:
-        doubts.append(f"the target side's Pareto-k is {figures['target_pareto_k']:.2f}, above {MAX_PARETO_K}")
+    if metrics["target_ess"] < MIN_TARGET_ESS:
+        doubts.append(f"the target side has {metrics['target_ess']:.0f} effective samples, fewer than {MIN_TARGET_ESS:.0f}")
+    if metrics["target_pareto_k"] > MAX_PARETO_K:
+        doubts.append(f"the target side's Pareto-k is {metrics['target_pareto_k']:.2f}, above {MAX_PARETO_K}")
     return doubts
 
 
-def rollouts_to_trust(figures: dict[str, Any], size: int) -> int | None:
+def rollouts_to_trust(metrics: dict[str, Any], size: int) -> int | None:
     """The rollouts a side with which `target_side_doubts` would find nothing, where their number is all that is missing."""
-    times = max(MIN_TARGET_ESS / max(figures["target_ess"], 1e-300), figures["target_max_weight"] / MAX_TARGET_WEIGHT)
-    if times <= 1 or not figures["target_pareto_k"] <= MAX_PARETO_K:
+    times = max(MIN_TARGET_ESS / max(metrics["target_ess"], 1e-300), metrics["target_max_weight"] / MAX_TARGET_WEIGHT)
+    if times <= 1 or not metrics["target_pareto_k"] <= MAX_PARETO_K:
         return None
     return math.ceil(11 * times * size / 1000) * 100
 
 
-def against_prior(figures: dict[str, Any]) -> Criterion:
+def against_prior(metrics: dict[str, Any]) -> Criterion:
     """The policy's gap may not exceed the prior's by more than 2.6 standard errors: that were worse than no training."""
-    prior = figures["prior"]
+    prior = metrics["prior"]
     # An infinite ELBO has an infinite error, which excuses nothing.
-    errors = [error for error in (figures["gap_se"], prior["gap_se"]) if math.isfinite(error)]
-    return Criterion("gap against the prior's", figures["gap"], prior["gap"] + 2.6 * math.hypot(*errors))
+    errors = [error for error in (metrics["gap_se"], prior["gap_se"]) if math.isfinite(error)]
+    return Criterion("gap against the prior's", metrics["gap"], prior["gap"] + 2.6 * math.hypot(*errors))
 
 
-def worse_than_prior(figures: dict[str, Any]) -> list[str]:
+def worse_than_prior(metrics: dict[str, Any]) -> list[str]:
     """A sentence where the policy is farther from the target than the model that it started from."""
-    if against_prior(figures).met or math.isnan(figures["gap"]):
+    if against_prior(metrics).met or math.isnan(metrics["gap"]):
         return []
     return [
-        f"the policy is worse than the model you started from: its gap is {figures['gap']:.3g} nats, the prior's"
-        f" {figures['prior']['gap']:.3g}"
+        f"the policy is worse than the model you started from: its gap is {metrics['gap']:.3g} nats, the prior's"
+        f" {metrics['prior']['gap']:.3g}"
     ]
 
 
-def unjudged(figures: dict[str, Any]) -> list[str]:
+def unjudged(metrics: dict[str, Any]) -> list[str]:
     """What `judge_known` left out of the verdict."""
-    if figures.get("gap_reference", math.nan) is not None:
+    if metrics.get("gap_reference", math.nan) is not None:
         return []
     return ["no reference at this alpha and number of steps: the gap is reported, not judged"]
 
 
-def flags(figures: dict[str, Any]) -> list[str]:
+def flags(metrics: dict[str, Any]) -> list[str]:
     """What is wrong with the setting rather than with the policy; only another chain, or reweighting, removes it."""
-    variance, error = figures["start_variance"], figures["start_variance_se"]
+    variance, error = metrics["start_variance"], metrics["start_variance_se"]
     if math.isnan(variance):
         return [
             "rollouts from one start weigh nothing, or too unequally, so what the chain remembers of its start is not measured"

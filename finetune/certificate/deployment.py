@@ -111,7 +111,7 @@ def _step(
         return scheduler.step(output, t, state, return_dict=False)[0]
 
 
-def deployment_figures(
+def deployment_metrics(
     policy: Policy,
     energy: Energy,
     evidence: Evidence,
@@ -144,8 +144,8 @@ def deployment_figures(
             "energy": value,
             "energy_se": error,
             "violation_rate": 1 - len(finite) / len(energies),
-            **chain.figures("chain", samples, energies, compared),
-            **target.figures("target", samples, energies),
+            **chain.metrics("chain", samples, energies, compared),
+            **target.metrics("target", samples, energies),
         }
 
     value, error = weighted_mean(evidence.prior_energy, evidence.target_weight)
@@ -179,7 +179,7 @@ class Reference:
         self.edges = weighted_quantiles(energy[fit], weight[fit], BINS)
         self.cells, self.energy = nearest(flat[held], self.centers)[0], energy[held]
 
-    def figures(self, side: str, samples: Tensor, energy: Tensor, compared: bool = True) -> dict[str, float | None]:
+    def metrics(self, side: str, samples: Tensor, energy: Tensor, compared: bool = True) -> dict[str, float | None]:
         """Distances of an unweighted set [M, ...] with energies [M], under names that begin with ``side``."""
         if not (self.usable and compared):
             return {f"{side}_{figure}": None for figure in self.FIGURES}

@@ -1,4 +1,4 @@
-"""How close the policy came to p_prior · exp(-E/alpha): evidence from both sides, and the figures of paths.
+"""How close the policy came to p_prior · exp(-E/alpha): evidence from both sides, and the metrics of paths.
 
 The policy side alone proves nothing: a policy that lost modes reports a healthy ELBO and ESS. The target side, prior
 trajectories weighted by exp(-E/alpha), sees what the policy does not visit: ELBO ≤ log Z ≤ EUBO, and the gap is the
@@ -151,7 +151,7 @@ def gather_evidence(
     )
 
 
-def path_figures(evidence: Evidence) -> dict[str, Any]:
+def path_metrics(evidence: Evidence) -> dict[str, Any]:
     """ELBO, EUBO, log Z from both sides, ESS, Pareto-k, start dependence: every figure with its standard error (_se).
 
     ``prior`` holds the same of the prior itself, the model that was started from.
@@ -162,7 +162,7 @@ def path_figures(evidence: Evidence) -> dict[str, Any]:
     reverse, forward = log_mean_exp(lw), log_mean_exp(evidence.target_log_weight)
     inverse = weighted_mean((target_lw.double() - forward[0]).exp(), target)[0]
     residual = -(lw[finite] - reverse[0])
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "log_z": reverse[0],
         "log_z_se": reverse[1],
         "log_z_forward": forward[0],
@@ -182,11 +182,11 @@ def path_figures(evidence: Evidence) -> dict[str, Any]:
         "kl_per_step": [round(value, 6) for value in evidence.step_kl.tolist()],
     }
     if evidence.start_log_weight is None:
-        figures |= {"start_variance": 0.0, "start_variance_se": 0.0}
+        metrics |= {"start_variance": 0.0, "start_variance_se": 0.0}
     else:
         variance, error = start_variance(evidence.start_log_weight)
-        figures |= {"start_variance": variance, "start_variance_se": error}
-    return figures
+        metrics |= {"start_variance": variance, "start_variance_se": error}
+    return metrics
 
 
 def _sandwich(evidence: Evidence) -> dict[str, float]:

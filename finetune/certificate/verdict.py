@@ -60,9 +60,9 @@ class Bounds:
 
 
 def judge_unknown(
-    evidence: Evidence, figures: dict[str, Any], tolerance: float = 0.05, seed: int = 0
+    evidence: Evidence, metrics: dict[str, Any], tolerance: float = 0.05, seed: int = 0
 ) -> tuple[Verdict, list[str], dict[str, Any]]:
-    """The verdict where only the two sides can be compared, by shown closeness; returns also its own figures.
+    """The verdict where only the two sides can be compared, by shown closeness; returns also its own metrics.
 
     Pass: no region of 25 cells, no range of ten bins of energy, nor of ten of the distance to a cell's center, gets a share
     that is off by more than ``tolerance`` (99% confidence). Doubts about the target side, weights with a heavy tail, a
@@ -71,7 +71,7 @@ def judge_unknown(
     if not (evidence.target_weight > 0).any():
         return "inconclusive", ["no prior sample has a finite energy, so nothing is known of the target"], {}
     bounds, own = _measure(evidence, torch.Generator().manual_seed(seed))
-    doubts = [*closeness_doubts(figures), *worse_than_prior(figures), *flags(figures)]
+    doubts = [*closeness_doubts(metrics), *worse_than_prior(metrics), *flags(metrics)]
     (lower, below), (upper, above) = bounds.lower(), bounds.upper()
     own |= {"lower": max(0.0, lower), "upper": min(1.0, upper), "tolerance": tolerance, "rollouts_to_decide": None}
     if lower > tolerance:
@@ -105,16 +105,16 @@ def _said(bounds: Bounds, name: str) -> str:
     return f"{WHERE[name]} are off by {value:.3f} ± {error:.3f}"
 
 
-def closeness_doubts(figures: dict[str, Any]) -> list[str]:
+def closeness_doubts(metrics: dict[str, Any]) -> list[str]:
     """Why a small difference may be one that the evidence cannot show."""
-    doubts = thin_target(figures)
-    if figures["pareto_k"] > MAX_PARETO_K:
-        doubts.append(f"the Pareto-k of the policy's weights is {figures['pareto_k']:.2f}, above {MAX_PARETO_K}")
+    doubts = thin_target(metrics)
+    if metrics["pareto_k"] > MAX_PARETO_K:
+        doubts.append(f"the Pareto-k of the policy's weights is {metrics['pareto_k']:.2f}, above {MAX_PARETO_K}")
     return doubts
 
 
 def _measure(evidence: Evidence, generator: torch.Generator) -> tuple[Bounds, dict[str, Any]]:
-    """The differences by each partition, and all figures beside them."""
+    """The differences by each partition, and all metrics beside them."""
     partition, joined = partition_of(evidence, generator), bridge(evidence)
     mine = partition.labels(evidence.samples, evidence.energy)
     theirs = partition.labels(evidence.prior_samples, evidence.prior_energy)

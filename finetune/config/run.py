@@ -46,13 +46,13 @@ class RunConfig:
 def pretrained_recipe(source: str | None = None, *terms: str) -> RunConfig:
     """A run on a pretrained sampler about which nothing is known: the default of ``tiltune train --prior``.
 
-    The parts of the shipped image tasks in sizes that an unknown network can afford. The bank holds ``bank_size`` · (K + 1)
-    states, 1.2 GB for 3 x 32 x 32 at K = 50.
+    The parts of the shipped image tasks in sizes that an unknown network can afford. The population holds ``population_size`` ·
+    (K + 1) states, 1.2 GB for 3 x 32 x 32 at K = 50.
     """
     train = TrainConfig(
         objective="reinforce_kl",
         soft_value_updates=1000,
-        bank_size=4000,
+        population_size=4000,
         warm_start="value_drift",
         warm_start_updates=250,
         warm_start_rows=96,

@@ -48,12 +48,12 @@ class TrainConfig:
     """step_nats of the warm start."""
     soft_value_updates: int = 0
     """Updates of a learned soft value, log E_prior[exp(-E/alpha) | state]: it takes variance out of the warm start and is the
-    baseline of reinforce_kl. Worth its time on images, where the bank has few effective paths. 0: none."""
-    bank_size: int = 80_000
+    baseline of reinforce_kl. Worth its time on images, where the population has few effective paths. 0: none."""
+    population_size: int = 80_000
     """Prior trajectories drawn once, with their energies, for the warm start and the behaviors that need them."""
     forward_rows: int = 0
-    """Transitions of the bank's tilted paths whose likelihood every update raises besides: the forward KL, in the objective's own
-    units, so that what the warm start has covered stays covered. Needs the soft value. 0: none."""
+    """Transitions of the population's tilted paths whose likelihood every update raises besides: the forward KL, in the
+    objective's own units, so that what the warm start has covered stays covered. Needs the soft value. 0: none."""
     tempering_ess: float | None = 0.3
     """Raise alpha until this share of a batch is effective, and lower it as the policy follows. None: never."""
     huber: float | None = 20.0
@@ -95,13 +95,15 @@ class TrainConfig:
             not (self.alpha > 0 and self.alpha < float("inf")),
             f"alpha is {self.alpha}; the target p_prior · exp(-E/alpha) needs a temperature alpha > 0.",
         )
-        positive = "batch_size learning_rate log_z_learning_rate warm_start_rows warm_start_learning_rate bank_size max_energy"
+        positive = (
+            "batch_size learning_rate log_z_learning_rate warm_start_rows warm_start_learning_rate population_size max_energy"
+        )
         for name in f"{positive} max_grad_norm memory_mb monitor_every process_timeout step_nats warm_start_step_nats".split():
             refuse(not getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
         refuse(
             self.forward_rows > 0 and not self.soft_value_updates,
-            "forward_rows needs soft_value_updates: without the control variate the bank's few effective paths would be learned"
-            " by heart, update after update.",
+            "forward_rows needs soft_value_updates: without the control variate the population's few effective paths would be"
+            " learned by heart, update after update.",
         )
         refuse(not 0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it is a share, at least 0 and below 1.")
         refuse(not 0 <= self.max_invalid <= 1, f"max_invalid is {self.max_invalid}; it is a share, between 0 and 1.")
@@ -125,8 +127,9 @@ class TrainConfig:
         )
         refuse(self.huber is not None and not self.huber > 0, f"huber is {self.huber}; give positive nats, or None.")
         refuse(
-            self.soft_value_updates > 0 and self.bank_size < 2,
-            f"bank_size is {self.bank_size}; the soft value is learned on two halves of the bank, so give at least 2.",
+            self.soft_value_updates > 0 and self.population_size < 2,
+            f"population_size is {self.population_size}; the soft value is learned on two halves of the population, so"
+            " give at least 2.",
         )
 
     def _refuse_behaviors(self) -> None:

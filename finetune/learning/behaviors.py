@@ -25,7 +25,7 @@ class Context:
 
     prior: Prior
     policy: nn.Module
-    bank: Population | None
+    population: Population | None
     alpha: float
     progress: float
     noise_scale: float = 1.0
@@ -53,28 +53,29 @@ def inflated(context: Context, count: int, generator: torch.Generator) -> Trajec
 
 
 def tilted_prior(context: Context, count: int, generator: torch.Generator) -> Trajectories:
-    """Prior trajectories of the bank, resampled whole by exp(-E/alpha): the exact tilted path law as N grows."""
-    bank = _bank(context)
-    drawn = bank.trajectories.select(bank.draw(count, context.alpha, generator))
+    """Prior trajectories of the population, resampled whole by exp(-E/alpha): the exact tilted path law as N grows."""
+    population = _population(context)
+    drawn = population.trajectories.select(population.draw(count, context.alpha, generator))
     assert drawn.energy is not None
-    log_z = bank.log_z(context.alpha)[drawn.group]
+    log_z = population.log_z(context.alpha)[drawn.group]
     return drawn.with_(step_log_ratio=None, log_behavior=-drawn.energy / context.alpha - log_z)
 
 
 def noised_back(context: Context, count: int, generator: torch.Generator) -> Trajectories:
-    """Terminal samples of the bank, drawn by exp(-E/alpha) and noised back: fresh trajectories without a rollout."""
-    bank = _bank(context)
-    drawn = bank.trajectories.select(bank.draw(count, context.alpha, generator))
+    """Terminal samples of the population, drawn by exp(-E/alpha) and noised back: fresh trajectories without a rollout."""
+    population = _population(context)
+    drawn = population.trajectories.select(population.draw(count, context.alpha, generator))
     fresh = noise_back(context.prior, drawn.terminal, generator, drawn.condition)
-    # A decoder, or a chain that leaves noise on its samples, ends elsewhere than at the drawn sample, at another energy.
+    # Last steps of the prior, or a chain that leaves noise on its samples, end elsewhere than at the drawn sample, at another
+    # energy.
     chain = context.prior.chain
-    unchanged = not chain.decoder and chain.noise[-1] == 0
+    unchanged = not chain.prior_last_steps and chain.noise[-1] == 0
     return fresh.with_(energy=drawn.energy) if unchanged else fresh
 
 
-def _bank(context: Context) -> Population:
-    assert context.bank is not None, "the trainer fills the bank before a behavior that needs it"
-    return context.bank
+def _population(context: Context) -> Population:
+    assert context.population is not None, "the trainer fills the population before a behavior that needs it"
+    return context.population
 
 
 BEHAVIORS: dict[str, Behavior] = {
@@ -84,13 +85,13 @@ BEHAVIORS: dict[str, Behavior] = {
     "tilted_prior": tilted_prior,
     "noised_back": noised_back,
 }
-NEEDS_BANK = frozenset({"tilted_prior", "noised_back"})
+NEEDS_POPULATION = frozenset({"tilted_prior", "noised_back"})
 
 
-def needs_bank(config: TrainConfig) -> bool:
-    """Whether anything of a run draws on a bank of prior trajectories."""
+def needs_population(config: TrainConfig) -> bool:
+    """Whether anything of a run draws on a population of prior trajectories."""
     phases = config.warm_start != "none" or config.soft_value_updates or config.forward_rows
-    return bool(phases or set(config.shares) & NEEDS_BANK)
+    return bool(phases or set(config.shares) & NEEDS_POPULATION)
 
 
 def draw(

@@ -1,4 +1,4 @@
-"""The forward KL to the tilted path law, on rows of the bank: the warm start, and a part of every update where asked for.
+"""The forward KL to the tilted path law, on rows of the population: the warm start, and a part of every update where asked for.
 
     row      one step k of one path: s_k, and s_{k+1} or the mean of s_{k+1} given the path's end
     plain    -l_k, the trajectory likelihood, on paths drawn by exp(-E/alpha)
@@ -30,14 +30,14 @@ from ..populations.population import Population
 from .bridge_check import bridge_bias
 from .gradients import NoSync, backward_likelihood, backward_rows, chunk_rows
 from .rows import stratified
-from .soft_value import FRESH, SoftValue, bank_weight, states_of
+from .soft_value import FRESH, SoftValue, importance_weight, states_of
 
 SLOPE_PATHS = 1500
 UNBIASED = 0.1  # nats that bridged next states may move a policy at E = 0
 
 
 class ForwardKL:
-    """Gradients of KL(tilted || policy) on the bank's paths.
+    """Gradients of KL(tilted || policy) on the population's paths.
 
     no_sync: goes around a forward and backward of the policy that another one will follow, before its gradients are used.
     slope [num_kernels], by trained step: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
@@ -48,15 +48,15 @@ class ForwardKL:
         self,
         prior: Prior,
         policy: nn.Module,
-        bank: Population,
+        population: Population,
         soft_value: SoftValue | None,
         config: TrainConfig,
         generator: torch.Generator,
         no_sync: NoSync = nullcontext,
     ) -> None:
-        self.prior, self.policy, self.bank, self.soft_value = prior, policy, bank, soft_value
+        self.prior, self.policy, self.population, self.soft_value = prior, policy, population, soft_value
         self.config, self.generator, self.no_sync = config, generator, no_sync
-        self.slope = torch.ones(prior.chain.num_kernels, device=bank.trajectories.states.device)
+        self.slope = torch.ones(prior.chain.num_kernels, device=population.trajectories.states.device)
         # Only then may a path's end stand in for its next state at all.
         self.bridge = bridge_of(prior.chain) if forgets_given_next(prior.chain) else None
         self.bridged = self.bridge is not None
@@ -99,8 +99,8 @@ class ForwardKL:
 
         A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
         """
-        states = self.bank.trajectories.states
-        index = self.bank.draw(len(step), self.config.alpha, self.generator)
+        states = self.population.trajectories.states
+        index = self.population.draw(len(step), self.config.alpha, self.generator)
         state, condition = states[step, index], self._condition(index)
         if not self.bridged:
             return state, states[step + 1, index], condition
@@ -108,15 +108,15 @@ class ForwardKL:
         return state, self.bridge.mean(state, states[-1, index], step), condition
 
     def _condition(self, path: Tensor) -> Condition | None:
-        return selected(self.bank.trajectories.condition, path)
+        return selected(self.population.trajectories.condition, path)
 
     def check_bridge(self, agreed: Callable[[float], float]) -> float:
-        """Use bridged next states only where the bank's paths at E = 0 show that they may be; returns `bridge_bias`, nats.
+        """Use bridged next states only where the population's paths at E = 0 show that they may be; returns `bridge_bias`, nats.
 
         For plain rows. Controlled ones have w - h in place of w, which is 0 at E = 0, and their shift is measured
         (`measure_slope`). agreed: the mean over the processes.
         """
-        nats = agreed(bridge_bias(self.prior, self.bank.trajectories))
+        nats = agreed(bridge_bias(self.prior, self.population.trajectories))
         self.bridged = nats < UNBIASED
         return nats
 
@@ -129,9 +129,9 @@ class ForwardKL:
         network do not. Noise in delta lowers the factor as well, as it should. Sums over three neighboring steps, as one alone is
         noisy; never above 1.
         """
-        chain, states = self.prior.chain, self.bank.trajectories.states
+        chain, states = self.prior.chain, self.population.trajectories.states
         drawn, own = torch.zeros(2, chain.num_kernels, device=states.device)
-        path = self.bank.draw(SLOPE_PATHS, self.config.alpha, self.generator)
+        path = self.population.draw(SLOPE_PATHS, self.config.alpha, self.generator)
         for row, k in enumerate(chain.trained):
             for some in torch.split(path, rows_at_once(self.prior.shape, self.prior.device)):
                 state, step, condition = states[k, some], torch.full_like(some, k), self._condition(some)
@@ -151,7 +151,7 @@ class ForwardKL:
         where the state has decided, the two are nearly equal and the noise is gone. Without it those steps, whose kernels are
         narrow, learn the noise of a few hundred effective paths by heart.
         """
-        chain, states = self.prior.chain, self.bank.trajectories.states
+        chain, states = self.prior.chain, self.population.trajectories.states
         weight = self._weight
         mixture = 0.5 * (weight + 1)
         even = torch.full((chain.num_kernels,), 1 / chain.num_kernels, device=states.device)
@@ -174,7 +174,7 @@ class ForwardKL:
             else:
                 following = states[step + 1, path]
             share = scale(factor * chain.num_kernels / (count * mixture[path]))
-            control = share * soft_value.of_paths(state, step, path, self.bank.trajectories.group[path]).exp()
+            control = share * soft_value.of_paths(state, step, path, self.population.trajectories.group[path]).exp()
             with nullcontext() if part is parts[-1] else self.no_sync():
                 total += backward_likelihood(
                     self.policy, chain, prior_output, state, following, step, share * weight[path], control, condition
@@ -183,8 +183,8 @@ class ForwardKL:
 
     @cached_property
     def _chunk(self) -> int:
-        """Rows of the bank at once, so that their graph fits ``memory_mb``."""
-        trajectories = self.bank.trajectories
+        """Rows of the population at once, so that their graph fits ``memory_mb``."""
+        trajectories = self.population.trajectories
         few = trajectories.select(torch.arange(6, device=self.prior.device) % len(trajectories))
         most = max(self.config.warm_start_rows, self.config.forward_rows)
         with self.no_sync():
@@ -192,7 +192,7 @@ class ForwardKL:
 
     @cached_property
     def _weight(self) -> Tensor:
-        return bank_weight(self.bank, self.config.alpha)
+        return importance_weight(self.population, self.config.alpha)
 
     @cached_property
     def _step_probability(self) -> Tensor:

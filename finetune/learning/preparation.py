@@ -22,7 +22,7 @@ from ..estimators import ess
 from ..populations.held_out import HeldOut
 from ..populations.importance import Bar, importance_population, prior_paths
 from ..populations.population import Population, temperature_within_reach
-from .behaviors import needs_bank
+from .behaviors import needs_population
 from .forward_kl import ForwardKL
 from .gradients import chunk_rows
 from .log_z import LogZ
@@ -69,10 +69,10 @@ class Preparation:
         config, alpha = self.config, self.config.alpha
         self.processes.refuse_same_noise(self.noise.generator)
         self._probe()
-        if not needs_bank(config):
+        if not needs_population(config):
             return
         generator = self.noise.generator
-        population = importance_population(self.energies, self.size["bank_size"], alpha, generator, self.bar)
+        population = importance_population(self.energies, self.size["population_size"], alpha, generator, self.bar)
         self.population = population
         # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
         log_z.set(self.processes.mean_of(population.log_z(alpha).double()))
@@ -109,7 +109,7 @@ class Preparation:
     def _hold_out(self, times: float) -> HeldOut | None:
         """Prior paths for watching what is learned, at ``times`` the target's temperature; None where their energies say
         nothing."""
-        size = min(HELD_OUT // self.processes.count, self.size["bank_size"] // 4)
+        size = min(HELD_OUT // self.processes.count, self.size["population_size"] // 4)
         if size < 2:
             return None
         alpha, generator = self.config.alpha, self.noise.generator

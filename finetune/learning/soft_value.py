@@ -1,8 +1,8 @@
-"""The soft value of a state, learned on the bank: log h_k(s) = log E_prior[exp(-E/alpha) | s_k = s] - log Z, nats.
+"""The soft value of a state, learned on the population: log h_k(s) = log E_prior[exp(-E/alpha) | s_k = s] - log Z, nats.
 
-h_k is the density ratio of tilted to prior states at step k, so a classifier of the two estimates it: with w the bank's weights
-of mean 1, the minimum of E[w softplus(-f) + softplus(f)] is f = log h_k. Two networks, each trained on half of the bank, so that
-no path is ever judged by a network that has seen its energy.
+h_k is the density ratio of tilted to prior states at step k, so a classifier of the two estimates it: with w the population's
+weights of mean 1, the minimum of E[w softplus(-f) + softplus(f)] is f = log h_k. Two networks, each trained on half of the
+population, so that no path is ever judged by a network that has seen its energy.
 
 The same networks give a second estimate: the first two cumulants of -E/alpha given the state, m and v, by least squares, so
 that log h ≈ m + v/2 + const. It learns from the energies of all paths, where the classifier learns from the few that have weight,
@@ -31,8 +31,8 @@ WIDTH, CHANNELS, DROPOUT = 96, 24, 0.3
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 512, 2e-3, 0.3
 VARIANCE_SHARE = 0.3  # of the squared error of the variance beside that of the mean
 FRESH = 0.7  # share of states noised anew from a path's end
-DEEPEST = 30.0  # nats below the best path of the bank, beyond which one is as bad as another
-LARGEST = math.log(60.0)  # h is bounded above: where it is larger the bank holds too few states to know it
+DEEPEST = 30.0  # nats below the best path of the population, beyond which one is as bad as another
+LARGEST = math.log(60.0)  # h is bounded above: where it is larger the population holds too few states to know it
 
 
 class ValueNetwork(nn.Module):
@@ -102,7 +102,7 @@ class ValueNetwork(nn.Module):
 
 
 class SoftValue:
-    """log h_k(s), by the mean of two networks; a path of the bank is judged by the one that has not seen it (``half``).
+    """log h_k(s), by the mean of two networks; a path of the population is judged by the one that has not seen it (``half``).
 
     times: the temperature at which the networks have learned, over the target's. It is above 1 where too few paths are effective
     at the target's (`temperature_within_reach`), and what was learned is then continued to it.
@@ -127,13 +127,13 @@ class SoftValue:
 
     @torch.no_grad()
     def __call__(self, state: Tensor, step: Tensor, group: Tensor | None = None) -> Tensor:
-        """States [N, ...] at steps [N], of conditions [N] if any → [N] nats, for states that no bank path passes through."""
+        """States [N, ...] at steps [N], of conditions [N] if any → [N] nats, for states that no path of the population has."""
         values = [network(state, step, group) for network in self.networks]
         return (0.5 * self.times * (values[0] + values[1])).clamp(max=LARGEST)
 
     @torch.no_grad()
     def of_paths(self, state: Tensor, step: Tensor, path: Tensor, group: Tensor | None = None) -> Tensor:
-        """The same for states of (or noised from the end of) the bank's paths ``path`` [N]."""
+        """The same for states of (or noised from the end of) the population's paths ``path`` [N]."""
         values = [network(state, step, group) for network in self.networks]
         return (self.times * torch.where(self.half[path] == 0, values[1], values[0])).clamp(max=LARGEST)
 
@@ -148,20 +148,21 @@ class SoftValue:
         return torch.where((self.half[path] == 0)[:, None], second, first)
 
 
-def bank_weight(bank: Population, alpha: float) -> Tensor:
-    """exp(-E/alpha) of the bank's paths [N], of mean 1 within each condition."""
-    return bank.weight(alpha).float() * len(bank.trajectories)
+def importance_weight(population: Population, alpha: float) -> Tensor:
+    """exp(-E/alpha) of the population's paths [N], of mean 1 within each condition."""
+    return population.weight(alpha).float() * len(population.trajectories)
 
 
-def standardized(bank: Population, alpha: float) -> tuple[Tensor, Tensor]:
-    """-E/alpha of the bank's paths [N] with mean 0 and standard deviation 1 within each condition; those deviations [G], nats.
+def standardized(population: Population, alpha: float) -> tuple[Tensor, Tensor]:
+    """-E/alpha of the population's paths [N] with mean 0 and standard deviation 1 within each condition; those deviations [G],
+    nats.
 
     Cut at `DEEPEST` nats below the best: a few huge penalties would otherwise be all that there is to regress on. What has no
     finite energy counts as the worst that has one.
     """
-    everything, spreads = bank.log_weight(alpha), list[float]()
+    everything, spreads = population.log_weight(alpha), list[float]()
     standard = torch.empty_like(everything)
-    for index in bank.trajectories.groups:
+    for index in population.trajectories.groups:
         reward = everything[index]
         finite = reward[reward.isfinite()]
         reward = reward.clamp(min=max(finite.min().item(), finite.max().item() - DEEPEST))
@@ -181,7 +182,7 @@ def states_of(chain: Chain, states: Tensor, path: Tensor, step: Tensor, fresh: f
 
 
 def fit_soft_value(
-    bank: Population,
+    population: Population,
     chain: Chain,
     alpha: float,
     updates: int,
@@ -194,14 +195,14 @@ def fit_soft_value(
     alpha: the target's temperature; they learn at ``times`` of it.
     """
     learned = times * alpha
-    states, weight = bank.trajectories.states, bank_weight(bank, learned)
-    group = bank.trajectories.group
+    states, weight = population.trajectories.states, importance_weight(population, learned)
+    group = population.trajectories.group
     device, count = states.device, states.shape[1]
     half = torch.zeros(count, dtype=torch.long, device=device)
     half[torch.randperm(count, generator=generator, device=device)[count // 2 :]] = 1
     fresh = FRESH if chain.forgets_start else 0.0
     scale = states.flatten(1).std(1).clamp(min=1e-6)
-    reward, spread = standardized(bank, learned)
+    reward, spread = standardized(population, learned)
     last = chain.last_trained + 1  # nothing is asked before the first trained step, nor after what the last one leads to
     networks: list[ValueNetwork] = []
     # Initial weights and dropout come from the global generator: forked, so that the caller's is left alone.

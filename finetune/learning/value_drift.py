@@ -2,8 +2,8 @@
 
 The tilted path law's own kernels move by delta_k = sigma_k grad log h_{k+1}(mu_prior) where log h is linear at the scale of
 sigma_k. So a learned log h gives a target for the policy's shift that has no sampling noise. Two estimates of log h (`SoftValue`)
-give two gradients. What each is worth at each step is measured: on tilted paths of the bank, with the noise z that the prior drew
-there, and by networks that have not seen the path,
+give two gradients. What each is worth at each step is measured: on tilted paths of the population, with the noise z that the
+prior drew there, and by networks that have not seen the path,
 
     KL(tilted || policy) = KL(tilted || prior) - sum_k E[<delta, z> - ½ |delta|²]
 
@@ -33,7 +33,7 @@ from ..populations.held_out import HeldOut
 from ..populations.population import Population
 from .gradients import MAX_CHUNK, NoSync
 from .rows import step_share, stratified
-from .soft_value import SoftValue, bank_weight
+from .soft_value import SoftValue, importance_weight
 
 PATHS = 600  # tilted paths on which the factors are measured
 EXPECTED, SPREAD = 0.4, 0.3  # of each gradient's factor before anything is measured: Gaussian, per step too (around 1)
@@ -58,20 +58,20 @@ class ValueDrift:
     def __init__(
         self,
         prior: Prior,
-        bank: Population,
+        population: Population,
         soft_value: SoftValue,
         alpha: float,
         generator: torch.Generator,
         no_sync: NoSync = nullcontext,
     ) -> None:
         self.no_sync, self.chunk = no_sync, MAX_CHUNK
-        self.prior, self.bank, self.soft_value = prior, bank, soft_value
+        self.prior, self.population, self.soft_value = prior, population, soft_value
         self.alpha, self.generator = alpha * soft_value.times, generator
         self.factor: Tensor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
         self.explained: float = 0.0
         self.scale, self.trust = 1.0, 1.0
         self._misses = torch.zeros(2, dtype=torch.float64, device=prior.device)
-        self._mixture = 0.5 * (bank_weight(bank, self.alpha) + 1)
+        self._mixture = 0.5 * (importance_weight(population, self.alpha) + 1)
         self._moves = prior.chain.sensitivity.float().to(prior.device)
         self._probability = step_share(prior.chain).to(prior.device)
 
@@ -89,7 +89,7 @@ class ValueDrift:
 
     def _gradients(self, mean: Tensor, step: Tensor, path: Tensor) -> Tensor:
         """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
-        group = self.bank.trajectories.group[path]
+        group = self.population.trajectories.group[path]
         with torch.enable_grad():
             state = mean.detach().requires_grad_(True)
             values = self.soft_value.estimates(state, step + 1, path, 1.0, group).sum(0)
@@ -103,8 +103,8 @@ class ValueDrift:
         Gaussian regression in two stages: one pair of factors for all steps, then one factor a step around it. Both shrink toward
         what is expected by as much as so many effective paths leave open.
         """
-        chain, states = self.prior.chain, self.bank.trajectories.states
-        path, times = unique_with_counts(self.bank.draw(PATHS, self.alpha, self.generator))
+        chain, states = self.prior.chain, self.population.trajectories.states
+        path, times = unique_with_counts(self.population.draw(PATHS, self.alpha, self.generator))
         times = times.double() / times.sum()
         effective = 1 / times.square().sum()
         kernels = chain.num_kernels
@@ -114,7 +114,7 @@ class ValueDrift:
         for row, k in enumerate(chain.trained):
             for some, weight in zip(torch.split(path, rows), torch.split(times, rows), strict=True):
                 state, step = states[k, some], torch.full_like(some, k)
-                output = evaluate(self.prior.denoiser, chain, state, step, selected(self.bank.trajectories.condition, some))
+                output = evaluate(self.prior.denoiser, chain, state, step, selected(self.population.trajectories.condition, some))
                 z = chain.kernel.standardize(states[k + 1, some], state, step, output)
                 shift = self._gradients(chain.kernel.mean(state, step, output), step, some).flatten(2).double()
                 drawn[row] += torch.einsum("ind,nd,n->i", shift, z.flatten(1).double(), weight)
@@ -187,7 +187,7 @@ class ValueDrift:
         Returns the loss, nats but for `eased`, scaled. ``scale``: that of a gradient scaler.
         """
         eased = self.eased(progress)
-        chain, states = self.prior.chain, self.bank.trajectories.states
+        chain, states = self.prior.chain, self.population.trajectories.states
         row = stratified(self._probability, count, self.generator)
         path = torch.multinomial(self._mixture, count, replacement=True, generator=self.generator)
         state = states[chain.step_of_row(row), path]
@@ -195,7 +195,7 @@ class ValueDrift:
         misses = torch.zeros_like(self._misses)
         parts = list(zip(*(torch.split(rows, self.chunk) for rows in (state, row, path)), strict=True))
         for some, of, paths in parts:
-            at, condition = chain.step_of_row(of), selected(self.bank.trajectories.condition, paths)
+            at, condition = chain.step_of_row(of), selected(self.population.trajectories.condition, paths)
             with torch.no_grad():
                 prior_output = evaluate(self.prior.denoiser, chain, some, at, condition)
             target = self.target(some, at, prior_output, condition)

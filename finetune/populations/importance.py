@@ -33,8 +33,8 @@ def importance_population(
     with energies.processes.together():
         if size < FEWEST * count and count > 1:
             raise ValueError(
-                f"the bank is {size} paths here, for {count} conditions, each with a law of its own that needs {FEWEST} paths at"
-                " least; name fewer labels, or raise bank_size."
+                f"the population is {size} paths here, for {count} conditions, each with a law of its own that needs {FEWEST}"
+                " paths at least; name fewer labels, or raise population_size."
             )
     population = Population(prior_paths(energies, size, "prior samples", alpha, generator, bar))
     with energies.processes.together():
@@ -100,6 +100,6 @@ def refuse_oversized(prior: Prior, shape: tuple[int, ...], processes: Processes,
     if wanted > free / 2:
         raise ValueError(
             f"the {label}, {shape[1] * processes.count:,} trajectories of {shape[0]} states, take"
-            f" {wanted / 2**30:,.1f} GB, and {device} has {free / 2**30:,.1f} free; lower bank_size, or do without:"
+            f" {wanted / 2**30:,.1f} GB, and {device} has {free / 2**30:,.1f} free; lower population_size, or do without:"
             " warm_start none, soft_value_updates 0, forward_rows 0, behavior on_policy 1."
         )

@@ -21,8 +21,8 @@ from ..certificate.criteria import (
     unjudged,
     worse_than_prior,
 )
-from ..certificate.deployment import deployed_samplers, deployment_figures
-from ..certificate.evidence import gather_evidence, path_figures
+from ..certificate.deployment import deployed_samplers, deployment_metrics
+from ..certificate.evidence import gather_evidence, path_metrics
 from ..certificate.verdict import judge_unknown
 from ..energies.names import parse_energy
 from ..estimators import ess
@@ -86,17 +86,17 @@ def certify(
         while True:
             drawn = _draw(run, energy, wanted - (0 if evidence is None else len(evidence.samples)), generator, evidence, progress)
             evidence = drawn if evidence is None else evidence.joined(drawn)
-            figures = _judge(run, energy, evidence, config.tolerance, generator, progress)
-            more = figures["rollouts_to_decide"]
-            if figures["verdict"] != "inconclusive" or more is None or until_decided is None or wanted >= until_decided:
+            metrics = _judge(run, energy, evidence, config.tolerance, generator, progress)
+            more = metrics["rollouts_to_decide"]
+            if metrics["verdict"] != "inconclusive" or more is None or until_decided is None or wanted >= until_decided:
                 break
             wanted = min(until_decided, max(more, 5 * wanted // 4))
     notes = ["training was interrupted; this is what it had reached"] if run.record["interrupted"] else []
     notes += [f"training stopped early: {run.record['stopped']}"] if run.record["stopped"] else []
-    notes += unjudged(figures)
-    figures |= {
-        "flags": energy_flags(run, terms) + worse_than_prior(figures) + flags(figures) + notes,
-        "exit_status": EXIT_STATUS[figures["verdict"]],
+    notes += unjudged(metrics)
+    metrics |= {
+        "flags": energy_flags(run, terms) + worse_than_prior(metrics) + flags(metrics) + notes,
+        "exit_status": EXIT_STATUS[metrics["verdict"]],
         "energy_calls": run.record["energy_calls"],
         "certificate_energy_calls": evidence.energy_calls,
         "energy": [absolute_term(term) for term in terms] or None,
@@ -105,7 +105,7 @@ def certify(
         "size": len(evidence.samples),
         "seed": config.seed,
     }
-    return figures, evidence
+    return metrics, evidence
 
 
 def _draw(run: Run, energy: Energy, size: int, generator: torch.Generator, before: Evidence | None, progress: bool) -> Evidence:
@@ -129,31 +129,31 @@ def _draw(run: Run, energy: Energy, size: int, generator: torch.Generator, befor
 def _judge(
     run: Run, energy: Energy, evidence: Evidence, tolerance: float, generator: torch.Generator, progress: bool
 ) -> dict[str, Any]:
-    """All figures of the evidence, with the verdict of its two sides, and the task's own in its place where there is one."""
+    """All metrics of the evidence, with the verdict of its two sides, and the task's own in its place where there is one."""
     with _bar("judging", 2 if run.task is None else 4, progress) as advance:
-        figures = path_figures(evidence)
+        metrics = path_metrics(evidence)
         advance(1)
-        verdict, reasons, own = judge_unknown(evidence, figures, tolerance)
+        verdict, reasons, own = judge_unknown(evidence, metrics, tolerance)
         advance(1)
         compared = {"verdict": verdict, "reasons": reasons, **own}
         more, judged_by = own.get("rollouts_to_decide"), "its two sides"
         for name in ("cell_tv", "cell_tv_se"):
-            figures["prior"][name] = own.get(f"prior_{name}", math.nan)
-        figures["gap_share_of_prior"] = figures["gap"] / figures["prior"]["gap"] if figures["prior"]["gap"] else math.nan
+            metrics["prior"][name] = own.get(f"prior_{name}", math.nan)
+        metrics["gap_share_of_prior"] = metrics["gap"] / metrics["prior"]["gap"] if metrics["prior"]["gap"] else math.nan
         if run.task is not None:
             sides = {"verdict_unknown_truth": compared}
             try:
-                figures |= run.task.figures(run.config.prior, evidence, energy, generator)
+                metrics |= run.task.metrics(run.config.prior, evidence, energy, generator)
                 judged_by = f"the task {run.task.name}"
-                verdict, reasons = run.task.judge(figures | sides)
-            except ValueError as error:  # too few samples for one of the task's figures are no bad input
-                reasons = [*target_side_doubts(figures), str(error)]
-                verdict, reasons = fail_gross_misses("inconclusive", reasons, figures | sides)
+                verdict, reasons = run.task.judge(metrics | sides)
+            except ValueError as error:  # too few samples for one of the task's metrics are no bad input
+                reasons = [*target_side_doubts(metrics), str(error)]
+                verdict, reasons = fail_gross_misses("inconclusive", reasons, metrics | sides)
             advance(1)
-            figures["exact"] = _exact_figures(run, run.task, evidence, energy, generator)
-            more = rollouts_to_trust(figures, len(evidence.samples)) if verdict == "inconclusive" else None
+            metrics["exact"] = _exact_metrics(run, run.task, evidence, energy, generator)
+            more = rollouts_to_trust(metrics, len(evidence.samples)) if verdict == "inconclusive" else None
             advance(1)
-    return figures | {
+    return metrics | {
         "verdict": verdict,
         "reasons": reasons,
         "judged_by": judged_by,
@@ -187,7 +187,7 @@ def measure_deployment(
     generator = stream("deployment", certificate["seed"], run.prior.device)
     total = size * len(deployed_samplers(run.prior))
     with threads(run.config.threads), _bar("deployed samplers", total, progress and total > 0) as advance:
-        deployed = deployment_figures(run.policy, energy, evidence, generator, size, on_progress=advance)
+        deployed = deployment_metrics(run.policy, energy, evidence, generator, size, on_progress=advance)
     calls = certificate["certificate_energy_calls"] + total
     return certificate | {"deployed": deployed, "certificate_energy_calls": calls}
 
@@ -211,18 +211,18 @@ def _meant(run: Run, terms: Sequence[str]) -> list[str]:
     return sorted(meant)
 
 
-def _exact_figures(run: Run, task: Task, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
-    """The task's figures of the policy's samples resampled by their weights, as `tiltune sample --exact` draws them."""
+def _exact_metrics(run: Run, task: Task, evidence: Evidence, energy: Energy, generator: torch.Generator) -> dict[str, Any]:
+    """The task's metrics of the policy's samples resampled by their weights, as `tiltune sample --exact` draws them."""
     effective = max(1, int(ess(evidence.log_weight) * len(evidence.samples)))
     index = systematic(evidence.log_weight.double().softmax(0), effective, generator)
     everything = torch.arange(len(evidence.prior_samples), device=index.device)
     try:
-        found = task.figures(run.config.prior, evidence.resampled(index, everything), energy, generator)
+        found = task.metrics(run.config.prior, evidence.resampled(index, everything), energy, generator)
     except ValueError as error:  # too few effective samples to say anything
         found = {"missing": str(error)}
     return {"effective": effective, **found}
 
 
-def write_certificate(run: Run, figures: dict[str, Any]) -> None:
+def write_certificate(run: Run, metrics: dict[str, Any]) -> None:
     """certificate.json in the run's folder, whole at any moment."""
-    replace_file(run.folder / "certificate.json", strict_json(figures, indent=2) + "\n")
+    replace_file(run.folder / "certificate.json", strict_json(metrics, indent=2) + "\n")

@@ -172,8 +172,8 @@ def _readme(policy: Policy, format: str, usage: str) -> str:
     if before:
         its = "step belongs" if before == 1 else f"{before} steps belong"
         notes += [f"Its first {its} to the prior; deployed, the policy's network is run there too."]
-    if prior.chain.decoder:
-        its = "step belongs" if prior.chain.decoder == 1 else f"{prior.chain.decoder} steps belong"
+    if prior.chain.prior_last_steps:
+        its = "step belongs" if prior.chain.prior_last_steps == 1 else f"{prior.chain.prior_last_steps} steps belong"
         notes += [f"Its last {its} to the prior; deployed, the policy's network is run there too."]
     if not has_even_steps(prior):
         placed = [int(t) for t in prior.chain.timesteps.tolist()]

@@ -61,7 +61,7 @@ def record_of(
         "new_steps": ending.new_steps,
         "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
         "energy_calls": trainer.state.energies.meter.calls if alone else trainer.history[-1]["energy_calls"],
-        "bank_ess": trainer.state.preparation.effective,
+        "population_ess": trainer.state.preparation.effective,
         "log_z": None if result is None else result.log_z,
         "log_z_by_condition": {} if result is None else result.log_z_by_condition,
         "improvement": None if result is None or result.improvement is None else result.improvement.to_dict(),

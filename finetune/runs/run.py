@@ -47,7 +47,7 @@ class Run:
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; of one condition those that have figures of its own, and nothing of the others."""
+        """The lines of metrics.jsonl; of one condition those that have metrics of its own, and nothing of the others."""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         if self.condition is None:
             return lines

@@ -1,4 +1,4 @@
-"""All figures of `tiltune bench`, as tables that are printed and as values that JSON can hold."""
+"""All metrics of `tiltune bench`, as tables that are printed and as values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ METHOD = {
 
 
 def measure(device: str, threads: int, quick: bool, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """All figures, each said as soon as it is known.
+    """All metrics, each said as soon as it is known.
 
     device: "cpu" or "cuda". threads: of torch, on the CPU. quick: fewer rounds and smaller batches.
 

@@ -1,6 +1,6 @@
 """`tiltune bench`: an update over its floor, two passes against the naive graph, and the log-ratio's error in nats.
 
-Everything is a ratio of two things measured in turn in one run, so that the figures survive a busy machine.
+Everything is a ratio of two things measured in turn in one run, so that the metrics survive a busy machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Options:
     threads: int = 1
     """CPU threads of torch. More than one suffers badly on cores that are shared."""
     out: Path | None = None
-    """A JSON file for all figures."""
+    """A JSON file for all metrics."""
 
 
 def main(argv: list[str]) -> int:

@@ -132,7 +132,7 @@ def verdict_line(certificate: dict[str, Any]) -> str:
 
 
 def summary(certificate: dict[str, Any], folder: Path) -> str:
-    """The verdict in one line, and the figures behind it."""
+    """The verdict in one line, and the metrics behind it."""
 
     def shown(name: str, digits: int = 3) -> str:
         return f"{certificate[name]:.{digits}f} ± {certificate[f'{name}_se']:.{digits}f}"
@@ -161,14 +161,14 @@ def prior_line(certificate: dict[str, Any]) -> str:
 
 
 def task_lines(certificate: dict[str, Any]) -> list[str]:
-    """What a task knows of its samples, and the same of samples resampled by weight; empty without a task's figures."""
+    """What a task knows of its samples, and the same of samples resampled by weight; empty without a task's metrics."""
     lines = []
-    for title, figures in (("policy", certificate), ("reweighted, as by sample --exact", certificate.get("exact", {}))):
+    for title, metrics in (("policy", certificate), ("reweighted, as by sample --exact", certificate.get("exact", {}))):
         shown = [
-            f"{name.replace('_', ' ')} {figures[name]:.3f}"
-            + (f" ({figures[f'{name}_reference']:.3f})" if f"{name}_reference" in figures else "")
+            f"{name.replace('_', ' ')} {metrics[name]:.3f}"
+            + (f" ({metrics[f'{name}_reference']:.3f})" if f"{name}_reference" in metrics else "")
             for name in ("share", "diversity", "residual", "energy_tv", "w2_ratio")
-            if name in figures
+            if name in metrics
         ]
         if shown:
             lines.append(f"{title}: {'   '.join(shown)}")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def summary(certificate: dict[str, Any], out: Path) -> str:
-    """The verdict in one line, and the figures behind it."""
+    """The verdict in one line, and the metrics behind it."""
 
     def beside(name: str, reference: str) -> str:
         other = certificate[reference]

@@ -41,22 +41,22 @@ def checked(
         )
     quiet = chain.sigma[-1].item() < SIGMA_ZERO
     if isinstance(last_step, str):
-        if last_step != "decoder":
-            raise ValueError(f"last_step is {last_step!r}; it is 'decoder' or a positive standard deviation.")
-        return _with_decoder(chain if quiet else replace(chain, trained=tuple(range(chain.num_steps))))
+        if last_step != "prior":
+            raise ValueError(f"last_step is {last_step!r}; it is 'prior' or a positive standard deviation.")
+        return _leaving_last_to_prior(chain if quiet else replace(chain, trained=tuple(range(chain.num_steps))))
     if last_step < SIGMA_ZERO:
-        raise ValueError(f"last_step={last_step:g} leaves the log-ratio undefined; give a positive sigma or 'decoder'.")
+        raise ValueError(f"last_step={last_step:g} leaves the log-ratio undefined; give a positive sigma or 'prior'.")
     if not quiet:
         raise ValueError(
             f"{chain.name} already draws sigma {chain.sigma[-1].item():.3g} in its last step, so last_step={last_step:g} would"
-            " change the prior; leave last_step='decoder'."
+            " change the prior; leave last_step='prior'."
         )
     sigma = chain.sigma.clone()
     sigma[-1] = last_step
     return replace(chain, sigma=sigma, trained=tuple(range(chain.num_steps)))
 
 
-def _with_decoder(chain: Chain) -> Chain:
+def _leaving_last_to_prior(chain: Chain) -> Chain:
     """The same chain, its last kernels given to the prior too where they are hardly any noise.
 
     A DDPM on 'leading' timesteps ends with sigma .01 after .15 (K = 20). Such a kernel has nothing to tell an energy, but every

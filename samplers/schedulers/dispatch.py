@@ -29,12 +29,12 @@ def chain_from_scheduler(
     eta: float = 1.0,
     noise: Literal["flow_grpo", "memoryless"] = "memoryless",
     noise_level: float = 0.7,
-    last_step: LastStep = "decoder",
+    last_step: LastStep = "prior",
 ) -> Chain:
     """The chain of a diffusers scheduler, run with ``num_steps`` steps or with custom ``timesteps`` (descending).
 
     eta: DDIM's noise (its own argument of ``step``). noise, noise_level: the SDE of a flow-matching scheduler.
-    last_step: what a noiseless last step becomes, 'decoder' (it belongs to the prior) or a sigma shared by both.
+    last_step: what a noiseless last step becomes, 'prior' (it belongs to the prior) or a sigma shared by both.
     Custom timesteps: DDPM takes integers below ``num_train_timesteps``; flow matching takes sigma · 1000.
 
     Errors: ValueError for a scheduler, an option or a row that the table cannot hold.

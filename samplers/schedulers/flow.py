@@ -54,7 +54,7 @@ def flow_chain(scheduler: Any, options: Options) -> Chain:
     if stochastic:
         return checked(scheduler, _stochastic_step(scheduler), options.last_step, chain, torch.float32)
     if not isinstance(options.last_step, str):
-        raise ValueError("the last Euler-Maruyama step of a flow SDE always belongs to the prior; leave last_step='decoder'.")
+        raise ValueError("the last Euler-Maruyama step of a flow SDE always belongs to the prior; leave last_step='prior'.")
     # An Euler-Maruyama step never lands on noise 0; nothing is left to explain its last noise, so the prior draws it.
     return chain
 

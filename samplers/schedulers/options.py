@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-LastStep = Literal["decoder"] | float
+LastStep = Literal["prior"] | float
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Measure the reference that results are quoted against: python -m tiltune.tasks.data.make_reference [chain ...]
 
-The figures of the exact posterior denoiser against the shipped prior on the same chain (docs/theory.md, "The reference"),
+The metrics of the exact posterior denoiser against the shipped prior on the same chain (docs/theory.md, "The reference"),
 100k rollouts a side, for the default chains; and W2 between exact sample sets. About ten minutes on one core.
 """
 
@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from ...finetune.certificate.evidence import gather_evidence, path_figures
+from ...finetune.certificate.evidence import gather_evidence, path_metrics
 from ...finetune.estimators import mean
 from ..gaussian_mixture import MixtureDenoiser
 from ..metrics.known_truth import W2_SIZE, w2_sets
@@ -23,13 +23,13 @@ KEPT = ("log_z_forward", "log_z_forward_se", "elbo", "elbo_se", "eubo", "eubo_se
 
 
 def measure(name: str) -> dict[str, float]:
-    """Path figures of the exact posterior denoiser on a default chain."""
+    """Path metrics of the exact posterior denoiser on a default chain."""
     chain = build_chain(name)
     policy = MixtureDenoiser(in_states(target_mixture(), name), chain)
     generator = torch.Generator().manual_seed(0)
     evidence = gather_evidence(shipped_prior(name, chain), policy, energy, 1.0, generator, size=SIZE, starts=3)
-    figures = path_figures(evidence)
-    return {key: round(figures[key], 5) for key in KEPT}
+    metrics = path_metrics(evidence)
+    return {key: round(metrics[key], 5) for key in KEPT}
 
 
 def exact_w2(pairs: int = 400) -> dict[str, float]:

@@ -29,7 +29,7 @@ def pairwise_distance(x: Tensor, weight: Tensor, chunk: int = 1024) -> tuple[flo
     return value, influence.square().sum().sqrt().item()
 
 
-def diversity_figures(
+def diversity_metrics(
     policy: Tensor, policy_label: Tensor, target: Tensor, target_label: Tensor, weight: Tensor, classes: tuple[int, ...]
 ) -> dict[str, float]:
     """Mean pairwise distance within a class, policy over weighted target, averaged over ``classes`` by the target's shares.

@@ -19,16 +19,16 @@ from ...finetune.estimators import weighted_mean
 from ...samplers.resampling import systematic
 from ..classifier import predicted
 from ..inpainting import Inpainting
-from .diversity import diversity_figures
+from .diversity import diversity_metrics
 from .known_truth import w2
-from .moments import moment_figures, moments
+from .moments import moment_metrics, moments
 from .principal_components import pixel_basis
 from .samples import effective, even, generator_on_cpu, on_cpu
 
 BASIS_DIM = 16
 
 
-def w2_figures(
+def w2_metrics(
     policy: Tensor, target: Tensor, weight: Tensor, generator: torch.Generator, pairs: int = 4, most: int = 1000
 ) -> dict[str, float]:
     """W2 between policy samples [N, D] and the weighted target [M, D], and between the target and itself, over ``pairs`` pairs.
@@ -65,26 +65,26 @@ def energy_tv(mine: Tensor, theirs: Tensor, weight: Tensor, generator: torch.Gen
     return binned_distance(mine, theirs, weight, weighted_quantiles(theirs, weight, bins), generator)
 
 
-def image_figures(evidence: Evidence, judge: nn.Module, generator: torch.Generator, classes: int = 10) -> dict[str, Any]:
+def image_metrics(evidence: Evidence, judge: nn.Module, generator: torch.Generator, classes: int = 10) -> dict[str, Any]:
     """W2 among the prior's principal components, the judge's class histogram, and the energy histogram, against the target."""
     evidence, generator = on_cpu(evidence), generator_on_cpu(generator)
     weight = evidence.target_weight
     basis = pixel_basis(evidence.prior_samples, BASIS_DIM)
-    figures: dict[str, Any] = {"basis_share": basis.share}
-    figures |= w2_figures(basis(evidence.samples), basis(evidence.prior_samples), weight, generator)
+    metrics: dict[str, Any] = {"basis_share": basis.share}
+    metrics |= w2_metrics(basis(evidence.samples), basis(evidence.prior_samples), weight, generator)
     mine, theirs = predicted(judge, evidence.samples), predicted(judge, evidence.prior_samples)
     for name, (share, error) in (
         ("", class_shares(mine, even(len(mine)), classes)),
         ("_reference", class_shares(theirs, weight, classes)),
     ):
-        figures[f"class_shares{name}"] = [round(value, 5) for value in share.tolist()]
-        figures[f"class_shares{name}_se"] = [round(value, 5) for value in error.tolist()]
-    figures["class_tv"], figures["class_tv_null"] = share_distance(mine, theirs, weight, classes, generator)
+        metrics[f"class_shares{name}"] = [round(value, 5) for value in share.tolist()]
+        metrics[f"class_shares{name}_se"] = [round(value, 5) for value in error.tolist()]
+    metrics["class_tv"], metrics["class_tv_null"] = share_distance(mine, theirs, weight, classes, generator)
     tv = energy_tv(evidence.energy, evidence.prior_energy, weight, generator)
-    return figures | {"energy_tv": tv[0], "energy_tv_null": tv[1]}
+    return metrics | {"energy_tv": tv[0], "energy_tv_null": tv[1]}
 
 
-def wanted_figures(evidence: Evidence, judge: nn.Module, wanted: tuple[int, ...]) -> dict[str, float]:
+def wanted_metrics(evidence: Evidence, judge: nn.Module, wanted: tuple[int, ...]) -> dict[str, float]:
     """Share of the ``wanted`` classes by the judge, of the policy and of the target, and the diversity within them."""
     evidence = on_cpu(evidence)
     weight = evidence.target_weight
@@ -92,30 +92,30 @@ def wanted_figures(evidence: Evidence, judge: nn.Module, wanted: tuple[int, ...]
     inside = [torch.isin(label, torch.tensor(wanted)).long() for label in labels]
     own = class_shares(inside[0], even(len(inside[0])), 2)
     reference = class_shares(inside[1], weight, 2)
-    figures = {
+    metrics = {
         "share": own[0][1].item(),
         "share_se": own[1][1].item(),
         "share_reference": reference[0][1].item(),
         "share_reference_se": reference[1][1].item(),
     }
-    return figures | diversity_figures(evidence.samples, labels[0], evidence.prior_samples, labels[1], weight, wanted)
+    return metrics | diversity_metrics(evidence.samples, labels[0], evidence.prior_samples, labels[1], weight, wanted)
 
 
-def inpainting_figures(evidence: Evidence, problem: Inpainting, generator: torch.Generator) -> dict[str, float]:
+def inpainting_metrics(evidence: Evidence, problem: Inpainting, generator: torch.Generator) -> dict[str, float]:
     """How measured pixels are reproduced, and the posterior's mean and spread on measured and unmeasured ones.
 
     ``residual`` is the root mean square of (pixel - measured value) / noise: at most about 1 where the measurement is met.
     """
     evidence, generator = on_cpu(evidence), generator_on_cpu(generator)
     weight = evidence.target_weight
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     sides = (("", evidence.samples, even(len(evidence.samples))), ("_reference", evidence.prior_samples, weight))
     for name, images, share in sides:
         value, error = weighted_mean(problem.residual(images).square().mean(1), share)
-        figures |= {f"residual{name}": math.sqrt(value), f"residual{name}_se": 0.5 * error / math.sqrt(value)}
+        metrics |= {f"residual{name}": math.sqrt(value), f"residual{name}_se": 0.5 * error / math.sqrt(value)}
     policy, target = (moments(images, share) for _, images, share in sides)
     measured = problem.measured.flatten()
     for name, pixels in (("measured", measured), ("unmeasured", ~measured)):
-        found = moment_figures(policy, target, pixels, generator)
-        figures |= {f"{key}_{name}": value for key, value in found.items()}
-    return figures
+        found = moment_metrics(policy, target, pixels, generator)
+        metrics |= {f"{key}_{name}": value for key, value in found.items()}
+    return metrics

@@ -91,7 +91,7 @@ def histogram_tv(x: Tensor, y: Tensor, bins: int = 20) -> float:
     return 0.5 * (shares[0] - shares[1]).abs().sum().item()
 
 
-def truth_figures(
+def truth_metrics(
     x: Tensor,
     truth: GaussianMixture,
     energy: Callable[[Tensor], Tensor],

@@ -33,7 +33,7 @@ def moments(images: Tensor, weight: Tensor) -> Moments:
     return Moments(center, spread, on_mean.T @ on_mean, on_spread.T @ on_spread)
 
 
-def moment_figures(
+def moment_metrics(
     policy: Moments, target: Moments, pixels: Tensor, generator: torch.Generator, bootstraps: int = 1000
 ) -> dict[str, float]:
     """Root mean square difference of the means, and of the spreads, over ``pixels`` [P] bool, each with its null.
@@ -41,16 +41,16 @@ def moment_figures(
     The nulls are of the same root mean square for a normal error of both sides' covariance: pixels err together, so that a
     pixel's own standard error would not do. ``spread_ratio`` is the ratio of the root mean squares of the spreads.
     """
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name in ("mean", "spread"):
         difference = (getattr(policy, name) - getattr(target, name))[pixels]
         error = getattr(policy, f"{name}_covariance") + getattr(target, f"{name}_covariance")
         if not error.isfinite().all():  # a policy that diverged: no figure of it is a number
-            figures |= {f"{name}_error": math.nan, f"{name}_error_null": math.nan}
+            metrics |= {f"{name}_error": math.nan, f"{name}_error_null": math.nan}
             continue
         values = torch.linalg.eigvalsh(error[pixels][:, pixels]).clamp(min=0)
         draws = torch.randn(bootstraps, len(values), generator=generator, dtype=torch.float64).square() @ values
-        figures[f"{name}_error"] = difference.square().mean().sqrt().item()
-        figures[f"{name}_error_null"] = (draws / len(values)).sqrt().quantile(NULL_QUANTILE).item()
-    figures["spread_ratio"] = (policy.spread[pixels].norm() / target.spread[pixels].norm()).item()
-    return figures
+        metrics[f"{name}_error"] = difference.square().mean().sqrt().item()
+        metrics[f"{name}_error_null"] = (draws / len(values)).sqrt().quantile(NULL_QUANTILE).item()
+    metrics["spread_ratio"] = (policy.spread[pixels].norm() / target.spread[pixels].norm()).item()
+    return metrics

@@ -11,7 +11,7 @@ from ...finetune.certificate.evidence import Evidence
 
 
 def on_cpu(evidence: Evidence) -> Evidence:
-    """Samples and energies of both sides on the CPU, where these figures and pictures are made."""
+    """Samples and energies of both sides on the CPU, where these metrics and pictures are made."""
     names = ("samples", "energy", "prior_samples", "prior_energy")
     return replace(evidence, **{name: getattr(evidence, name).cpu() for name in names})
 

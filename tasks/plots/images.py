@@ -64,7 +64,7 @@ def image_figure(evidence: Evidence, history: list[dict[str, Any]], certificate:
 
 
 def summary(certificate: dict[str, Any]) -> str:
-    """One line of a certificate's figures."""
+    """One line of a certificate's metrics."""
     parts = []
     if "share" in certificate:
         parts.append(f"wanted share {certificate['share']:.3f} (target {certificate['share_reference']:.3f})")

@@ -47,12 +47,12 @@ def mixture_figure(
     scatter(axes[0], prior, PRIOR, "Prior")
     scatter(axes[1], policy, POLICY, f"Policy on the target ({certificate['verdict']})", target)
     curves(axes[2], axes[3], history, certificate["log_z_true"])
-    figures = (
+    metrics = (
         f"W2 ratio {certificate['w2_ratio']:.2f}   mode TV {certificate['mode_tv']:.3f}   "
         f"ESS {certificate['ess']:.2f}   ELBO {certificate['elbo']:.2f} ≤ log Z {certificate['log_z']:.2f}"
         f" ≤ EUBO {certificate['eubo']:.2f}   {certificate['energy_calls']:,} energy calls"
     )
-    figure.suptitle(figures, fontsize=9)
+    figure.suptitle(metrics, fontsize=9)
     return figure
 
 

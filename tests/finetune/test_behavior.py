@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from tiltune.finetune.estimators import weighted_mean
-from tiltune.finetune.learning.behaviors import BEHAVIORS, NEEDS_BANK, Context, draw
+from tiltune.finetune.learning.behaviors import BEHAVIORS, NEEDS_POPULATION, Context, draw
 from tiltune.finetune.populations.population import Population, temperature_within_reach
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import Denoiser, evaluate
@@ -39,7 +39,7 @@ def ddim_ending_in_noise() -> Chain:
 
 CHAINS: dict[str, Callable[[], Chain]] = {
     "brownian": lambda: brownian_chain(4),
-    "decoder": lambda: chain_from_scheduler(DDPMScheduler(prediction_type="sample", clip_sample=False), 4),
+    "prior last": lambda: chain_from_scheduler(DDPMScheduler(prediction_type="sample", clip_sample=False), 4),
     "explicit last sigma": lambda: chain_from_scheduler(
         DDPMScheduler(prediction_type="sample", clip_sample=False), 4, last_step=0.05
     ),
@@ -62,16 +62,16 @@ def make_context(chain: Chain, noise_scale: float = 1.0, progress: float = 0.0, 
     for parameter in policy.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     drawn = rollout(prior, None, size, generator)
-    bank = Population(drawn.with_(energy=energy(prior.to_data(drawn.terminal)), log_behavior=None))
-    return Context(prior, policy, bank, ALPHA, progress, noise_scale)
+    population = Population(drawn.with_(energy=energy(prior.to_data(drawn.terminal)), log_behavior=None))
+    return Context(prior, policy, population, ALPHA, progress, noise_scale)
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("name", BEHAVIORS)
 def test_contract(name: str, chain: str) -> None:
     context = make_context(CHAINS[chain](), noise_scale=1.5)
-    if name not in NEEDS_BANK:
-        context = replace(context, bank=None)
+    if name not in NEEDS_POPULATION:
+        context = replace(context, population=None)
     table = context.prior.chain
     state = torch.get_rng_state()
     drawn = BEHAVIORS[name](context, 12, torch.Generator().manual_seed(5))
@@ -109,7 +109,7 @@ def path_log_density(chain: Chain, network: Denoiser, drawn: Trajectories, scale
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("chain", ["brownian", "decoder"])
+@pytest.mark.parametrize("chain", ["brownian", "prior last"])
 @pytest.mark.parametrize("name", ["on_policy", "prior", "inflated"])
 def test_log_behavior_is_the_density_it_says(name: str, chain: str, progress: float) -> None:
     context = make_context(CHAINS[chain](), noise_scale=2.0, progress=progress)
@@ -125,17 +125,17 @@ def test_log_behavior_is_the_density_it_says(name: str, chain: str, progress: fl
 def test_log_behavior_of_the_tilted_law() -> None:
     context = make_context(brownian_chain(4))
     drawn = BEHAVIORS["tilted_prior"](context, 30, torch.Generator().manual_seed(1))
-    assert context.bank is not None
+    assert context.population is not None
     assert drawn.energy is not None
     assert drawn.log_behavior is not None
-    bank_energy = context.bank.trajectories.energy
-    assert bank_energy is not None
-    log_z = (-bank_energy.double() / ALPHA).exp().mean().log().item()
-    assert context.bank.log_z(ALPHA).item() == pytest.approx(log_z, abs=1e-5)
+    population_energy = context.population.trajectories.energy
+    assert population_energy is not None
+    log_z = (-population_energy.double() / ALPHA).exp().mean().log().item()
+    assert context.population.log_z(ALPHA).item() == pytest.approx(log_z, abs=1e-5)
     assert torch.allclose(drawn.log_behavior, -drawn.energy / ALPHA - log_z, atol=1e-4)
 
 
-def make_bank(size: int = 50) -> Population:
+def make_population(size: int = 50) -> Population:
     generator = torch.Generator().manual_seed(0)
     values = 2 * torch.rand(size, generator=generator)
     values[3], values[7] = math.inf, math.nan
@@ -144,11 +144,11 @@ def make_bank(size: int = 50) -> Population:
 
 def test_systematic_resampling_is_unbiased() -> None:
     """Every count is the floor or the ceiling of its expectation; 5000 draws, every mean within 4.5 SE (p = 3e-4 in all)."""
-    bank, count, rounds = make_bank(), 20, 5000
-    weight = bank.log_weight(ALPHA).double().softmax(0)
+    population, count, rounds = make_population(), 20, 5000
+    weight = population.log_weight(ALPHA).double().softmax(0)
     generator = torch.Generator().manual_seed(1)
     counts = torch.stack(
-        [torch.bincount(bank.draw(count, ALPHA, generator), minlength=len(weight)) for _ in range(rounds)]
+        [torch.bincount(population.draw(count, ALPHA, generator), minlength=len(weight)) for _ in range(rounds)]
     ).double()
     expected = count * weight
     assert (counts - expected).abs().max() < 1
@@ -188,31 +188,31 @@ def _alpha_for(energy: torch.Tensor, effective: float) -> float:
 
 
 def test_invalid_and_forbidden_samples_are_never_drawn() -> None:
-    bank = make_bank()
-    drawn = bank.draw(2000, ALPHA, torch.Generator().manual_seed(0))
+    population = make_population()
+    drawn = population.draw(2000, ALPHA, torch.Generator().manual_seed(0))
     assert not set(drawn.tolist()) & {3, 7}
-    assert bank.trajectories.energy is not None
+    assert population.trajectories.energy is not None
     # NaN leaves the mean; +inf is a sample of zero density and stays in it.
-    values = bank.trajectories.energy[~bank.trajectories.energy.isnan()].double()
-    assert bank.log_z(ALPHA).item() == pytest.approx((-values / ALPHA).exp().mean().log().item(), abs=1e-6)
-    weight = bank.log_weight(ALPHA).double().softmax(0)
-    assert bank.ess(ALPHA) == pytest.approx(1 / weight.square().sum().item(), rel=1e-5)
+    values = population.trajectories.energy[~population.trajectories.energy.isnan()].double()
+    assert population.log_z(ALPHA).item() == pytest.approx((-values / ALPHA).exp().mean().log().item(), abs=1e-6)
+    weight = population.log_weight(ALPHA).double().softmax(0)
+    assert population.ess(ALPHA) == pytest.approx(1 / weight.square().sum().item(), rel=1e-5)
 
 
 def test_draws_come_in_random_order() -> None:
     """Halves of a systematic draw must be alike: their mean index differs by less than 4.5 SE (p = 7e-6)."""
-    drawn = make_bank().draw(4000, ALPHA, torch.Generator().manual_seed(0)).double()
+    drawn = make_population().draw(4000, ALPHA, torch.Generator().manual_seed(0)).double()
     first, second = drawn[:2000], drawn[2000:]
     assert (first.mean() - second.mean()).abs() < 4.5 * drawn.std() * math.sqrt(2 / 2000)
 
 
 @pytest.mark.parametrize("name", ["tilted_prior", "noised_back"])
-def test_bank_behaviors_reproduce_the_weighted_mean(name: str) -> None:
-    """Systematic draws of as many as the bank holds: within a tenth of the standard error of independent draws."""
+def test_population_behaviors_reproduce_the_weighted_mean(name: str) -> None:
+    """Systematic draws of as many as the population holds: within a tenth of the standard error of independent draws."""
     context = make_context(brownian_chain(4), size=4000)
-    assert context.bank is not None
-    x = context.bank.trajectories.terminal[:, 0]
-    truth, _ = weighted_mean(x, context.bank.log_weight(ALPHA).double().softmax(0))
+    assert context.population is not None
+    x = context.population.trajectories.terminal[:, 0]
+    truth, _ = weighted_mean(x, context.population.log_weight(ALPHA).double().softmax(0))
     drawn = BEHAVIORS[name](context, 4000, torch.Generator().manual_seed(2))
     error = (x.std() / math.sqrt(4000)).item()
     assert drawn.terminal[:, 0].double().mean().item() == pytest.approx(truth, abs=0.5 * error)

@@ -86,7 +86,7 @@ def test_the_bias_of_another_denoiser_is_the_closed_form(name, error, monkeypatc
 def test_plain_rows_take_stored_next_states_where_the_bridge_is_biased(error, bridged):
     """With a warning that says by how much."""
     prior = prior_of("ddpm", error)
-    config = TrainConfig(bank_size=1000, warm_start_updates=2, warm_start_rows=16, updates=0)
+    config = TrainConfig(population_size=1000, warm_start_updates=2, warm_start_rows=16, updates=0)
     trainer = Trainer(prior, lambda x: x.square().sum(1), config, policy=Linear(prior.chain, error), progress=False)
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
@@ -108,11 +108,11 @@ def test_plain_rows_take_stored_next_states_where_the_bridge_is_biased(error, br
 def test_controlled_rows_are_not_asked():
     """At E = 0 their factor w - h is 0, whatever the bridge says."""
     prior = prior_of("ddpm", -0.3)
-    bank = Population(paths_of(prior, 100).with_(energy=torch.zeros(100)))
-    forward = ForwardKL(prior, Linear(prior.chain, -0.3), bank, object(), TrainConfig(), torch.Generator())
+    population = Population(paths_of(prior, 100).with_(energy=torch.zeros(100)))
+    forward = ForwardKL(prior, Linear(prior.chain, -0.3), population, object(), TrainConfig(), torch.Generator())
     assert forward.bridged_and_controlled
     config = TrainConfig(
-        bank_size=200, warm_start_updates=2, warm_start_rows=16, updates=0, soft_value_updates=2, objective="reinforce_kl"
+        population_size=200, warm_start_updates=2, warm_start_rows=16, updates=0, soft_value_updates=2, objective="reinforce_kl"
     )
     trainer = Trainer(prior, lambda x: x.square().sum(1), config, policy=Linear(prior.chain, -0.3), progress=False)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The evidence and its figures on laws that are known, against closed forms."""
+"""The evidence and its metrics on laws that are known, against closed forms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiltune.finetune.certificate.criteria import flags
-from tiltune.finetune.certificate.evidence import Evidence, expectation, gather_evidence, path_figures
+from tiltune.finetune.certificate.evidence import Evidence, expectation, gather_evidence, path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import Denoiser
@@ -43,48 +43,48 @@ def gaussian_evidence(mean: float = -1.0, std: float = 1.0, seed: int = 0, size:
     return Evidence(1.0, x, tilt * x[:, 0], log_ratio(x), y, tilt * y[:, 0], log_ratio(y), torch.zeros(1), None, 0)
 
 
-# --- figures -----------------------------------------------------------------------------------------------------------
+# --- metrics -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_optimal_policy_closes_the_sandwich() -> None:
     task = make_task(brownian_chain(5))
     evidence = evidence_of(task, task.policy())
-    figures = path_figures(evidence)
+    metrics = path_metrics(evidence)
     for name in ("elbo", "eubo", "log_z"):
-        assert figures[name] == pytest.approx(task.log_z, abs=1e-4)
-    assert figures["log_z_forward"] == pytest.approx(task.log_z, abs=4 * figures["log_z_forward_se"])
-    assert figures["ess"] == pytest.approx(1.0, abs=1e-5)
-    assert figures["residual_std"] < 1e-3
-    assert figures["start_variance"] == 0.0
-    assert figures["violation_rate"] == 0.0
+        assert metrics[name] == pytest.approx(task.log_z, abs=1e-4)
+    assert metrics["log_z_forward"] == pytest.approx(task.log_z, abs=4 * metrics["log_z_forward_se"])
+    assert metrics["ess"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["residual_std"] < 1e-3
+    assert metrics["start_variance"] == 0.0
+    assert metrics["violation_rate"] == 0.0
     assert evidence.start_log_weight is None  # a pinned start needs no test
     assert evidence.energy_calls == 2 * SIZE
-    assert judge_unknown(evidence, figures)[0] == "pass"
+    assert judge_unknown(evidence, metrics)[0] == "pass"
 
 
 def test_elbo_and_eubo_bound_log_z_of_an_untrained_policy() -> None:
     """The prior as policy: ELBO = -E_prior[E]/alpha, EUBO = log Z + KL(tilted || prior), KL = ½ b·V b for both."""
     task = make_task(brownian_chain(5))
-    figures = path_figures(evidence_of(task, task.prior().denoiser, 20_000))
+    metrics = path_metrics(evidence_of(task, task.prior().denoiser, 20_000))
     kl = task.log_z  # mean 0: log Z = ½ b·V b, and so are both divergences
-    assert figures["elbo"] < task.log_z < figures["eubo"]
-    assert figures["elbo"] == pytest.approx(0.0, abs=4 * figures["elbo_se"])
-    assert figures["eubo"] == pytest.approx(task.log_z + kl, abs=4 * figures["eubo_se"])
-    assert figures["gap"] == pytest.approx(2 * kl, abs=4 * figures["gap_se"])
-    assert figures["log_z"] == pytest.approx(task.log_z, abs=4 * figures["log_z_se"])
-    assert figures["gap_se"] < 0.1 * figures["gap"]
+    assert metrics["elbo"] < task.log_z < metrics["eubo"]
+    assert metrics["elbo"] == pytest.approx(0.0, abs=4 * metrics["elbo_se"])
+    assert metrics["eubo"] == pytest.approx(task.log_z + kl, abs=4 * metrics["eubo_se"])
+    assert metrics["gap"] == pytest.approx(2 * kl, abs=4 * metrics["gap_se"])
+    assert metrics["log_z"] == pytest.approx(task.log_z, abs=4 * metrics["log_z_se"])
+    assert metrics["gap_se"] < 0.1 * metrics["gap"]
 
 
 @pytest.mark.parametrize(("mean", "std"), [(-1.0, 1.0), (-0.5, 1.0), (-1.0, 1.3)])
 def test_forward_and_reverse_ess_in_closed_form(mean: float, std: float) -> None:
     """1/E_{p*}[p*/pi] for Gaussians: both estimates of the same number, within .03."""
-    figures = path_figures(gaussian_evidence(mean, std, size=40_000))
+    metrics = path_metrics(gaussian_evidence(mean, std, size=40_000))
     grid = torch.arange(-15, 15, 0.001, dtype=torch.float64)
     density = torch.exp(-0.5 * (grid + 1) ** 2) / math.sqrt(2 * math.pi)
     policy = torch.exp(-0.5 * ((grid - mean) / std) ** 2) / math.sqrt(2 * math.pi) / std
     truth = 1 / (density**2 / policy).sum().item() / 0.001
-    assert figures["ess"] == pytest.approx(truth, abs=0.03)
-    assert figures["ess_forward"] == pytest.approx(truth, abs=0.03)
+    assert metrics["ess"] == pytest.approx(truth, abs=0.03)
+    assert metrics["ess_forward"] == pytest.approx(truth, abs=0.03)
 
 
 def test_forbidden_samples_are_counted_and_leave_the_conditional_elbo() -> None:
@@ -92,22 +92,22 @@ def test_forbidden_samples_are_counted_and_leave_the_conditional_elbo() -> None:
     energy = evidence.energy.clone()
     energy[:200] = math.inf
     energy[200:300] = math.nan
-    figures = path_figures(replace(evidence, energy=energy))
-    assert figures["elbo"] == -math.inf
-    assert figures["elbo_finite"] == pytest.approx(0.5, abs=1e-4)
-    assert figures["violation_rate"] == pytest.approx(300 / SIZE)
-    assert figures["log_z"] == pytest.approx(0.5 + math.log(1 - 300 / SIZE), abs=1e-4)
+    metrics = path_metrics(replace(evidence, energy=energy))
+    assert metrics["elbo"] == -math.inf
+    assert metrics["elbo_finite"] == pytest.approx(0.5, abs=1e-4)
+    assert metrics["violation_rate"] == pytest.approx(300 / SIZE)
+    assert metrics["log_z"] == pytest.approx(0.5 + math.log(1 - 300 / SIZE), abs=1e-4)
 
 
 def test_the_prior_has_a_row_of_its_own() -> None:
     """N(0, 1) tilted to N(-1, 1): as its own policy the prior has ELBO 0, EUBO log Z + ½ and a gap of both KLs, 1, whatever
     the policy is; the row does not move with it."""
-    figures, other = (path_figures(gaussian_evidence(mean, size=40_000)) for mean in (-1.0, 3.0))
-    prior = figures["prior"]
+    metrics, other = (path_metrics(gaussian_evidence(mean, size=40_000)) for mean in (-1.0, 3.0))
+    prior = metrics["prior"]
     for name, truth in (("mean_energy", 0.0), ("elbo", 0.0), ("eubo", 1.0), ("gap", 1.0)):
         assert prior[name] == pytest.approx(truth, abs=4 * prior[f"{name}_se"]), name
-    assert figures["gap"] < 0.01 and other["gap"] > 10
-    assert figures["mean_energy"] == pytest.approx(-1, abs=4 * figures["mean_energy_se"])
+    assert metrics["gap"] < 0.01 and other["gap"] > 10
+    assert metrics["mean_energy"] == pytest.approx(-1, abs=4 * metrics["mean_energy_se"])
     assert other["prior"] == prior
 
 
@@ -136,11 +136,11 @@ def test_a_chain_that_remembers_its_start_is_flagged() -> None:
     task = make_task(chain)
     evidence = evidence_of(task, task.policy())
     assert evidence.energy_calls == 2 * SIZE + 128 * 8
-    figures = path_figures(evidence)
-    assert figures["start_variance"] == pytest.approx(task.start_spread**2, abs=4 * figures["start_variance_se"])
+    metrics = path_metrics(evidence)
+    assert metrics["start_variance"] == pytest.approx(task.start_spread**2, abs=4 * metrics["start_variance_se"])
     assert task.start_spread**2 > 0.1
-    assert "remembers its start" in flags(figures)[0]
-    verdict, reasons, _ = judge_unknown(evidence, figures)
+    assert "remembers its start" in flags(metrics)[0]
+    verdict, reasons, _ = judge_unknown(evidence, metrics)
     assert verdict == "inconclusive"
     assert any("remembers its start" in reason for reason in reasons)
 
@@ -148,16 +148,16 @@ def test_a_chain_that_remembers_its_start_is_flagged() -> None:
 def test_a_start_that_is_forgotten_is_not_flagged() -> None:
     """The same chain tilted ten times less: Var[log Z(s_0)] is a hundredth, and stays below the bar."""
     task = make_task(replace(brownian_chain(5), start_std=2.0), alpha=10.0)
-    figures = path_figures(evidence_of(task, task.policy(), 1000))
-    assert figures["start_variance"] < 0.02
-    assert flags(figures) == []
+    metrics = path_metrics(evidence_of(task, task.policy(), 1000))
+    assert metrics["start_variance"] < 0.02
+    assert flags(metrics) == []
 
 
 def test_a_start_without_any_finite_rollout_is_said_not_to_be_measured() -> None:
     log_weight = torch.zeros(16, 8)
     log_weight[3] = -math.inf
-    figures = path_figures(replace(gaussian_evidence(), start_log_weight=log_weight))
-    assert "not measured" in flags(figures)[0]
+    metrics = path_metrics(replace(gaussian_evidence(), start_log_weight=log_weight))
+    assert "not measured" in flags(metrics)[0]
 
 
 # --- the evidence ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from tiltune.finetune.certificate.evidence import gather_evidence, path_figures
+from tiltune.finetune.certificate.evidence import gather_evidence, path_metrics
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.energies.error import EnergyError
 from tiltune.finetune.learning.gradients import objective_gradient
@@ -154,7 +154,7 @@ def test_the_soft_value_knows_the_condition(problem: Conditional, population: Po
 # --- whole trainings --------------------------------------------------------------------------------------------------------
 
 QUICK = TrainConfig(
-    bank_size=6000, warm_start_updates=120, warm_start_rows=300, warm_start_learning_rate=0.03, updates=60, batch_size=96,
+    population_size=6000, warm_start_updates=120, warm_start_rows=300, warm_start_learning_rate=0.03, updates=60, batch_size=96,
     learning_rate=0.01, tempering_ess=None,
 )  # fmt: skip
 RECIPES = {
@@ -179,9 +179,9 @@ def test_every_recipe_learns_each_conditions_law(name: str, problem: Conditional
         evidence = gather_evidence(
             one.prior, one, problem.energy, 1.0, torch.Generator().manual_seed(5), size=4000, starts=0, rollouts=2
         )
-        figures = path_figures(evidence)
-        assert figures["gap"] < 0.2 * figures["prior"]["gap"], row
-        assert figures["log_z"] == pytest.approx(law.log_z, abs=0.1)
+        metrics = path_metrics(evidence)
+        assert metrics["gap"] < 0.2 * metrics["prior"]["gap"], row
+        assert metrics["log_z"] == pytest.approx(law.log_z, abs=0.1)
         if OBJECTIVES[RECIPES[name].objective].learns_log_z:  # else it is an estimate from the last batch
             assert result.log_z_by_condition[f"label {10 * row}"] == pytest.approx(law.log_z, abs=0.1)
         wrong = gather_evidence(
@@ -193,7 +193,7 @@ def test_every_recipe_learns_each_conditions_law(name: str, problem: Conditional
             size=4000,
             starts=0,
         )
-        assert path_figures(wrong)["gap"] > path_figures(wrong)["prior"]["gap"]
+        assert path_metrics(wrong)["gap"] > path_metrics(wrong)["prior"]["gap"]
     last = trainer.history[-1]
     assert set(last["conditions"]) == {"label 0", "label 10", "label 20"}
     if "elbo" in last:
@@ -202,7 +202,7 @@ def test_every_recipe_learns_each_conditions_law(name: str, problem: Conditional
 
 @pytest.mark.parametrize("name", ["rtb, tempered", "controlled", "value drift"])
 def test_resumed_at_any_step_it_is_the_same_run(name: str, problem: Conditional, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"bank_size": 150, "warm_start_rows": 32, "updates": 3, "batch_size": 12, "checkpoint_every": 1}
+    sizes: dict[str, Any] = {"population_size": 150, "warm_start_rows": 32, "updates": 3, "batch_size": 12, "checkpoint_every": 1}
     config = replace(RECIPES[name], warm_start_updates=3, soft_value_updates=min(2, RECIPES[name].soft_value_updates), **sizes)
 
     def keep(trainer: Trainer) -> None:
@@ -255,7 +255,7 @@ def test_a_condition_without_any_finite_energy_is_named(problem: Conditional) ->
     ("changes", "message"),
     [
         ({"batch_size": 10}, r"batch_size is 10; .* 3 conditions, 12 in all"),
-        ({"bank_size": 60}, "the bank is 60 paths here, for 3 conditions, .* needs 25 paths"),
+        ({"population_size": 60}, "the population is 60 paths here, for 3 conditions, .* needs 25 paths"),
     ],
 )
 def test_too_few_trajectories_a_condition_are_refused(changes: dict[str, int], message: str, problem: Conditional) -> None:

@@ -32,8 +32,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     ({"learning_rate": math.nan}, "learning_rate is nan"),
     ({"log_z_learning_rate": -0.1}, "log_z_learning_rate"),
-    ({"bank_size": 0}, "bank_size is 0"),
-    ({"bank_size": 1, "soft_value_updates": 3}, "two halves of the bank"),
+    ({"population_size": 0}, "population_size is 0"),
+    ({"population_size": 1, "soft_value_updates": 3}, "two halves of the population"),
     ({"max_energy": -1.0}, "max_energy is -1.0"),
     ({"memory_mb": 0.0}, "memory_mb is 0.0"),
     ({"updates": -1}, "updates is -1"),
@@ -149,7 +149,7 @@ def test_parts_of_a_run_are_refused_when_built(kind: Any, values: dict[str, Any]
 def test_the_recipe_for_a_strangers_prior_is_a_whole_config() -> None:
     config = pretrained_recipe("folder", "a.py:b", "c.py:d")
     assert (config.prior.source, config.energy.terms) == ("folder", ("a.py:b", "c.py:d"))
-    assert config.train.shares == {"on_policy": 1.0}  # stored paths of a small bank are soon learned by heart
+    assert config.train.shares == {"on_policy": 1.0}  # stored paths of a small population are soon learned by heart
     assert pretrained_recipe() == RunConfig(train=config.train)
 
 

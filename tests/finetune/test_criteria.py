@@ -80,10 +80,10 @@ def test_known_truth_without_a_reference_gap_leaves_it_out() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("target_ess", 250.0), ("target_max_weight", 0.03), ("target_pareto_k", 0.8)])
 def test_doubts_about_the_target_side_are_inconclusive_never_a_failure(name: str, value: float) -> None:
-    figures = {**KNOWN, name: value}
-    assert len(target_side_doubts(figures)) == 1
-    assert judge_known(figures)[0] == "inconclusive"
-    assert judge_known({**figures, "mode_tv": 0.5})[0] == "inconclusive"
+    metrics = {**KNOWN, name: value}
+    assert len(target_side_doubts(metrics)) == 1
+    assert judge_known(metrics)[0] == "inconclusive"
+    assert judge_known({**metrics, "mode_tv": 0.5})[0] == "inconclusive"
 
 
 def test_a_criterion_that_is_expected_and_not_there_is_a_doubt() -> None:
@@ -105,9 +105,9 @@ def gaps(policy: float, prior: float, error: float = 0.1) -> dict[str, Any]:
 )
 def test_a_policy_that_is_worse_than_its_prior_is_called_so(policy: float, prior: float, error: float, worse: bool) -> None:
     """2.6 standard errors of both gaps, .37 here; an ELBO of minus infinity is no excuse."""
-    figures = gaps(policy, prior, 0.1) | {"gap_se": error}
-    assert against_prior(figures).met is not worse
-    assert [("worse than the model you started from" in line) for line in worse_than_prior(figures)] == [True] * worse
+    metrics = gaps(policy, prior, 0.1) | {"gap_se": error}
+    assert against_prior(metrics).met is not worse
+    assert [("worse than the model you started from" in line) for line in worse_than_prior(metrics)] == [True] * worse
 
 
 def test_the_rollouts_that_the_target_side_lacks() -> None:

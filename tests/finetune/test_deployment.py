@@ -16,7 +16,7 @@ from tiltune.finetune.certificate.deployment import (
     Deployed,
     Reference,
     deployed_samplers,
-    deployment_figures,
+    deployment_metrics,
     draw_deployed,
     has_even_steps,
 )
@@ -78,7 +78,7 @@ def test_the_same_sampler_is_found_equal_and_others_are_not(tmp_path: Path) -> N
     policy = trained(load_prior(saved(tmp_path, DDPMScheduler(**NOISY_END)), STEPS))
     evidence = evidence_of(policy, 12_000)
     done: list[int] = []
-    rows = deployment_figures(policy, energy, evidence, seeded(2), size=6000, on_progress=done.append)
+    rows = deployment_metrics(policy, energy, evidence, seeded(2), size=6000, on_progress=done.append)
     assert sum(done) == 6000 * (len(rows) - 2)
     by_name = {(row["sampler"], row["steps"]): row for row in rows}
     weighted, chain, same, *_ = rows
@@ -102,7 +102,7 @@ def test_the_same_sampler_is_found_equal_and_others_are_not(tmp_path: Path) -> N
     assert set(weighted) == set(chain) == set(same)
 
 
-def test_the_trained_chain_without_a_decoder_is_the_plain_loop(tmp_path: Path) -> None:
+def test_the_trained_chain_whose_last_step_is_trained_is_the_plain_loop(tmp_path: Path) -> None:
     prior = load_prior(saved(tmp_path, DDPMScheduler(**NOISY_END)), STEPS)
     policy = trained(prior)
     done: list[int] = []
@@ -190,7 +190,7 @@ def test_timesteps_that_were_placed_come_first(tmp_path: Path) -> None:
 
 def test_a_chain_that_diffusers_does_not_have_is_not_deployed() -> None:
     policy = make_policy(Prior(MLPDenoiser(dim=2, width=8, fourier_features=4), brownian_chain(4), (2,)))
-    rows = deployment_figures(policy, energy, evidence_of(policy, 200), seeded())
+    rows = deployment_metrics(policy, energy, evidence_of(policy, 200), seeded())
     assert [row["sampler"] for row in rows] == ["weighted prior", "trained chain"]
 
 
@@ -234,7 +234,7 @@ def test_energies_that_are_none_are_counted_and_labels_are_passed(tmp_path: Path
     samples = torch.randn(8, 1, 8, 8, generator=seeded())
     blank = torch.zeros(8)
     evidence = Evidence(1.0, samples, blank, blank, samples, blank, blank, torch.zeros(1), None, 0)
-    rows = deployment_figures(policy, half, evidence, seeded(), size=8)
+    rows = deployment_metrics(policy, half, evidence, seeded(), size=8)
     assert all((labels == 3).all() for labels in seen)
     assert len(seen) == len(rows) - 2
     for row in rows[2:]:
@@ -253,12 +253,12 @@ def test_a_reference_sees_a_missing_part_and_forgives_sampling() -> None:
     # N(0, I) tilted by exp(-½ (x + y)) is N(-½, I) exactly.
     exact = torch.randn(3000, 2, generator=seeded(2)) - 0.5
     for figure, null in (("x_energy_tv", "x_energy_tv_null"), ("x_cell_tv", "x_cell_tv_null")):
-        same = reference.figures("x", exact, energy(exact))
+        same = reference.metrics("x", exact, energy(exact))
         assert same[figure] < same[null]  # pyright: ignore[reportOperatorIssue]
         half = exact[exact[:, 0] > -0.5]
-        other = reference.figures("x", half, energy(half))
+        other = reference.metrics("x", half, energy(half))
         assert other[figure] > 2 * other[null]  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
-    assert Reference(samples[:40], value[:40], weight[:40]).figures("x", exact, energy(exact))["x_cell_tv"] is None
+    assert Reference(samples[:40], value[:40], weight[:40]).metrics("x", exact, energy(exact))["x_cell_tv"] is None
 
 
 def test_a_deployed_sampler_is_run_as_it_says(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ EnergyPool([f"{file}:misbehaving({str(tmp_path)!r}, 'hangs')"], 1)(torch.zeros(8
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
 SIZES = TrainConfig(
-    bank_size=60, warm_start_updates=4, warm_start_rows=32, updates=3, batch_size=8, monitor_every=2, checkpoint_every=1
+    population_size=60, warm_start_updates=4, warm_start_rows=32, updates=3, batch_size=8, monitor_every=2, checkpoint_every=1
 )
 MIXED = replace(SIZES, objective="rtb", behavior={"on_policy": 0.5, "prior": 0.25, "noised_back": 0.25}, tempering_ess=0.9)
 
@@ -264,7 +264,7 @@ def same(first: Any, second: Any) -> bool:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bank of several chunks."""
+    """A population of several chunks."""
     assert rows_at_once((2,), torch.device("cpu")) > 60
     monkeypatch.setattr("tiltune.finetune.populations.importance.rows_at_once", lambda shape, device: 13)
 
@@ -279,15 +279,15 @@ def test_overlapped_training_is_the_same_to_the_last_bit(cache: bool, task: Line
     with EnergyPool(terms(), 2) as pool:
         overlapped = trained(task, CachedEnergy(pool) if cache else pool)
     assert plain[0] == overlapped[0] and "terms" in plain[0] and same(plain, overlapped)
-    probed, bank, held_out, updates = 12, 60, 15, 3 * 6 + 3 * 2 * task.prior().chain.decoder
-    judged = plain[3] + plain[4] - (probed + bank + held_out + updates)
+    probed, population, held_out, updates = 12, 60, 15, 3 * 6 + 3 * 2 * task.prior().chain.prior_last_steps
+    judged = plain[3] + plain[4] - (probed + population + held_out + updates)
     assert plain[3] == overlapped[3] and judged in (256, 512)  # the warm start, and the updates behind it
     assert not same(plain, trained(task, task.energy))  # the control: another energy
 
 
 @pytest.mark.usefixtures("small_chunks")
 def test_the_next_samples_are_drawn_while_the_energy_works(task: LinearGaussian, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where another rollout follows in the bank or the batch, the energy does not return before it has begun."""
+    """Where another rollout follows in the population or the batch, the energy does not return before it has begun."""
     drawn = threading.Condition()
     count = [0]
 
@@ -301,8 +301,8 @@ def test_the_next_samples_are_drawn_while_the_energy_works(task: LinearGaussian,
 
     for module in ("populations.importance", "learning.preparation", "learning.monitor", "learning.behaviors"):
         monkeypatch.setattr(f"tiltune.finetune.{module}.rollout", counting)
-    probe, bank, held_out, update, judged = [False] * 4, [*[True] * 4, False], [True, False], [True, False], [False]
-    waits = iter([*probe, *bank, *held_out, *judged, *update, *judged])
+    probe, population, held_out, update, judged = [False] * 4, [*[True] * 4, False], [True, False], [True, False], [False]
+    waits = iter([*probe, *population, *held_out, *judged, *update, *judged])
     met: list[bool] = []
 
     class Held(EnergyPool):
@@ -333,7 +333,7 @@ def test_a_hung_energy_stops_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(
     config = RunConfig(
         prior=PriorConfig(str(prior), steps=3),
         energy=EnergyConfig((f"{file}:stopping({str(tmp_path)!r})",), workers=1, timeout=0.5),
-        train=replace(SIZES, bank_size=16, behavior={"on_policy": 0.5, "prior": 0.5}),
+        train=replace(SIZES, population_size=16, behavior={"on_policy": 0.5, "prior": 0.5}),
         device="cpu",
     )
 

@@ -184,7 +184,7 @@ def test_rounding_passes_half_precision_is_warned_of_and_more_is_refused() -> No
         probed(Rounding(0.2), alpha=0.1)
 
 
-def test_the_trainer_probes_before_it_fills_a_bank_and_draws_nothing_for_it() -> None:
+def test_the_trainer_probes_before_it_draws_a_population_and_draws_nothing_for_it() -> None:
     prior = Prior(MLPDenoiser(dim=2, width=4, depth=1, fourier_features=2), brownian_chain(2), (2,))
     asked: list[int] = []
 
@@ -193,5 +193,5 @@ def test_the_trainer_probes_before_it_fills_a_bank_and_draws_nothing_for_it() ->
         return x.sum(1) + len(asked)
 
     with pytest.raises(EnergyError, match=r"unsteady of test_energy_probe.py answered differently"):
-        Trainer(prior, unsteady, TrainConfig(bank_size=50), progress=False).train()
+        Trainer(prior, unsteady, TrainConfig(population_size=50), progress=False).train()
     assert asked == [4, 4]

@@ -39,7 +39,7 @@ def clipped_ddim() -> Chain:
 
 CHAINS: dict[str, Callable[[], Chain]] = {
     "brownian": lambda: brownian_chain(4),
-    "decoder": lambda: chain_from_scheduler(DDPMScheduler(prediction_type="v_prediction", clip_sample=False), 4),
+    "prior last": lambda: chain_from_scheduler(DDPMScheduler(prediction_type="v_prediction", clip_sample=False), 4),
     "clipped": clipped_ddpm,
     "clipped, raw output kept": clipped_ddim,
 }
@@ -88,7 +88,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_passes_are_the_naive_gradient(name: str, chain: str) -> None:
     prior, policy, trajectories = make_setting(CHAINS[chain]())
-    assert (prior.chain.decoder > 0) == (chain != "brownian")
+    assert (prior.chain.prior_last_steps > 0) == (chain != "brownian")
     total = prior.chain.num_kernels * BATCH
     for huber in (None, 1.0):
         expected = naive_gradient(name, prior, policy, trajectories, huber)
@@ -128,7 +128,7 @@ class Gathered:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_processes_give_the_gradient_of_the_global_batch(name: str) -> None:
     """Local columns times W, averaged as DDP does; log Z's gradient is global and equal on both, never summed."""
-    prior, policy, trajectories = make_setting(CHAINS["decoder"]())
+    prior, policy, trajectories = make_setting(CHAINS["prior last"]())
     expected = naive_gradient(name, prior, policy, trajectories, None)
     parts = [trajectories.select(torch.arange(0, 3)), trajectories.select(torch.arange(3, 6))]
     whole = make_batch(prior, policy, trajectories)

@@ -189,7 +189,7 @@ def test_the_sentence_says_which_of_three_it_is(nats, se, reached, said):
 # --- never worse than the prior -------------------------------------------------------------------------------------------
 
 SMALL = TrainConfig(
-    bank_size=2000,
+    population_size=2000,
     soft_value_updates=30,
     warm_start_updates=40,
     warm_start_rows=256,
@@ -271,7 +271,7 @@ def test_a_warm_start_away_from_the_target_ends_at_the_prior(task, monkeypatch, 
     result = trainer.train()
     same = all(torch.equal(a, b) for a, b in zip(before, weights_of(result.policy), strict=True))
     said = result.improvement
-    paid = result.energy_calls - config.bank_size - config.bank_size // 4
+    paid = result.energy_calls - config.population_size - config.population_size // 4
     assert same == sabotaged and (said.reached == "prior") == sabotaged
     if sabotaged:
         assert said.sentence.startswith("NOT BETTER THAN THE PRIOR: nothing that was tried came closer")

@@ -32,7 +32,7 @@ from toys.linear_gaussian import LinearGaussian
 
 VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
 SIZES = TrainConfig(
-    bank_size=60, warm_start_updates=4, warm_start_rows=32, updates=4, batch_size=8, monitor_every=3, checkpoint_every=1
+    population_size=60, warm_start_updates=4, warm_start_rows=32, updates=4, batch_size=8, monitor_every=3, checkpoint_every=1
 )
 # Every objective with every behavior that it admits, a mixture, and what keeps a state of its own.
 CASES: dict[str, TrainConfig] = {
@@ -181,7 +181,7 @@ def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache
 
     def interrupted(x):
         asked.append(len(x))
-        if len(asked) == 6 + call:  # after the probe, four calls, the bank and the held-out paths
+        if len(asked) == 6 + call:  # after the probe, four calls, the population and the held-out paths
             raise Preempted("SIGTERM")
         return task.energy(x)
 
@@ -217,7 +217,9 @@ def test_the_state_of_another_policy_is_refused(task):
 @pytest.fixture(scope="module")
 def config(prior):
     """A run on the tiny pipeline."""
-    return RunConfig(prior=PriorConfig(str(prior), steps=3), train=replace(SIZES, bank_size=16, checkpoint_every=3), device="cpu")
+    return RunConfig(
+        prior=PriorConfig(str(prior), steps=3), train=replace(SIZES, population_size=16, checkpoint_every=3), device="cpu"
+    )
 
 
 def ink(x):

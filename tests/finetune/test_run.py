@@ -121,8 +121,8 @@ def test_an_interrupted_run_is_a_run(config: RunConfig, tmp_path: Path) -> None:
     assert run.record["updates"] == 1
     opened = open_run(run.folder)
     torch.testing.assert_close(opened.policy.sample(2), run.policy.sample(2), rtol=0, atol=0)
-    figures, _ = evaluation.certify(opened, lambda x: x.flatten(1).mean(1), size=100, progress=False)
-    assert any("interrupted" in flag for flag in figures["flags"])
+    metrics, _ = evaluation.certify(opened, lambda x: x.flatten(1).mean(1), size=100, progress=False)
+    assert any("interrupted" in flag for flag in metrics["flags"])
 
 
 def test_an_error_in_the_middle_keeps_what_was_trained(config: RunConfig, tmp_path: Path) -> None:
@@ -311,8 +311,8 @@ def test_what_is_missing_is_said_before_any_work(config: RunConfig, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bank_that_does_not_fit_is_refused(config: RunConfig, tmp_path: Path) -> None:
-    huge = replace(config.train, bank_size=10**12)
+def test_a_population_that_does_not_fit_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    huge = replace(config.train, population_size=10**12)
     needed = replace(config, train=replace(huge, behavior=None))
     with pytest.raises(ValueError, match=r"prior samples, 1,000,000,000,000 trajectories of 4 states, take 238,\d{3}\.\d GB"):
         train(needed, tmp_path / "run", progress=False)
@@ -387,9 +387,9 @@ def certified(config: RunConfig, out: Path, energy: Any, size: int, task: Any = 
     """The certificate of the untouched prior, for a given energy."""
     untouched = replace(config, train=replace(config.train, updates=0))
     run = train(untouched, out, energy=energy, task=task, progress=False)
-    figures, evidence = evaluation.certify(run, energy, size=size, progress=False)
-    assert "deployed" not in figures
-    evaluation.write_certificate(run, evaluation.measure_deployment(run, figures, evidence, energy, progress=False))
+    metrics, evidence = evaluation.certify(run, energy, size=size, progress=False)
+    assert "deployed" not in metrics
+    evaluation.write_certificate(run, evaluation.measure_deployment(run, metrics, evidence, energy, progress=False))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -430,8 +430,8 @@ def test_a_certificate_names_the_energy_that_judged(config: RunConfig, tmp_path:
     monkeypatch.chdir(tmp_path)
 
     def judged(*terms: str) -> tuple[Any, list[str]]:
-        figures, _ = evaluation.certify(run, run.energy(terms), terms=terms, size=100, progress=False)
-        return figures["energy"], [flag for flag in figures["flags"] if "the energy here" in flag]
+        metrics, _ = evaluation.certify(run, run.energy(terms), terms=terms, size=100, progress=False)
+        return metrics["energy"], [flag for flag in metrics["flags"] if "the energy here" in flag]
 
     ink = f"{tmp_path}/my_energy.py:ink"
     assert judged("my_energy.py:ink") == ([ink], [])
@@ -441,9 +441,9 @@ def test_a_certificate_names_the_energy_that_judged(config: RunConfig, tmp_path:
     )
     assert not evaluation.energy_flags(run, ["1.0*./my_energy.py:ink"])
     assert evaluation.energy_flags(run, ["my_energy.py:ink", "my_energy.py:nothing"])
-    figures, _ = evaluation.certify(run, lambda x: x.flatten(1).mean(1), size=100, progress=False)
-    assert figures["energy"] is None
-    assert f"the energy here is a function of its own; the run was trained with {ink}" in figures["flags"]
+    metrics, _ = evaluation.certify(run, lambda x: x.flatten(1).mean(1), size=100, progress=False)
+    assert metrics["energy"] is None
+    assert f"the energy here is a function of its own; the run was trained with {ink}" in metrics["flags"]
 
 
 def test_every_wait_of_a_certificate_has_a_bar_that_ends_at_its_total(
@@ -461,11 +461,11 @@ def test_every_wait_of_a_certificate_has_a_bar_that_ends_at_its_total(
     run = train(config, tmp_path / "run", progress=False)
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     energy = run.energy([f"{tmp_path}/my_energy.py:ink"])
-    figures, evidence = evaluation.certify(run, energy, size=100, progress=True)
-    figures = evaluation.measure_deployment(run, figures, evidence, energy, progress=True)
+    metrics, evidence = evaluation.certify(run, energy, size=100, progress=True)
+    metrics = evaluation.measure_deployment(run, metrics, evidence, energy, progress=True)
     assert [bar.desc for bar in bars] == ["certificate", "judging", "deployed samplers"]
     assert all(bar.n == bar.total > 0 for bar in bars)
-    assert bars[0].total + bars[2].total == figures["certificate_energy_calls"]
+    assert bars[0].total + bars[2].total == metrics["certificate_energy_calls"]
 
 
 def test_an_undecided_certificate_draws_on_to_its_budget(config: RunConfig, tmp_path: Path) -> None:
@@ -495,7 +495,7 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
     def flat(x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(x))
 
-    def figures(asked: PriorConfig, evidence: Any, energy: Any, generator: Any) -> dict[str, float]:
+    def metrics(asked: PriorConfig, evidence: Any, energy: Any, generator: Any) -> dict[str, float]:
         assert energy is flat and asked.steps == 3
         return {"brightness": evidence.samples.mean().item()}
 
@@ -503,8 +503,8 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
         name="toy",
         module="tiltune.tasks.mixture",
         load_prior=lambda asked: load_prior(config.prior.source or "", asked.steps),
-        figures=figures,
-        judge=lambda figures: judge_weighted([Criterion("brightness", figures["brightness"], -100.0)], figures),
+        metrics=metrics,
+        judge=lambda metrics: judge_weighted([Criterion("brightness", metrics["brightness"], -100.0)], metrics),
     )
     toy = replace(config, task="toy", prior=PriorConfig(steps=3), train=replace(config.train, updates=0))
     run = train(toy, tmp_path / "run", task=task, energy=flat, progress=False)
@@ -519,7 +519,7 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
     def too_few(*_: Any) -> dict[str, float]:
         raise ValueError("two samples are too few")
 
-    task.figures = too_few
+    task.metrics = too_few
     judged, _ = evaluation.certify(open_run(run.folder, task), flat, size=100, progress=False)
     assert (judged["verdict"], judged["judged_by"]) == ("inconclusive", "its two sides")
     assert "two samples are too few" in judged["reasons"]
@@ -533,8 +533,8 @@ def test_a_gross_miss_fails_a_task_whose_target_side_is_thin(config: RunConfig, 
         name="toy",
         module="tiltune.tasks.mixture",
         load_prior=lambda asked: load_prior(config.prior.source or "", asked.steps),
-        figures=lambda *_: {},
-        judge=lambda figures: judge_weighted([Criterion("nothing", 0.0, 1.0)], figures),
+        metrics=lambda *_: {},
+        judge=lambda metrics: judge_weighted([Criterion("nothing", 0.0, 1.0)], metrics),
     )
     toy = replace(config, task="toy", prior=PriorConfig(steps=3), train=replace(config.train, updates=0))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from tiltune.finetune.certificate.evidence import path_figures
+from tiltune.finetune.certificate.evidence import path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.energies.energy import EnergyMeter
@@ -60,8 +60,8 @@ def test_the_warm_start_at_zero_energy_leaves_the_prior_unchanged(name):
     chain = CHAINS[name]()
     prior = gaussian_prior(chain)
     trainer = Trainer(prior, lambda x: torch.zeros(len(x)), TrainConfig(seed=3), policy=residual_policy(prior), progress=False)
-    bank = Population(rollout(prior, None, 20_000, trainer.state.noise.generator).with_(energy=torch.zeros(20_000)))
-    forward = ForwardKL(prior, trainer.state.wrapped, bank, None, trainer.state.config, trainer.state.noise.generator)
+    population = Population(rollout(prior, None, 20_000, trainer.state.noise.generator).with_(energy=torch.zeros(20_000)))
+    forward = ForwardKL(prior, trainer.state.wrapped, population, None, trainer.state.config, trainer.state.noise.generator)
     worst = 0.0
     for k in range(chain.num_kernels):
         step = torch.full((20_000,), k)
@@ -126,9 +126,9 @@ def test_nothing_finite_on_the_target_side_is_inconclusive_and_never_a_crash():
     evidence = gather_evidence(
         prior, prior.denoiser, lambda x: torch.full((len(x),), torch.inf), 1.0, torch.Generator().manual_seed(0), size=400
     )
-    figures = path_figures(evidence)
-    assert math.isnan(figures["eubo"]) and figures["violation_rate"] == 1.0
-    assert judge_unknown(evidence, figures)[0] == "inconclusive"
+    metrics = path_metrics(evidence)
+    assert math.isnan(metrics["eubo"]) and metrics["violation_rate"] == 1.0
+    assert judge_unknown(evidence, metrics)[0] == "inconclusive"
     assert all(math.isnan(value) for value in weighted_mean(torch.ones(3), torch.zeros(3)))
 
 

@@ -11,7 +11,14 @@ from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.gradients import backward_likelihood
 from tiltune.finetune.learning.objectives import Batch, reinforce_kl
-from tiltune.finetune.learning.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value, standardized, states_of
+from tiltune.finetune.learning.soft_value import (
+    SoftValue,
+    ValueNetwork,
+    fit_soft_value,
+    importance_weight,
+    standardized,
+    states_of,
+)
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.populations.importance import importance_population
 from tiltune.finetune.populations.population import Population
@@ -32,7 +39,7 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def bank(task):
+def population(task):
     drawn = rollout(task.prior(), None, 4000, torch.Generator().manual_seed(0))
     return Population(drawn.with_(energy=task.energy(drawn.terminal)))
 
@@ -44,12 +51,12 @@ def exact(task, state, step):
 
 
 @pytest.fixture(scope="module")
-def fitted(task, bank):
-    return fit_soft_value(bank, task.chain, task.alpha, 250, torch.Generator().manual_seed(1))
+def fitted(task, population):
+    return fit_soft_value(population, task.chain, task.alpha, 250, torch.Generator().manual_seed(1))
 
 
-def test_it_learns_the_closed_form(task, bank, fitted):
-    """Root mean square error at most half of what log h itself spreads, from 4000 paths; a shuffled bank shows nothing."""
+def test_it_learns_the_closed_form(task, population, fitted):
+    """Root mean square error at most half of what log h itself spreads, from 4000 paths; a shuffled population shows nothing."""
 
     def error(value):
         step = torch.arange(10).repeat_interleave(400)
@@ -59,9 +66,9 @@ def test_it_learns_the_closed_form(task, bank, fitted):
 
     nothing = error(lambda state, step: torch.zeros(len(state)))
     assert error(fitted) < 0.5 * nothing
-    mixed = bank.trajectories.energy[torch.randperm(4000, generator=torch.Generator().manual_seed(2))]
+    mixed = population.trajectories.energy[torch.randperm(4000, generator=torch.Generator().manual_seed(2))]
     blind = fit_soft_value(
-        Population(bank.trajectories.with_(energy=mixed)), task.chain, task.alpha, 100, torch.Generator().manual_seed(1)
+        Population(population.trajectories.with_(energy=mixed)), task.chain, task.alpha, 100, torch.Generator().manual_seed(1)
     )
     assert error(blind) > 0.9 * nothing
 
@@ -74,13 +81,13 @@ def test_a_path_is_judged_by_the_network_that_has_not_seen_it():
     assert value(state, step).tolist() == [0.5, 0.5, 0.5]
 
 
-def test_the_global_generator_is_left_alone(task, bank):
+def test_the_global_generator_is_left_alone(task, population):
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    first = fit_soft_value(bank, task.chain, task.alpha, 3, torch.Generator().manual_seed(1))
+    first = fit_soft_value(population, task.chain, task.alpha, 3, torch.Generator().manual_seed(1))
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(4)
-    second = fit_soft_value(bank, task.chain, task.alpha, 3, torch.Generator().manual_seed(1))
+    second = fit_soft_value(population, task.chain, task.alpha, 3, torch.Generator().manual_seed(1))
     for a, b in zip(first.networks[0].parameters(), second.networks[0].parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -91,26 +98,27 @@ def test_any_shape_of_state_starts_at_zero(shape):
     assert network(torch.randn(3, *shape), torch.tensor([0, 2, 5])).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_fresh_states_have_the_law_of_the_stored_ones(task, bank):
+def test_fresh_states_have_the_law_of_the_stored_ones(task, population):
     """Mean and variance of each coordinate within 5 standard errors (p < 1e-5 together) of the chain's nominal law."""
     step = torch.full((4000,), 5)
     path = torch.arange(4000)
     for fresh in (0.0, 1.0):
-        state = states_of(task.chain, bank.trajectories.states, path, step, fresh, torch.Generator().manual_seed(7))
+        state = states_of(task.chain, population.trajectories.states, path, step, fresh, torch.Generator().manual_seed(7))
         assert state.mean(0).abs().max() < 5 / math.sqrt(4000)
         assert (state.var(0) - 1).abs().max() < 5 * math.sqrt(2 / 4000)
     assert torch.equal(
-        states_of(task.chain, bank.trajectories.states, path, step, 0.0, torch.Generator()), bank.trajectories.states[5]
+        states_of(task.chain, population.trajectories.states, path, step, 0.0, torch.Generator()),
+        population.trajectories.states[5],
     )
 
 
-def gradients(task, bank, control):
+def gradients(task, population, control):
     """Per-path gradient [N] of the likelihood at step 6 along one direction of the shift, by autograd in float64."""
     chain, prior = task.chain, task.prior()
     step = torch.full((4000,), 6)
-    state, following = bank.trajectories.states[6].double(), bank.trajectories.states[7].double()
+    state, following = population.trajectories.states[6].double(), population.trajectories.states[7].double()
     output = evaluate(prior.denoiser, chain, state, 6, None)
-    weight = bank_weight(bank, task.alpha).double()
+    weight = importance_weight(population, task.alpha).double()
     theta = torch.zeros(4000, requires_grad=True, dtype=torch.float64)
 
     def policy(x, timestep, condition=None):
@@ -121,16 +129,16 @@ def gradients(task, bank, control):
     return theta.grad
 
 
-def test_the_control_variate_changes_the_variance_and_not_the_mean(task, bank):
+def test_the_control_variate_changes_the_variance_and_not_the_mean(task, population):
     """Means with and without it within 4 standard errors of the difference (p < 1e-4); the exact h removes most variance."""
-    state, step = bank.trajectories.states[6], torch.full((4000,), 6)
-    plain = gradients(task, bank, torch.zeros(4000))
-    controlled = gradients(task, bank, exact(task, state, step).exp())
+    state, step = population.trajectories.states[6], torch.full((4000,), 6)
+    plain = gradients(task, population, torch.zeros(4000))
+    controlled = gradients(task, population, exact(task, state, step).exp())
     difference = plain - controlled
     assert difference.mean().abs() < 4 * difference.std() / math.sqrt(4000)
     assert controlled.var() < 0.5 * plain.var()
     # A control that looks at what comes next is not one: it takes the signal out with the noise.
-    peeking = gradients(task, bank, bank_weight(bank, task.alpha).double())
+    peeking = gradients(task, population, importance_weight(population, task.alpha).double())
     assert (plain - peeking).mean().abs() > 5 * (plain - peeking).std() / math.sqrt(4000)
 
 
@@ -172,7 +180,7 @@ def test_training_with_it_comes_closer_and_repeats(task, ema_decay):
     config = TrainConfig(
         objective="reinforce_kl",
         soft_value_updates=60,
-        bank_size=1000,
+        population_size=1000,
         warm_start_updates=60,
         warm_start_rows=256,
         updates=10,
@@ -217,8 +225,8 @@ class ExactValue:
 
 
 def forward_kl(task, count, slope=1.0):
-    """The forward KL of a bank of ``count`` prior paths, with a movable policy and the exact soft value."""
-    config = TrainConfig(soft_value_updates=1, forward_rows=500, bank_size=count)
+    """The forward KL of a population of ``count`` prior paths, with a movable policy and the exact soft value."""
+    config = TrainConfig(soft_value_updates=1, forward_rows=500, population_size=count)
     trainer = Trainer(task.prior(), task.energy, config, policy=Shift(task), progress=False)
     value: Any = ExactValue(task)
     state, generator = trainer.state, trainer.state.noise.generator
@@ -236,7 +244,7 @@ def same(tensor):
 @pytest.mark.parametrize("share", [0.5, 1.0, 2.0])
 def test_the_slope_is_what_the_optimal_drift_leaves_of_a_shift(task, share):
     """A shift of 1/share times the optimal drift has slope ``share``, at most 1: closed form, within 4 standard errors of twelve
-    banks at each step (p < 1e-3 in all)."""
+    populations at each step (p < 1e-3 in all)."""
     slopes = []
     for seed in range(12):
         forward, theta = forward_kl(task, 2000)
@@ -287,7 +295,7 @@ def test_forward_rows_give_the_forward_kl_gradient(task, factor):
     closed = theta.detach() - (chain.sigma[:, None] * task.soft_value[0][1:])[: chain.num_kernels].float()
     gradient = torch.stack(found)
     error = gradient.std(0) / math.sqrt(len(found))
-    # The bank itself is a sample: its own weighted mean of what the rows average is off by about 1/sqrt(8000).
+    # The population itself is a sample: its own weighted mean of what the rows average is off by about 1/sqrt(8000).
     assert ((gradient.mean(0) - factor * closed).abs() < 5 * error + 0.03 * factor).all()
     assert (closed.abs() > 0.1).any(), "a gradient that is zero everywhere would prove nothing"
 
@@ -335,7 +343,11 @@ def test_half_precision_trains_with_a_scaled_gradient():
 
 def test_a_trainer_trains_once(task):
     trainer = Trainer(
-        task.prior(), task.energy, TrainConfig(warm_start="none", updates=0, bank_size=8), policy=Shift(task), progress=False
+        task.prior(),
+        task.energy,
+        TrainConfig(warm_start="none", updates=0, population_size=8),
+        policy=Shift(task),
+        progress=False,
     )
     trainer.train()
     with pytest.raises(ValueError, match="make a new one"):

@@ -51,7 +51,7 @@ def make_config(**changes: Any) -> TrainConfig:
         "updates": 60,
         "batch_size": 128,
         "learning_rate": 1e-2,
-        "bank_size": 2000,
+        "population_size": 2000,
         "warm_start": "none",
         "warm_start_updates": 20,
         "warm_start_rows": 256,
@@ -116,7 +116,7 @@ def test_the_warm_start_alone_comes_close() -> None:
 
 @pytest.mark.parametrize("name", ["rtb", "trust_pcl"])
 def test_learned_log_z_approaches_the_truth(name: Any) -> None:
-    """Started at 0, without a bank."""
+    """Started at 0, without a population."""
     task = make_task()
     config = make_config(objective=name, behavior={"on_policy": 1.0}, updates=150, log_z_learning_rate=0.05)
     result = train(task, config)

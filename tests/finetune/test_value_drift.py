@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from tiltune.finetune.config.train import TrainConfig
-from tiltune.finetune.learning.soft_value import SoftValue, ValueNetwork, bank_weight, fit_soft_value
+from tiltune.finetune.learning.soft_value import SoftValue, ValueNetwork, fit_soft_value, importance_weight
 from tiltune.finetune.learning.step_bound import StepBound
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.learning.value_drift import ValueDrift
@@ -31,7 +31,7 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def bank(task):
+def population(task):
     drawn = rollout(task.prior(), None, 4000, torch.Generator().manual_seed(0))
     return Population(drawn.with_(energy=task.energy(drawn.terminal)))
 
@@ -78,9 +78,9 @@ def noise(seed):
     return estimate
 
 
-def drift_of(task, bank, first, second, seed=3):
+def drift_of(task, population, first, second, seed=3):
     value = first if second is None else Estimates(first, second)
-    return ValueDrift(task.prior(), bank, value, task.alpha, torch.Generator().manual_seed(seed))
+    return ValueDrift(task.prior(), population, value, task.alpha, torch.Generator().manual_seed(seed))
 
 
 def best_shift(task):
@@ -212,11 +212,11 @@ def test_without_clipping_every_target_is_reachable(task):
 # --- targets and factors --------------------------------------------------------------------------------------------------
 
 
-def test_the_exact_value_gives_the_optimal_policy(task, bank):
+def test_the_exact_value_gives_the_optimal_policy(task, population):
     """Target = the optimal kernel's shift at states of every step, to 1e-5; with the other factor it is the other estimate's."""
-    drift = drift_of(task, bank, truth(task), truth(task, -1.0))
+    drift = drift_of(task, population, truth(task), truth(task, -1.0))
     step = torch.arange(STEPS - 1).repeat_interleave(50)
-    state = bank.trajectories.states[step, torch.arange(len(step))]
+    state = population.trajectories.states[step, torch.arange(len(step))]
     prior_output = evaluate(task.prior().denoiser, task.chain, state, step, None)
     optimal = task.chain.kernel.shift(state, step, evaluate(task.policy(), task.chain, state, step, None), prior_output)
     assert optimal.abs().max() > 0.3
@@ -227,10 +227,10 @@ def test_the_exact_value_gives_the_optimal_policy(task, bank):
     assert torch.allclose(drift.target(state, step, prior_output), -optimal, atol=1e-5)
 
 
-def test_two_right_estimates_share_one_factor_of_1(task, bank):
+def test_two_right_estimates_share_one_factor_of_1(task, population):
     """Sum over the pair within 4 standard errors, 1/sqrt(paths · E|delta|²), and the pull of the expected .8; ``explained``
     against Σ ½ |delta_k|² likewise. Both per unit of the measured direction."""
-    drift = drift_of(task, bank, truth(task), truth(task))
+    drift = drift_of(task, population, truth(task), truth(task))
     drift.measure()
     effective = 0.6 * 600  # at least: some paths are drawn several times
     information = effective * best_shift(task).square().sum().item()
@@ -243,22 +243,22 @@ def test_two_right_estimates_share_one_factor_of_1(task, bank):
     assert closed > 0.4
 
 
-def test_a_gradient_of_nothing_is_not_followed(task, bank):
+def test_a_gradient_of_nothing_is_not_followed(task, population):
     """Beside the truth: less than .1 of noise, with all of the nats. Two of noise: nearly no nats, and never fewer than -.02."""
-    drift = drift_of(task, bank, truth(task), noise(4))
+    drift = drift_of(task, population, truth(task), noise(4))
     drift.measure()
     late = drift.factor[3:]
     assert (late[:, 0] > 0.6).all() and (late[:, 1].abs() < 0.1).all()
     assert drift.explained > 0.3
-    drift = drift_of(task, bank, noise(5), noise(4))
+    drift = drift_of(task, population, noise(5), noise(4))
     drift.measure()
     assert drift.factor.abs().max() < 0.15
     assert -0.02 < drift.explained < 0.05
 
 
-def test_of_an_estimate_and_its_opposite_the_right_one_is_followed(task, bank):
+def test_of_an_estimate_and_its_opposite_the_right_one_is_followed(task, population):
     """(1, -1) times the truth leaves the difference of the factors to be found, 1; their sum is not seen and stays at .8."""
-    drift = drift_of(task, bank, truth(task), truth(task, -1.0))
+    drift = drift_of(task, population, truth(task), truth(task, -1.0))
     assert drift.factor.unique().tolist() == [pytest.approx(0.4)]
     drift.measure()
     size = best_shift(task).square().sum(1)
@@ -281,9 +281,9 @@ class Constant(nn.Module):
         return (state @ self.a)[:, None].expand(-1, 2)
 
 
-def test_a_path_is_judged_by_the_network_that_has_not_seen_it(task, bank):
+def test_a_path_is_judged_by_the_network_that_has_not_seen_it(task, population):
     value = SoftValue((Constant([1.0, 0.0]), Constant([0.0, 2.0])), torch.tensor([0, 1, 1]))
-    drift = drift_of(task, bank, value, None)
+    drift = drift_of(task, population, value, None)
     mean, step = torch.zeros(3, 2), torch.tensor([2, 4, 6])
     sigma = task.chain.sigma[step].float()
     judged = drift._gradients(mean, step, torch.tensor([0, 1, 2]))
@@ -309,16 +309,16 @@ class Memory(nn.Module):
 
 
 @pytest.mark.parametrize("seen", [False, True])
-def test_what_is_learned_by_heart_is_worth_nothing(task, bank, seen):
+def test_what_is_learned_by_heart_is_worth_nothing(task, population, seen):
     """Judged by the other half, memory has no factor and no nats. Were it judged by itself, it would explain more than 3 nats."""
-    chain, states = task.chain, bank.trajectories.states
+    chain, states = task.chain, population.trajectories.states
     outputs = [evaluate(task.prior().denoiser, chain, states[k], k, None) for k in range(chain.num_kernels)]
     means = torch.stack([chain.kernel.mean(states[k], k, output) for k, output in enumerate(outputs)])
     sigma = chain.sigma.float()
     drawn = torch.stack([(states[k + 1] - means[k]) / sigma[k] for k in range(chain.num_kernels)])
     half = torch.arange(4000) % 2
     networks = [Memory(means[:, half == side], drawn[:, half == side], sigma) for side in (0, 1)]
-    drift = drift_of(task, bank, SoftValue((networks[0], networks[1]), 1 - half if seen else half), None)
+    drift = drift_of(task, population, SoftValue((networks[0], networks[1]), 1 - half if seen else half), None)
     drift.measure()
     if seen:
         assert drift.explained > 3
@@ -345,7 +345,7 @@ class Shift(nn.Module):
 
 
 @pytest.mark.parametrize("chunk", [2048, 37])
-def test_the_gradient_is_that_of_the_plain_formula(task, bank, chunk):
+def test_the_gradient_is_that_of_the_plain_formula(task, population, chunk):
     """Σ_k E ½ |theta_k - delta_k|² has the gradient theta_k - delta_k, in chunks too; ``scale`` multiplies it.
 
     To .5%: the strides through 4000 rows give a step one row more or less than its share.
@@ -355,7 +355,7 @@ def test_the_gradient_is_that_of_the_plain_formula(task, bank, chunk):
     with torch.no_grad():
         policy.theta += 0.1
     miss = policy.theta.detach() - best_shift(task).float()
-    drift = drift_of(task, bank, truth(task), truth(task, -1.0))
+    drift = drift_of(task, population, truth(task), truth(task, -1.0))
     drift.factor, drift.chunk = torch.tensor([[1.0, 0.0]]).repeat(kernels, 1), chunk
     loss = drift.backward(policy, 4000, lambda value: value)
     assert loss.item() == pytest.approx(0.5 * miss.square().sum().item(), rel=5e-3)
@@ -369,11 +369,11 @@ def test_the_gradient_is_that_of_the_plain_formula(task, bank, chunk):
     assert not torch.allclose(policy.theta.grad, gradient, atol=0.1)
 
 
-def test_half_of_the_rows_are_of_the_tilted_law(task, bank):
+def test_half_of_the_rows_are_of_the_tilted_law(task, population):
     """Mean energy over the rows' paths: halfway between the prior's and the tilted law's, within 5 standard errors (p < 1e-6)."""
-    drift = drift_of(task, bank, truth(task), truth(task))
-    energy = bank.trajectories.energy
-    tilted = (bank_weight(bank, task.alpha) * energy).mean()
+    drift = drift_of(task, population, truth(task), truth(task))
+    energy = population.trajectories.energy
+    tilted = (importance_weight(population, task.alpha) * energy).mean()
     expected = 0.5 * (tilted + energy.mean())
     drawn = energy[torch.multinomial(drift._mixture, 4000, replacement=True, generator=torch.Generator().manual_seed(6))]
     error = drawn.std() / math.sqrt(len(drawn))
@@ -403,25 +403,25 @@ class Milder(Estimates):
 @pytest.mark.parametrize(("asked", "expected"), [(1.0, 1.0), (0.5, 2.0), (-1.0, 0.0)])
 @pytest.mark.parametrize("learned", [1.0, 0.3])
 @pytest.mark.parametrize("times", [1.0, 2.0])
-def test_targets_are_rescaled_to_what_the_policys_shift_is_worth(task, bank, asked, expected, learned, times):
+def test_targets_are_rescaled_to_what_the_policys_shift_is_worth(task, population, asked, expected, learned, times):
     """Targets of ``asked`` times the optimal shift get the factor 1/asked, however much of them the policy has learned so far,
     and at whatever temperature they were learned; ones that point away are dropped. To about 4 standard errors (p < 1e-4)."""
     policy = Shift(task)
     with torch.no_grad():
         policy.theta += learned * best_shift(task).float()
-    drift = ValueDrift(task.prior(), bank, Milder(task, times), task.alpha, torch.Generator().manual_seed(3))
+    drift = ValueDrift(task.prior(), population, Milder(task, times), task.alpha, torch.Generator().manual_seed(3))
     drift.factor = torch.tensor([[asked, 0.0]]).repeat(task.chain.num_kernels, 1)
     drift.rescale(policy, held_out_of(task, times=times), lambda sums: sums)
     assert drift.scale == pytest.approx(expected, abs=0.1 / abs(asked))
-    state, step = bank.trajectories.states[3, :5], torch.full((5,), 3)
+    state, step = population.trajectories.states[3, :5], torch.full((5,), 3)
     output = task.prior().denoiser(state, task.chain.timestep(step, state))
     scaled = drift.target(state, step, output)
     assert torch.allclose(scaled, drift.scale * asked * best_shift(task)[3].float().expand_as(scaled), rtol=1e-4, atol=1e-6)
 
 
-def test_few_paths_leave_the_scale_near_1_and_what_is_no_number_at_1(task, bank):
+def test_few_paths_leave_the_scale_near_1_and_what_is_no_number_at_1(task, population):
     policy = Shift(task)
-    drift = drift_of(task, bank, truth(task), truth(task))
+    drift = drift_of(task, population, truth(task), truth(task))
     drift.rescale(policy, held_out_of(task, 8), lambda sums: sums)  # a policy at the prior: 0/0
     assert drift.scale == 1.0
     with torch.no_grad():
@@ -438,10 +438,10 @@ def test_few_paths_leave_the_scale_near_1_and_what_is_no_number_at_1(task, bank)
     assert drift.scale == 1.0
 
 
-def test_bounds_shrink_while_the_policy_is_further_from_its_targets_than_the_prior(task, bank):
+def test_bounds_shrink_while_the_policy_is_further_from_its_targets_than_the_prior(task, population):
     """And come back once it is not; the prior itself, no further than the prior, keeps its trust."""
     policy = Shift(task)
-    drift = drift_of(task, bank, truth(task), truth(task))
+    drift = drift_of(task, population, truth(task), truth(task))
     drift.factor = torch.tensor([[1.0, 0.0]]).repeat(task.chain.num_kernels, 1)
 
     def trust_after(updates, factor):
@@ -455,12 +455,12 @@ def test_bounds_shrink_while_the_policy_is_further_from_its_targets_than_the_pri
     shrunk = trust_after(5, 2.5)  # |2.5 - 1| > 1
     assert shrunk < 0.9**3
     assert trust_after(30, 0.5) > shrunk
-    other = drift_of(task, bank, truth(task), truth(task))
+    other = drift_of(task, population, truth(task), truth(task))
     other.load_state_dict(drift.state_dict())
     assert other.trust == drift.trust and torch.equal(other._misses, drift._misses)
 
 
-def test_a_warm_start_takes_shorter_steps_where_it_trusts_less(task, bank, monkeypatch):
+def test_a_warm_start_takes_shorter_steps_where_it_trusts_less(task, population, monkeypatch):
     limits = []
     shorten = StepBound.shorten
 
@@ -473,18 +473,18 @@ def test_a_warm_start_takes_shorter_steps_where_it_trusts_less(task, bank, monke
         limits.append([])
         monkeypatch.setattr(ValueDrift, "_believe", lambda self, misses, trust=trust: setattr(self, "trust", trust))
         config = TrainConfig(
-            bank_size=60, soft_value_updates=2, warm_start="value_drift", warm_start_updates=6, warm_start_rows=16
+            population_size=60, soft_value_updates=2, warm_start="value_drift", warm_start_updates=6, warm_start_rows=16
         )
         Trainer(task.prior(), task.energy, replace(config, updates=0), policy=Shift(task), progress=False).train()
     assert len(limits[0]) == len(limits[1]) > 2
     assert limits[1] == pytest.approx([0.1 * limit for limit in limits[0]])
 
 
-def test_factors_are_kept(task, bank):
-    drift = drift_of(task, bank, truth(task), noise(4))
+def test_factors_are_kept(task, population):
+    drift = drift_of(task, population, truth(task), noise(4))
     drift.measure()
     drift.scale = 1.5
-    other = drift_of(task, bank, truth(task), noise(4))
+    other = drift_of(task, population, truth(task), noise(4))
     assert not torch.equal(other.factor, drift.factor)
     other.load_state_dict(drift.state_dict())
     assert torch.equal(other.factor, drift.factor) and other.explained == drift.explained
@@ -537,28 +537,28 @@ def test_mean_and_half_of_the_variance_are_log_h_where_the_energy_is_gaussian(ta
     assert ((2 * found - exact(colder, start, step)).abs() > 0.1)[:6].all()
 
 
-def test_the_cumulants_learn_the_optimal_drift(task, bank):
+def test_the_cumulants_learn_the_optimal_drift(task, population):
     """From 4000 energies, 150 updates: the target of the cumulants alone takes most of the square error out of no drift at all;
     with the energies of other paths it does not."""
 
     def left(energy):
-        shuffled = Population(bank.trajectories.with_(energy=energy))
+        shuffled = Population(population.trajectories.with_(energy=energy))
         value = fit_soft_value(shuffled, task.chain, task.alpha, 150, torch.Generator().manual_seed(1))
         drift = drift_of(task, shuffled, value, None)
         drift.factor = torch.tensor([[0.0, 1.0]]).repeat(task.chain.num_kernels, 1)
         step = torch.arange(task.chain.num_kernels).repeat_interleave(100)
-        state = bank.trajectories.states[step, torch.arange(len(step))]
+        state = population.trajectories.states[step, torch.arange(len(step))]
         output = evaluate(task.prior().denoiser, task.chain, state, step, None)
         closed = best_shift(task)[step].float()
         return ((drift.target(state, step, output) - closed).square().sum() / closed.square().sum()).item()
 
-    energy = bank.trajectories.energy
+    energy = population.trajectories.energy
     assert left(energy) < 0.3
     assert left(energy[torch.randperm(4000, generator=torch.Generator().manual_seed(2))]) > 0.8
 
 
-def test_narrow_kernels_count_less_at_first_and_in_full_at_the_end(task, bank):
-    drift = drift_of(task, bank, truth(task), truth(task))
+def test_narrow_kernels_count_less_at_first_and_in_full_at_the_end(task, population):
+    drift = drift_of(task, population, truth(task), truth(task))
     first, last = drift.eased(0.0), drift.eased(1.0)
     assert torch.equal(last, torch.ones_like(last))
     assert first.min() < 0.9 and first.max() == 1.0  # the control: there is something to ease

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.finetune.certificate.evidence import Evidence, path_figures
+from tiltune.finetune.certificate.evidence import Evidence, path_metrics
 from tiltune.finetune.certificate.verdict import Bounds, judge_unknown
 from tiltune.tasks.gaussian_mixture import GaussianMixture
 from toys.held_out_mixtures import HeldOut, certificate, held_out, planted, total_variation
@@ -32,7 +32,7 @@ def evidence_of(
 
 
 def verdict_of(evidence: Evidence, **options: Any) -> tuple[str, list[str], dict[str, Any]]:
-    return judge_unknown(evidence, path_figures(evidence), **options)
+    return judge_unknown(evidence, path_metrics(evidence), **options)
 
 
 def test_exact_samplers_pass() -> None:
@@ -105,9 +105,9 @@ def test_the_number_of_rollouts_shrinks_the_errors_and_what_is_unseen() -> None:
 def test_a_gross_miss_fails_however_thin_the_target_side_is(size: int) -> None:
     """The prior's mean for a target 2.2 away, on 4 to 60 effective samples, one of which carries a fifth of the weight."""
     evidence = evidence_of(0.5, 0.3, size, tilt=2.2)
-    figures = path_figures(evidence)
-    assert figures["target_ess"] < 150
-    verdict, reasons, own = judge_unknown(evidence, figures)
+    metrics = path_metrics(evidence)
+    assert metrics["target_ess"] < 150
+    verdict, reasons, own = judge_unknown(evidence, metrics)
     assert (verdict, own["undercovered"] > 0.9) == ("fail", True), reasons
     assert any("effective samples, fewer than 300" in reason for reason in reasons)
 
@@ -117,9 +117,9 @@ def test_a_policy_that_is_far_worse_than_its_prior_fails_and_is_called_so() -> N
     evidence = evidence_of(size=1200)
     evidence = replace(evidence, samples=evidence.samples + 3, energy=evidence.energy + 3)
     evidence = replace(evidence, log_ratio=evidence.log_ratio + 186, prior_log_ratio=evidence.prior_log_ratio - 558)
-    figures = path_figures(evidence)
-    assert figures["elbo"] < -180 and figures["eubo"] > 550 and figures["prior"]["gap"] < 2
-    verdict, reasons, own = judge_unknown(evidence, figures)
+    metrics = path_metrics(evidence)
+    assert metrics["elbo"] < -180 and metrics["eubo"] > 550 and metrics["prior"]["gap"] < 2
+    verdict, reasons, own = judge_unknown(evidence, metrics)
     assert verdict == "fail" and own["undercovered"] == pytest.approx(1.0)
     assert any("worse than the model you started from" in reason for reason in reasons)
 
@@ -159,10 +159,10 @@ def test_a_lost_mode_fails_though_the_policy_side_looks_healthy() -> None:
     means = torch.tensor([[-6.0], [6.0]], dtype=torch.float64)
     task = HeldOut(GaussianMixture(half, means, torch.ones(2, 1, 1, dtype=torch.float64)), torch.zeros(1, dtype=torch.float64))
     evidence = certificate(task, normal(6.0), 4000, 0.0, torch.Generator().manual_seed(0))
-    figures = path_figures(evidence)
-    assert figures["ess"] > 0.99
-    assert figures["log_z"] == pytest.approx(-math.log(2), abs=0.01)
-    verdict, _, own = judge_unknown(evidence, figures)
+    metrics = path_metrics(evidence)
+    assert metrics["ess"] > 0.99
+    assert metrics["log_z"] == pytest.approx(-math.log(2), abs=0.01)
+    verdict, _, own = judge_unknown(evidence, metrics)
     assert verdict == "fail"
     assert own["cell_tv"] == pytest.approx(0.5, abs=0.05)
 

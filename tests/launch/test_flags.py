@@ -52,7 +52,7 @@ VALUES: dict[str, list[str]] = {
     "--warm-start-learning-rate": ["0.5"],
     "--soft-value-updates": ["3"],
     "--forward-rows": ["5"],
-    "--bank-size": ["7"],
+    "--population-size": ["7"],
     "--tempering-ess": ["0.5"],
     "--huber": ["5"],
     "--max-energy": ["5"],
@@ -96,7 +96,7 @@ def test_the_names_of_train_are_frozen(tiltune: Callable[..., Any]) -> None:
     ("verb", "names"),
     [
         ("evaluate", "RUN --energy --size --seed --tolerance --until-decided --deployment"),
-        ("sample", "RUN --n --exact --proposals --energy --seed --out --overwrite"),
+        ("sample", "RUN --n --exact --proposals --energy --labels --seed --out --overwrite"),
         ("export", "RUN --out --format"),
         ("tasks", ""),
         ("2d", "--objective --alpha --chain --steps --warm-start --seed --out --overwrite --compare --threads"),

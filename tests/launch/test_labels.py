@@ -42,7 +42,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def flags(labelled: Path) -> list[Any]:
-    sizes = ["--bank-size", 120, "--warm-start-updates", 2, "--warm-start-rows", 6, "--soft-value-updates", 1]
+    sizes = ["--population-size", 120, "--warm-start-updates", 2, "--warm-start-rows", 6, "--soft-value-updates", 1]
     slow = ["--learning-rate", 1e-5, "--warm-start-learning-rate", 1e-5]
     return ["--prior", labelled, "--steps", 3, "--updates", 2, "--batch-size", 16, *sizes, *slow, "--device", "cpu"]
 
@@ -139,7 +139,7 @@ def test_resumed_it_is_the_same_run(labelled: Path, tmp_path: Path) -> None:
 
     base = pretrained_recipe(str(labelled))
     sizes: dict[str, Any] = {
-        "bank_size": 80,
+        "population_size": 80,
         "warm_start_updates": 2,
         "warm_start_rows": 6,
         "soft_value_updates": 1,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tiltune.launch.verbs import two_d
 
-SIZES = ["--bank-size", "500", "--warm-start-updates", "5", "--updates", "2", "--batch-size", "16"]
+SIZES = ["--population-size", "500", "--warm-start-updates", "5", "--updates", "2", "--batch-size", "16"]
 SMALL = [*SIZES, "--steps", "4", "--device", "cpu"]
 
 
@@ -24,7 +24,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     out = tmp_path_factory.mktemp("run") / "out"
     options = two_d.Options(chain="brownian", steps=4, out=out)
     small = two_d.recipe(options)
-    small = replace(small, train=replace(small.train, bank_size=500, warm_start_updates=5, updates=2, batch_size=16))
+    small = replace(small, train=replace(small.train, population_size=500, warm_start_updates=5, updates=2, batch_size=16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(two_d, "recipe", lambda _: small)
         status = two_d.single(options)
@@ -43,7 +43,7 @@ def test_2d_writes_what_it_promises(short_run: tuple[Path, int]) -> None:
     # A chain without a shipped reference reports its gap and is not judged by it.
     assert certificate["gap_reference"] is None
     assert certificate["flags"][-1] == "no reference at this alpha and number of steps: the gap is reported, not judged"
-    # To probe the energy, the bank, what is held out, the on-policy half of two batches of 16, and what judges two phases.
+    # To probe the energy, the population, what is held out, the on-policy half of two batches of 16, and what judges two phases.
     assert certificate["energy_calls"] == 12 + 500 + 125 + 2 * 8 + 2 * 256
     assert certificate["certificate_energy_calls"] == 2 * 40_000  # a pinned start needs no start test
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -70,7 +70,7 @@ def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def config(prior: Path) -> RunConfig:
     sizes = TrainConfig(
-        bank_size=8, warm_start_updates=2, warm_start_rows=4, updates=3, batch_size=4, monitor_every=1, checkpoint_every=1
+        population_size=8, warm_start_updates=2, warm_start_rows=4, updates=3, batch_size=4, monitor_every=1, checkpoint_every=1
     )
     return RunConfig(prior=PriorConfig(str(prior), steps=3), train=sizes, device="cpu", tracker="wandb")
 

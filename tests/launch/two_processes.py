@@ -43,7 +43,7 @@ CONFIG = TrainConfig(
     objective="reinforce_kl",
     soft_value_updates=2,
     forward_rows=8,
-    bank_size=40,
+    population_size=40,
     warm_start_updates=4,
     warm_start_rows=16,
     updates=4,
@@ -205,7 +205,7 @@ def exported(rank: int, folder: Path, sharded: bool) -> dict[str, Any]:
     prior = load_prior(images(folder / f"prior-{rank}-{sharded}"), steps=4)
     # A budget that takes several passes: how many follows from a measurement, which must be the same everywhere.
     config = replace(CONFIG, learning_rate=1e-3, warm_start_learning_rate=1e-4, ema_decay=0.0, memory_mb=0.2)
-    config = replace(config, bank_size=6)  # too few to hold any out: what a short training leaves is kept, better or not
+    config = replace(config, population_size=6)  # too few to hold any out: what a short training leaves is kept, better or not
     with fsdp() if sharded else warnings.catch_warnings(), units_of(100):
         made = Trainer(prior, lambda x: 5 * x.flatten(1).mean(1), config, progress=False)
     result = made.train()

@@ -18,7 +18,7 @@ from tiltune.samplers.condition import Condition
 from tiltune.samplers.denoiser import Denoiser, ResidualDenoiser, evaluate
 from tiltune.samplers.log_ratio import rows_of
 from tiltune.samplers.prior import Prior
-from tiltune.samplers.rollout import decoded, draw_start, rollout
+from tiltune.samplers.rollout import draw_start, prior_last_states, rollout
 from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from tiltune.samplers.schedulers.placement import place_timesteps
@@ -414,8 +414,8 @@ def markov(chain: Chain, samples: Tensor, generator: torch.Generator, prior: Pri
         spread = (chain.noise[k] ** 2 - ratio**2 * chain.noise[k + 1] ** 2).clamp(min=0).sqrt()
         states.append(ratio * states[-1] + spread * torch.randn(samples.shape, generator=generator, dtype=samples.dtype))
     stacked = torch.stack(states[::-1])
-    if chain.decoder:
-        stacked[chain.num_kernels + 1 :] = torch.stack(decoded(prior, stacked[chain.num_kernels], generator))
+    if chain.prior_last_steps:
+        stacked[chain.num_kernels + 1 :] = torch.stack(prior_last_states(prior, stacked[chain.num_kernels], generator))
     return Trajectories(states=stacked)
 
 
@@ -467,13 +467,13 @@ def test_bridge_noise_equals_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_last_rows_are_a_decoder_or_draw_noise(name: str) -> None:
+def test_the_last_rows_belong_to_the_prior_or_draw_noise(name: str) -> None:
     chain = EVERY[name]()
     assert (chain.sigma[: chain.num_kernels] >= SIGMA_ZERO).all()
-    assert chain.decoder == chain.num_steps - chain.num_kernels
+    assert chain.prior_last_steps == chain.num_steps - chain.num_kernels
     stated = chain.conditions()
     assert set(stated) == {"start", "last_step", "sigma", "sum"}
-    assert ("to the prior" in stated["last_step"]) == bool(chain.decoder)
+    assert ("to the prior" in stated["last_step"]) == bool(chain.prior_last_steps)
 
 
 def test_placed_steps_are_distinct_and_follow_the_kl() -> None:

@@ -55,7 +55,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {"num_steps": 10},
         "'epsilon' and 'v_prediction' only",
     ),
-    "only a decoder": (DDPMScheduler, {"num_steps": 1}, "take at least two steps"),
+    "only a step of the prior": (DDPMScheduler, {"num_steps": 1}, "take at least two steps"),
     "dynamic shift": (
         lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         {"num_steps": 10},
@@ -68,8 +68,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "no density; use 0.7",
     ),
     "flow last sigma": (FlowMatchEulerDiscreteScheduler, {"num_steps": 10, "last_step": 0.1}, "belongs to the prior"),
-    "last sigma 0": (DDPMScheduler, {"num_steps": 10, "last_step": 0.0}, "positive sigma or 'decoder'"),
-    "last step by a wrong word": (DDPMScheduler, {"num_steps": 10, "last_step": "clamp"}, "'decoder' or a positive"),
+    "last sigma 0": (DDPMScheduler, {"num_steps": 10, "last_step": 0.0}, "positive sigma or 'prior'"),
+    "last step by a wrong word": (DDPMScheduler, {"num_steps": 10, "last_step": "clamp"}, "'prior' or a positive"),
     "last sigma where noise is drawn": (
         lambda: DDPMScheduler(variance_type="fixed_large", timestep_spacing="leading", steps_offset=1),
         {"num_steps": 10, "last_step": 0.05},
@@ -123,36 +123,36 @@ def test_noising_back_along_levels_that_do_not_meet_is_refused(spacing: str, num
         noise_back(prior, torch.zeros(4, 2), torch.Generator().manual_seed(0))
 
 
-def quiet(num_steps: int = 10, last_step: LastStep = "decoder", **config: Any) -> Chain:
+def quiet(num_steps: int = 10, last_step: LastStep = "prior", **config: Any) -> Chain:
     return chain_from_scheduler(DDPMScheduler(clip_sample=False, **config), num_steps, last_step=last_step)
 
 
 def test_a_noiseless_last_step_belongs_to_the_prior_by_default_and_that_is_said() -> None:
     chain = quiet(variance_type="fixed_large")
-    assert (chain.decoder, chain.num_kernels) == (1, 9)
+    assert (chain.prior_last_steps, chain.num_kernels) == (1, 9)
     assert "belongs to the prior and carries no ratio" in chain.conditions()["last_step"]
 
 
 def test_a_delicate_last_kernel_belongs_to_the_prior_too_and_that_is_said() -> None:
     """Small variance on leading timesteps: sigma .01 after .15, where a change of the output counts 17 times as much."""
     chain = quiet(20)
-    assert (chain.decoder, chain.num_kernels) == (2, 18)
+    assert (chain.prior_last_steps, chain.num_kernels) == (2, 18)
     assert "the last 2 steps (sigma 0.01 and 0) belong to the prior and carry no ratio" in chain.conditions()["last_step"]
     # Not for small noise alone, as many small steps have it, nor where steps are as they should be.
-    assert quiet(500).decoder == 1 and quiet(500).sigma[-2] < 0.01
-    assert quiet(20, timestep_spacing="trailing").decoder == 1
+    assert quiet(500).prior_last_steps == 1 and quiet(500).sigma[-2] < 0.01
+    assert quiet(20, timestep_spacing="trailing").prior_last_steps == 1
 
 
 def test_a_clamp_is_not_a_noise() -> None:
-    """Small variance with trailing, or leading and offset 1, ends with sigma 1e-10: a decoder, not a kernel."""
+    """Small variance with trailing, or leading and offset 1, ends with sigma 1e-10: a step of the prior, not a kernel."""
     for options in ({"timestep_spacing": "trailing"}, {"timestep_spacing": "leading", "steps_offset": 1}):
         chain = chain_from_scheduler(DDPMScheduler(clip_sample=False, **options), 10)
-        assert chain.decoder and chain.sigma[-1] < SIGMA_ZERO
+        assert chain.prior_last_steps and chain.sigma[-1] < SIGMA_ZERO
 
 
 def test_a_noiseless_last_step_can_get_a_sigma_of_its_own_and_that_is_said() -> None:
     chain = quiet(last_step=0.05)
-    assert (chain.decoder, chain.num_kernels, chain.sigma[-1].item()) == (0, 10, 0.05)
+    assert (chain.prior_last_steps, chain.num_kernels, chain.sigma[-1].item()) == (0, 10, 0.05)
     assert "draws sigma 0.05, shared by prior and policy" in chain.conditions()["last_step"]
     # Nothing else moved.
     assert torch.equal(chain.sigma[:-1], quiet().sigma[:-1])
@@ -161,7 +161,7 @@ def test_a_noiseless_last_step_can_get_a_sigma_of_its_own_and_that_is_said() -> 
 def test_a_noisy_last_step_carries_a_ratio() -> None:
     scheduler = DDPMScheduler(variance_type="fixed_large", timestep_spacing="leading", steps_offset=1)
     chain = chain_from_scheduler(scheduler, 10)
-    assert (chain.decoder, chain.num_kernels) == (0, 10)
+    assert (chain.prior_last_steps, chain.num_kernels) == (0, 10)
     assert "shared by prior and policy" in chain.conditions()["last_step"]
 
 

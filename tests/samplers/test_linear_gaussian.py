@@ -23,7 +23,7 @@ BEHAVIORS = ("policy", "prior", "inflated", "noised back", "arbitrary")
 
 def forgotten(num_steps: int) -> Chain:
     """Each step noises x_hat anew, and the first one starts at signal 0: nothing of s_0 is left. The last kernel, of little
-    noise, carries a ratio here too: no policy explains the noise of a decoder."""
+    noise, carries a ratio here too: no policy explains the noise of a step of the prior."""
     chain = chain_from_scheduler(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=3.0), num_steps)
     return replace(chain, trained=tuple(range(num_steps - 1)))
 
@@ -58,7 +58,7 @@ def draw(task: LinearGaussian, behavior: str, count: int = 64, seed: int = 0) ->
         inner = drawn.states[1 : task.chain.num_kernels + 1]
         sigma = task.chain.sigma[: task.chain.num_kernels, None, None]
         inner += 5 * sigma * torch.randn(len(inner), 1, inner.shape[-1], generator=generator, dtype=torch.float64)
-        if task.chain.decoder:
+        if task.chain.prior_last_steps:
             last = task.chain.num_steps - 1
             label = task.chain.timestep(last, inner)
             drawn.states[-1] = task.chain.kernel.mean(drawn.states[-2], last, prior.denoiser(drawn.states[-2], label, None))
@@ -167,7 +167,7 @@ def test_soft_value_forgets_what_the_chain_forgets() -> None:
 def test_unfit_chains_are_refused() -> None:
     with pytest.raises(ValueError, match="clips"):
         make_task(chain_from_scheduler(DDPMScheduler(clip_sample=True), 10))
-    with pytest.raises(ValueError, match="decoder that draws noise"):
+    with pytest.raises(ValueError, match="last step of the prior that draws noise"):
         make_task(chain_from_scheduler(FlowMatchEulerDiscreteScheduler(), 10, noise="memoryless"))
     task = make_task(brownian_chain(5))
     with pytest.raises(ValueError, match="timestep"):

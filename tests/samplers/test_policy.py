@@ -19,16 +19,16 @@ from tiltune.samplers.log_ratio import rows_of, step_log_ratio
 from tiltune.samplers.make_policy import trainable_copy
 from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
 from tiltune.samplers.prior import Prior
-from tiltune.samplers.rollout import decoded, draw_start, rollout
+from tiltune.samplers.rollout import draw_start, prior_last_states, rollout
 from tiltune.samplers.schedulers.brownian import brownian_chain
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
 
-def decoder_chain(num_steps: int = 6) -> Chain:
+def prior_last_chain(num_steps: int = 6) -> Chain:
     return chain_from_scheduler(DDPMScheduler(clip_sample=False, variance_type="fixed_large"), num_steps)
 
 
-def noisy_decoder_chain(num_steps: int = 6) -> Chain:
+def noisy_prior_last_chain(num_steps: int = 6) -> Chain:
     return chain_from_scheduler(FlowMatchEulerDiscreteScheduler(), num_steps)
 
 
@@ -107,7 +107,7 @@ def test_preconditioning_makes_a_zero_network_the_exact_denoiser_of_one_gaussian
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_trainable_copy_starts_at_the_prior_and_shares_nothing(kind: str) -> None:
     make, shape = NETWORKS[kind]
-    prior = Prior(make(), decoder_chain(), shape)
+    prior = Prior(make(), prior_last_chain(), shape)
     policy = trainable_copy(prior)
     state, t = states(shape), torch.tensor(300.0)
     own = dict(prior.denoiser.named_parameters())
@@ -127,7 +127,7 @@ def test_trainable_copy_starts_at_the_prior_and_shares_nothing(kind: str) -> Non
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_residual_denoiser_starts_exactly_at_the_prior_and_can_leave_it(kind: str) -> None:
     make, shape = NETWORKS[kind]
-    prior = Prior(make(), decoder_chain(), shape)
+    prior = Prior(make(), prior_last_chain(), shape)
     policy = ResidualDenoiser(prior.denoiser, make(seed=1))
     state, t = states(shape), torch.tensor(300.0)
     assert torch.equal(policy(state, t), prior.denoiser(state, t))
@@ -161,7 +161,7 @@ def test_a_network_without_an_output_layer_is_refused() -> None:
 def test_the_prior_never_gets_gradients(kind: str) -> None:
     make, shape = NETWORKS[kind]
     network = make()
-    prior = Prior(network, decoder_chain(), shape)
+    prior = Prior(network, prior_last_chain(), shape)
     for policy in (trainable_copy(prior), ResidualDenoiser(prior.denoiser, make(seed=1))):
         output = evaluate(policy, prior.chain, states(shape), 2, None)
         output.square().sum().backward()
@@ -173,7 +173,7 @@ def test_the_prior_never_gets_gradients(kind: str) -> None:
 
 
 def test_a_residual_policy_holds_no_weight_of_the_prior() -> None:
-    prior = Prior(mlp(), decoder_chain(), (2,))
+    prior = Prior(mlp(), prior_last_chain(), (2,))
     policy = ResidualDenoiser(prior.denoiser, mlp(seed=1))
     held = {id(parameter) for parameter in policy.parameters()}
     assert isinstance(prior.denoiser, nn.Module)
@@ -184,7 +184,7 @@ def test_a_residual_policy_holds_no_weight_of_the_prior() -> None:
 
 
 def test_a_closed_form_has_nothing_to_copy() -> None:
-    prior = Prior(lambda state, timestep, condition=None: state, decoder_chain(), (2,))
+    prior = Prior(lambda state, timestep, condition=None: state, prior_last_chain(), (2,))
     with pytest.raises(ValueError, match="ResidualDenoiser"):
         trainable_copy(prior)
 
@@ -193,7 +193,7 @@ def test_a_closed_form_has_nothing_to_copy() -> None:
 @pytest.mark.parametrize("how", ["prior", "policy", "noise back"])
 def test_trajectories_follow_their_generator_and_nothing_else(kind: str, how: str) -> None:
     make, shape = NETWORKS[kind]
-    prior = Prior(make(), noisy_decoder_chain(), shape)
+    prior = Prior(make(), noisy_prior_last_chain(), shape)
 
     def draw(seed: int, global_seed: int) -> Tensor:
         torch.manual_seed(global_seed)
@@ -218,7 +218,7 @@ def test_trajectories_follow_their_generator_and_nothing_else(kind: str, how: st
         assert torch.equal(torch.rand(4), expected)  # the global generator was not touched
 
 
-@pytest.mark.parametrize("chain", [brownian_chain(8), decoder_chain()], ids=["brownian", "ddpm"])
+@pytest.mark.parametrize("chain", [brownian_chain(8), prior_last_chain()], ids=["brownian", "ddpm"])
 @pytest.mark.parametrize("trained", [False, True], ids=["prior", "policy"])
 @pytest.mark.parametrize("scale", [1.0, 1.6, 0.7])
 def test_log_behavior_is_the_behaviors_density_ratio(chain: Chain, trained: bool, scale: float) -> None:
@@ -249,21 +249,21 @@ def test_log_behavior_is_the_behaviors_density_ratio(chain: Chain, trained: bool
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_a_decoder_chain_ends_at_the_priors_decoding(kind: str) -> None:
+def test_a_chain_whose_last_step_is_the_priors_ends_where_it_leads(kind: str) -> None:
     """Whoever drew it: policy rollouts and noised samples alike, and never at the given sample."""
     make, shape = NETWORKS[kind]
-    prior = Prior(make(), decoder_chain(), shape)
-    assert prior.chain.decoder
+    prior = Prior(make(), prior_last_chain(), shape)
+    assert prior.chain.prior_last_steps
     policy = randomize_(trainable_copy(prior), seed=1)
     generator = torch.Generator().manual_seed(0)
     samples = states(shape)
     for drawn in (rollout(prior, policy, 4, generator), noise_back(prior, samples, generator)):
         assert len(drawn.states) == prior.chain.num_steps + 1
-        assert torch.equal(drawn.terminal, decoded(prior, drawn.states[prior.chain.num_kernels], generator)[-1])
+        assert torch.equal(drawn.terminal, prior_last_states(prior, drawn.states[prior.chain.num_kernels], generator)[-1])
     assert not torch.equal(drawn.terminal, samples)
 
 
-def test_a_chain_without_a_decoder_ends_at_the_given_samples() -> None:
+def test_a_chain_whose_last_step_is_trained_ends_at_the_given_samples() -> None:
     prior, samples = Prior(mlp(), brownian_chain(8), (2,)), states((2,))
     drawn = noise_back(prior, samples, torch.Generator().manual_seed(0))
     torch.testing.assert_close(drawn.terminal, samples, rtol=0, atol=1e-6)
@@ -272,7 +272,9 @@ def test_a_chain_without_a_decoder_ends_at_the_given_samples() -> None:
     assert drawn.step_log_ratio is None
 
 
-@pytest.mark.parametrize("chain", [brownian_chain(8), decoder_chain(), noisy_decoder_chain()], ids=["none", "quiet", "noisy"])
+@pytest.mark.parametrize(
+    "chain", [brownian_chain(8), prior_last_chain(), noisy_prior_last_chain()], ids=["none", "quiet", "noisy"]
+)
 def test_keeping_only_the_sample_changes_nothing_else(chain: Chain) -> None:
     prior = Prior(mlp(), chain, (2,))
     policy = randomize_(trainable_copy(prior), seed=1)
@@ -285,22 +287,22 @@ def test_keeping_only_the_sample_changes_nothing_else(chain: Chain) -> None:
 
 
 def test_given_starts_are_kept() -> None:
-    prior, start = Prior(mlp(), decoder_chain(), (2,)), states((2,))
+    prior, start = Prior(mlp(), prior_last_chain(), (2,)), states((2,))
     drawn = rollout(prior, None, 5, torch.Generator().manual_seed(0), start=start)
     assert torch.equal(drawn.states[0], start)
 
 
 def test_to_data_is_what_an_energy_sees() -> None:
-    prior = Prior(mlp(), decoder_chain(), (2,), to_data=lambda state: 3 * state)
+    prior = Prior(mlp(), prior_last_chain(), (2,), to_data=lambda state: 3 * state)
     assert torch.equal(prior.to_data(states((2,))), 3 * states((2,)))
-    assert torch.equal(Prior(mlp(), decoder_chain(), (2,)).to_data(states((2,))), states((2,)))
+    assert torch.equal(Prior(mlp(), prior_last_chain(), (2,)).to_data(states((2,))), states((2,)))
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_few_tlm_steps_move_the_policy_toward_its_data(kind: str) -> None:
     """The forward KL of noised samples falls: log-ratio, chunks and both kinds of network fit together."""
     make, shape = NETWORKS[kind]
-    prior = Prior(make(), decoder_chain(), shape)
+    prior = Prior(make(), prior_last_chain(), shape)
     policy = ResidualDenoiser(prior.denoiser, make(seed=1))
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)

@@ -135,7 +135,7 @@ def test_rows_and_steps_name_each_other() -> None:
     assert chain.step_of_row(row).tolist() == [4, 1, 7, 7, 3]
     assert torch.equal(chain.row_of_step(chain.step_of_row(row)), row)
     assert chain.row_of_step(torch.tensor([0, 2])).tolist() == [-1, -1]
-    assert (chain.num_kernels, chain.last_trained, chain.decoder) == (4, 7, 0)
+    assert (chain.num_kernels, chain.last_trained, chain.prior_last_steps) == (4, 7, 0)
     drawn = rollout(Prior(lambda state, timestep, condition=None: state, chain, (2,)), None, 5, torch.Generator().manual_seed(0))
     state, following, step, _ = rows_of(drawn, chain, slice(3, 18))
     for n, flat in enumerate(range(3, 18)):
@@ -151,7 +151,7 @@ class Linear(SoftValue):
         self.times = 1.0
         self.slopes = torch.randn(2, 9, 2, generator=torch.Generator().manual_seed(2))
 
-    def estimates(self, state: Tensor, step: Tensor, path: Tensor | None, times: float) -> Tensor:
+    def estimates(self, state: Tensor, step: Tensor, path: Tensor | None, times: float, group: Tensor | None = None) -> Tensor:
         return torch.stack([(state * slope[step]).sum(1) for slope in self.slopes], 1)
 
 
@@ -159,8 +159,10 @@ def test_a_teachers_factor_belongs_to_its_step() -> None:
     prior = networks(CHAINS["ddpm"]())[0]
     prior = Prior(prior.denoiser.float(), prior.chain, (2,))
     drawn = rollout(prior, None, 64, torch.Generator().manual_seed(0))
-    bank = Population(drawn.with_(energy=drawn.terminal.square().sum(1)))
-    whole, window = (ValueDrift(one, bank, Linear(), 1.0, torch.Generator().manual_seed(1)) for one in (prior, windowed(prior)))
+    population = Population(drawn.with_(energy=drawn.terminal.square().sum(1)))
+    whole, window = (
+        ValueDrift(one, population, Linear(), 1.0, torch.Generator().manual_seed(1)) for one in (prior, windowed(prior))
+    )
     whole.measure()
     whole.factor = torch.rand(whole.factor.shape, generator=torch.Generator().manual_seed(4))
     window.factor = whole.factor[FIRST : LAST + 1]
@@ -199,7 +201,7 @@ def test_a_training_changes_nothing_outside_of_the_window(warm_start: str, objec
         warm_start_updates=6,
         warm_start_rows=16,
         soft_value_updates=8,
-        bank_size=64,
+        population_size=64,
         updates=4,
         batch_size=8,
         forward_rows=8,

@@ -28,7 +28,7 @@ def slow(x):
 """
 STEPS = 60
 TRAINING = shlex.split(
-    "train digits --energy slow.py:slow --steps 5 --warm-start none --soft-value-updates 0 --forward-rows 0 --bank-size 16"
+    "train digits --energy slow.py:slow --steps 5 --warm-start none --soft-value-updates 0 --forward-rows 0 --population-size 16"
     " --batch-size 8 --checkpoint-every 10 --threads 1 --out run --updates"
 )
 

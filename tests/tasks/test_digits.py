@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tiltune.finetune.certificate.criteria import conclude
-from tiltune.finetune.certificate.evidence import Evidence, path_figures
+from tiltune.finetune.certificate.evidence import Evidence, path_metrics
 from tiltune.finetune.config.prior import PriorConfig
 from tiltune.finetune.energies.names import combine
 from tiltune.finetune.learning.objectives import Objective
@@ -75,25 +75,25 @@ def evidence_of(samples, policy):
 
 
 def verdict(evidence):
-    figures = path_figures(evidence)
+    metrics = path_metrics(evidence)
     energy = combine(("classes(0, 2, 4, 6, 8)",), TASK.module)
-    figures |= TASK.figures(PriorConfig(), evidence, energy, torch.Generator().manual_seed(1))
-    return conclude(criteria(figures), [])[0], figures
+    metrics |= TASK.metrics(PriorConfig(), evidence, energy, torch.Generator().manual_seed(1))
+    return conclude(criteria(metrics), [])[0], metrics
 
 
 def test_an_exact_sampler_passes_and_a_collapsed_one_fails(samples):
     weight = (-classes(0, 2, 4, 6, 8)(samples) / 0.5).double().softmax(0)
     exact = samples[systematic(weight, 400, torch.Generator().manual_seed(2))]
-    found, figures = verdict(evidence_of(samples, exact))
-    assert found == "pass", figures
+    found, metrics = verdict(evidence_of(samples, exact))
+    assert found == "pass", metrics
     # The right classes only, and in each of them one image over and over: what a reward maximizer does.
     labels = predicted(judge(), exact)
     first = exact[[(labels == label).nonzero()[0, 0].item() for label in labels]]
-    found, figures = verdict(evidence_of(samples, first))
-    assert found == "fail" and figures["diversity"] < 0.5 and figures["share"] > 0.9
+    found, metrics = verdict(evidence_of(samples, first))
+    assert found == "fail" and metrics["diversity"] < 0.5 and metrics["share"] > 0.9
     # The prior itself has the diversity and not the shares.
-    found, figures = verdict(evidence_of(samples, samples))
-    assert found == "fail" and figures["share"] < figures["share_reference"] - 0.2
+    found, metrics = verdict(evidence_of(samples, samples))
+    assert found == "fail" and metrics["share"] < metrics["share_reference"] - 0.2
 
 
 def test_workers_hide_no_criterion_and_what_is_not_measured_is_a_doubt(samples):
@@ -102,14 +102,14 @@ def test_workers_hide_no_criterion_and_what_is_not_measured_is_a_doubt(samples):
 
     weight = (-classes(0, 2, 4, 6, 8)(samples) / 0.5).double().softmax(0)
     evidence = evidence_of(samples, samples[systematic(weight, 400, torch.Generator().manual_seed(2))])
-    figures = path_figures(evidence)
+    metrics = path_metrics(evidence)
     found = {}
     for name, energy in (
         ("here", combine(("classes(0, 2, 4, 6, 8)",), TASK.module)),
         ("workers", EnergyPool(("classes(0, 2, 4, 6, 8)",), 2, search=TASK.module)),
         ("hidden", lambda x: x.flatten(1).mean(1)),
     ):
-        own = figures | TASK.figures(PriorConfig(), evidence, energy, torch.Generator().manual_seed(1))
+        own = metrics | TASK.metrics(PriorConfig(), evidence, energy, torch.Generator().manual_seed(1))
         found[name] = criteria(own), conclude(criteria(own), [])
     assert found["here"] == found["workers"]
     assert found["here"][1][0] == "pass" and len(found["here"][0]) == 5
@@ -140,12 +140,12 @@ def test_reinforce_without_kl_is_caught():
     result = trainer.train()
     generator = torch.Generator().manual_seed(5)
     evidence = gather_evidence(prior, result.policy, energy, config.alpha, generator, size=4000)
-    figures = path_figures(evidence)
-    figures |= task.figures(recipe.prior, evidence, energy, generator)
-    found, reasons = conclude(criteria(figures), [])
+    metrics = path_metrics(evidence)
+    metrics |= task.metrics(recipe.prior, evidence, energy, generator)
+    found, reasons = conclude(criteria(metrics), [])
     shown = ("share", "share_reference", "diversity", "gap", "gap_se", "energy_tv", "log_z", "log_z_forward", "ess")
-    print({name: round(figures[name], 3) for name in shown}, found, reasons)
-    assert found == "fail" and figures["share"] > 0.98 and figures["gap"] > 20
+    print({name: round(metrics[name], 3) for name in shown}, found, reasons)
+    assert found == "fail" and metrics["share"] > 0.98 and metrics["gap"] > 20
 
 
 def kernel_limit(digit, paths, rollouts):
@@ -162,9 +162,9 @@ def kernel_limit(digit, paths, rollouts):
     recipe = TASK.recipe()
     prior, energy, alpha = TASK.load_prior(recipe.prior), classes(digit), recipe.train.alpha
     chain, bridge = prior.chain, bridge_of(prior.chain)
-    bank = Trainer(prior, energy, recipe.train, progress=False).fill_bank(6000)
-    weight = bank.log_weight(alpha).double().softmax(0)
-    total = (weight @ (-bank.trajectories.energy.double() / alpha)).item() - bank.log_z(alpha).item()
+    population = Trainer(prior, energy, recipe.train, progress=False).fill_population(6000)
+    weight = population.log_weight(alpha).double().softmax(0)
+    total = (weight @ (-population.trajectories.energy.double() / alpha)).item() - population.log_z(alpha).item()
     generator = torch.Generator().manual_seed(3)
     followed, error = 0.0, 0.0
 
@@ -174,10 +174,10 @@ def kernel_limit(digit, paths, rollouts):
 
     with torch.no_grad():
         for k in range(chain.num_kernels):
-            index = bank.draw(paths, alpha, generator)
-            start = bank.trajectories.states[k, index]
+            index = population.draw(paths, alpha, generator)
+            start = population.trajectories.states[k, index]
             first = torch.full((paths,), k)
-            own = chain.kernel.standardize(bank.trajectories.states[k + 1, index], start, first, outputs(start, first))
+            own = chain.kernel.standardize(population.trajectories.states[k + 1, index], start, first, outputs(start, first))
             state = start.repeat_interleave(rollouts, 0)
             for step in range(k, chain.num_kernels):
                 steps = torch.full((len(state),), step)

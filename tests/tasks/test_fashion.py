@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tiltune.finetune.certificate.evidence import Evidence, path_figures
+from tiltune.finetune.certificate.evidence import Evidence, path_metrics
 from tiltune.finetune.config.prior import PriorConfig
 from tiltune.finetune.energies.names import combine, load_energy
 from tiltune.samplers.loading.pretrained import load_prior
@@ -31,7 +31,7 @@ def test_what_is_shipped_is_small_and_holds_no_pickle():
 @pytest.fixture(scope="module")
 def prior_samples():
     prior = load_prior(FOLDER, 10)
-    assert prior.shape == (1, 16, 16) and not prior.chain.decoder
+    assert prior.shape == (1, 16, 16) and not prior.chain.prior_last_steps
     assert prior.chain.remembered_share(25.0) < 1e-6
     return rollout(prior, None, 160, torch.Generator().manual_seed(0), keep=False).terminal
 
@@ -124,13 +124,13 @@ def test_the_task_judges_what_its_energies_are_about(prior_samples, term):
     found = {}
     for share in (0.0, 1.0):
         evidence = evidence_of(prior_samples, energy, share)
-        figures = path_figures(evidence) | TASK.figures(PriorConfig(), evidence, energy, generator)
-        found[share] = figures[own]
-        names = [line.name for line in criteria(figures)]
+        metrics = path_metrics(evidence) | TASK.metrics(PriorConfig(), evidence, energy, generator)
+        found[share] = metrics[own]
+        names = [line.name for line in criteria(metrics)]
     assert (own == "share") == (found[1.0] > found[0.0]), "the tilt raises the share, and lowers the residual"
     assert any("pixels" in name for name in names) == (own == "residual")
     assert any("diversity" in name for name in names) == (own == "share")
-    figure = TASK.picture(evidence, energy, [], figures | {"verdict": "pass"})
+    figure = TASK.picture(evidence, energy, [], metrics | {"verdict": "pass"})
     assert len(figure.axes) == (9 if own == "residual" else 3)
 
 

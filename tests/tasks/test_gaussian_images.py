@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from tiltune.finetune.certificate.evidence import gather_evidence, path_figures
+from tiltune.finetune.certificate.evidence import gather_evidence, path_metrics
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.resampling import importance_resample
 from tiltune.samplers.rollout import rollout
-from tiltune.tasks.metrics.moments import moment_figures, moments
+from tiltune.tasks.metrics.moments import moment_metrics, moments
 from tiltune.tasks.metrics.samples import even
 from toys.exact_moments import exact_moments
 from toys.gaussian_images import GaussianImages, GuidedDenoiser, build_chain, image_mixture, inpainting
@@ -21,7 +21,7 @@ def against_closed_form(problem, samples):
     mean, covariance = problem.posterior.moments()
     truth = exact_moments(mean, covariance.diagonal().sqrt())
     hidden = ~problem.energy.measured.flatten()
-    return moment_figures(moments(samples, even(len(samples))), truth, hidden, torch.Generator().manual_seed(0))
+    return moment_metrics(moments(samples, even(len(samples))), truth, hidden, torch.Generator().manual_seed(0))
 
 
 def test_log_z_and_effective_size_by_one_component_at_a_time():
@@ -47,13 +47,13 @@ def test_the_exact_denoiser_of_the_posterior_draws_it():
     problem = GaussianImages(build_chain(30), inpainting())
     generator = torch.Generator().manual_seed(0)
     prior = problem.prior()
-    figures, prior_figures = (
+    metrics, prior_metrics = (
         against_closed_form(problem, prior.to_data(rollout(prior, policy, 1000, generator, keep=False).terminal))
         for policy in (problem.policy(), None)
     )
-    assert figures["mean_error"] < figures["mean_error_null"] < 0.03
-    assert figures["spread_error"] < 0.03 and figures["spread_ratio"] == pytest.approx(1.0, abs=0.04)
-    assert prior_figures["mean_error"] > 0.2 and prior_figures["spread_ratio"] > 1.2
+    assert metrics["mean_error"] < metrics["mean_error_null"] < 0.03
+    assert metrics["spread_error"] < 0.03 and metrics["spread_ratio"] == pytest.approx(1.0, abs=0.04)
+    assert prior_metrics["mean_error"] > 0.2 and prior_metrics["spread_ratio"] > 1.2
 
 
 def test_the_guided_denoiser_starts_at_the_prior_and_moves():
@@ -93,7 +93,7 @@ def test_a_trained_policy_matches_the_closed_form():
     )
     policy = Trainer(prior, problem.energy, config, policy=network, progress=False).train().policy
     evidence = gather_evidence(prior, policy, problem.energy, 1.0, torch.Generator().manual_seed(1), size=2000, starts=16)
-    path = path_figures(evidence)
+    path = path_metrics(evidence)
     assert path["gap"] < 0.8 and path["start_variance"] < 0.05
     assert path["log_z"] == pytest.approx(problem.log_z, abs=0.1)
     own = against_closed_form(problem, evidence.samples)

@@ -9,9 +9,9 @@ from scipy import linalg
 
 from tiltune.finetune.certificate.evidence import Evidence
 from tiltune.tasks.inpainting import measure, measured_pixels
-from tiltune.tasks.metrics.diversity import diversity_figures, pairwise_distance
-from tiltune.tasks.metrics.images import class_shares, energy_tv, image_figures, inpainting_figures, w2_figures, wanted_figures
-from tiltune.tasks.metrics.moments import moment_figures, moments
+from tiltune.tasks.metrics.diversity import diversity_metrics, pairwise_distance
+from tiltune.tasks.metrics.images import class_shares, energy_tv, image_metrics, inpainting_metrics, w2_metrics, wanted_metrics
+from tiltune.tasks.metrics.moments import moment_metrics, moments
 from tiltune.tasks.metrics.principal_components import frechet, frechet_with_error, pixel_basis
 from tiltune.tasks.metrics.samples import effective, even
 from toys import gaussian_images
@@ -80,17 +80,17 @@ def tilted():
 def test_w2_ratio_is_one_for_an_exact_sampler_and_more_for_the_prior(tilted):
     """Within 4 standard errors; sets are no larger than the effective size of an eighth of the prior samples."""
     exact, prior, weight = tilted
-    figures = w2_figures(exact, prior, weight, torch.Generator().manual_seed(0), most=400)
-    assert abs(figures["w2_ratio"] - 1) < 4 * figures["w2_ratio_se"] < 0.2
-    assert figures["w2_size"] == 400 < effective(weight) / 8
-    wrong = w2_figures(prior[:8000], prior, weight, torch.Generator().manual_seed(0), most=400)
+    metrics = w2_metrics(exact, prior, weight, torch.Generator().manual_seed(0), most=400)
+    assert abs(metrics["w2_ratio"] - 1) < 4 * metrics["w2_ratio_se"] < 0.2
+    assert metrics["w2_size"] == 400 < effective(weight) / 8
+    wrong = w2_metrics(prior[:8000], prior, weight, torch.Generator().manual_seed(0), most=400)
     assert wrong["w2_ratio"] - 1 > 4 * wrong["w2_ratio_se"]
 
 
 def test_w2_of_too_few_effective_samples_is_unknown(tilted):
     exact, prior, _ = tilted
-    figures = w2_figures(exact, prior, (20 * prior[:, 0]).softmax(0), torch.Generator().manual_seed(0))
-    assert figures["w2_size"] < 10 and math.isnan(figures["w2_ratio"])
+    metrics = w2_metrics(exact, prior, (20 * prior[:, 0]).softmax(0), torch.Generator().manual_seed(0))
+    assert metrics["w2_size"] < 10 and math.isnan(metrics["w2_ratio"])
 
 
 def test_energy_tv_accepts_the_exact_law_and_rejects_the_prior(tilted):
@@ -147,12 +147,12 @@ def test_pairwise_distance_of_one_sample_is_unknown():
 def test_diversity_is_one_for_the_exact_law_less_for_a_collapse_and_nan_for_a_lost_class(tilted):
     exact, prior, weight = tilted[0][:4000], tilted[1][:6000], tilted[2][:6000] / tilted[2][:6000].sum()
     labels = [(part[:, 1] > 0).long() for part in (exact, prior)]
-    figures = diversity_figures(exact, labels[0], prior, labels[1], weight, (0, 1))
-    assert abs(figures["diversity"] - 1) < 4 * figures["diversity_se"] < 0.1
+    metrics = diversity_metrics(exact, labels[0], prior, labels[1], weight, (0, 1))
+    assert abs(metrics["diversity"] - 1) < 4 * metrics["diversity_se"] < 0.1
     center = torch.stack([exact[labels[0] == label].mean(0) for label in (0, 1)])[labels[0]]
-    shrunk = diversity_figures(center + 0.6 * (exact - center), labels[0], prior, labels[1], weight, (0, 1))
+    shrunk = diversity_metrics(center + 0.6 * (exact - center), labels[0], prior, labels[1], weight, (0, 1))
     assert shrunk["diversity"] == pytest.approx(0.6, abs=0.02)
-    lost = diversity_figures(exact[labels[0] == 0], labels[0][labels[0] == 0], prior, labels[1], weight, (0, 1))
+    lost = diversity_metrics(exact[labels[0] == 0], labels[0][labels[0] == 0], prior, labels[1], weight, (0, 1))
     assert math.isnan(lost["diversity"])
 
 
@@ -164,20 +164,20 @@ def test_moments_under_a_tilt():
     prior = normal(4000, 5)
     truth = exact_moments(TILT * torch.eye(5, dtype=torch.float64)[0], torch.ones(5, dtype=torch.float64))
     everywhere, generator = torch.ones(5, dtype=torch.bool), torch.Generator().manual_seed(0)
-    figures = moment_figures(moments(prior, (TILT * prior[:, 0]).softmax(0)), truth, everywhere, generator)
-    assert figures["mean_error"] < figures["mean_error_null"] < 0.06
-    assert figures["spread_error"] < figures["spread_error_null"] < 0.06
-    assert figures["spread_ratio"] == pytest.approx(1.0, abs=0.03)
-    wrong = moment_figures(moments(prior, even(4000)), truth, everywhere, generator)
+    metrics = moment_metrics(moments(prior, (TILT * prior[:, 0]).softmax(0)), truth, everywhere, generator)
+    assert metrics["mean_error"] < metrics["mean_error_null"] < 0.06
+    assert metrics["spread_error"] < metrics["spread_error_null"] < 0.06
+    assert metrics["spread_ratio"] == pytest.approx(1.0, abs=0.03)
+    wrong = moment_metrics(moments(prior, even(4000)), truth, everywhere, generator)
     assert wrong["mean_error"] > 5 * wrong["mean_error_null"]
 
 
-def test_a_policy_that_diverged_has_no_figures():
+def test_a_policy_that_diverged_has_no_metrics():
     prior = normal(100, 3)
     broken = torch.full((100, 3), torch.nan)
     pixels = torch.ones(3, dtype=torch.bool)
-    figures = moment_figures(moments(broken, even(100)), moments(prior, even(100)), pixels, torch.Generator())
-    assert all(math.isnan(value) for value in figures.values())
+    metrics = moment_metrics(moments(broken, even(100)), moments(prior, even(100)), pixels, torch.Generator())
+    assert all(math.isnan(value) for value in metrics.values())
 
 
 def test_the_nulls_hold_what_repeated_draws_show():
@@ -187,9 +187,9 @@ def test_the_nulls_hold_what_repeated_draws_show():
     generator = torch.Generator().manual_seed(0)
     shares = {"mean_error": [], "spread_error": []}
     for seed in range(60):
-        figures = moment_figures(moments(normal(500, 4, seed=seed) @ mixing, even(500)), truth, torch.arange(12) >= 0, generator)
+        metrics = moment_metrics(moments(normal(500, 4, seed=seed) @ mixing, even(500)), truth, torch.arange(12) >= 0, generator)
         for name in shares:
-            shares[name].append(figures[name] / figures[f"{name}_null"])
+            shares[name].append(metrics[name] / metrics[f"{name}_null"])
     for name, found in shares.items():
         assert sum(share > 1 for share in found) <= 3, name
         assert np.mean(found) > 0.3, "a null that is far too wide would accept anything"
@@ -240,20 +240,20 @@ def test_weighted_prior_samples_have_the_closed_form_of_log_z_and_effective_size
 def test_exact_posterior_samples_match_weighted_prior_samples_and_the_prior_does_not(inpainting):
     problem, prior, exact = inpainting
     generator = torch.Generator().manual_seed(0)
-    figures = inpainting_figures(
+    metrics = inpainting_metrics(
         evidence_of(exact, problem.energy(exact), prior, problem.energy(prior)), problem.energy, generator
     )
     for pixels in ("measured", "unmeasured"):
-        assert figures[f"mean_error_{pixels}"] < figures[f"mean_error_null_{pixels}"]
-        assert figures[f"spread_error_{pixels}"] < figures[f"spread_error_null_{pixels}"]
-        assert figures[f"spread_ratio_{pixels}"] == pytest.approx(1.0, abs=0.1)
-    error = math.hypot(figures["residual_se"], figures["residual_reference_se"])
-    assert abs(figures["residual"] - figures["residual_reference"]) < 4 * error
-    wrong = inpainting_figures(
+        assert metrics[f"mean_error_{pixels}"] < metrics[f"mean_error_null_{pixels}"]
+        assert metrics[f"spread_error_{pixels}"] < metrics[f"spread_error_null_{pixels}"]
+        assert metrics[f"spread_ratio_{pixels}"] == pytest.approx(1.0, abs=0.1)
+    error = math.hypot(metrics["residual_se"], metrics["residual_reference_se"])
+    assert abs(metrics["residual"] - metrics["residual_reference"]) < 4 * error
+    wrong = inpainting_metrics(
         evidence_of(prior[:2000], problem.energy(prior[:2000]), prior, problem.energy(prior)), problem.energy, generator
     )
     assert wrong["mean_error_unmeasured"] > wrong["mean_error_null_unmeasured"]
-    assert wrong["residual"] > figures["residual"] + 0.1
+    assert wrong["residual"] > metrics["residual"] + 0.1
 
 
 def test_exact_posterior_samples_match_the_closed_form(inpainting):
@@ -261,12 +261,12 @@ def test_exact_posterior_samples_match_the_closed_form(inpainting):
     mean, covariance = problem.posterior.moments()
     truth = exact_moments(mean, covariance.diagonal().sqrt())
     generator = torch.Generator().manual_seed(0)
-    found = moment_figures(moments(exact, even(len(exact))), truth, torch.ones(256, dtype=torch.bool), generator)
+    found = moment_metrics(moments(exact, even(len(exact))), truth, torch.ones(256, dtype=torch.bool), generator)
     assert found["mean_error"] < found["mean_error_null"] < 0.05
     assert found["spread_error"] < found["spread_error_null"] < 0.05
 
 
-# --- all figures together
+# --- all metrics together
 
 
 class Brightness(torch.nn.Module):
@@ -292,15 +292,15 @@ def test_image_figures_see_a_tilt_of_brightness():
 
     exact = tilted(2000)
     evidence = evidence_of(exact, energy(exact), prior, energy(prior))
-    figures = image_figures(evidence, Brightness(), generator, classes=2) | wanted_figures(evidence, Brightness(), (1,))
-    assert figures["class_tv"] < figures["class_tv_null"]
-    assert figures["energy_tv"] < figures["energy_tv_null"]
-    assert abs(figures["w2_ratio"] - 1) < 4 * figures["w2_ratio_se"]
-    error = math.hypot(figures["share_se"], figures["share_reference_se"])
-    assert abs(figures["share"] - figures["share_reference"]) < 4 * error
-    assert figures["share"] == pytest.approx(figures["class_shares"][1], abs=1e-4)
-    assert abs(figures["diversity"] - 1) < 4 * figures["diversity_se"]
+    metrics = image_metrics(evidence, Brightness(), generator, classes=2) | wanted_metrics(evidence, Brightness(), (1,))
+    assert metrics["class_tv"] < metrics["class_tv_null"]
+    assert metrics["energy_tv"] < metrics["energy_tv_null"]
+    assert abs(metrics["w2_ratio"] - 1) < 4 * metrics["w2_ratio_se"]
+    error = math.hypot(metrics["share_se"], metrics["share_reference_se"])
+    assert abs(metrics["share"] - metrics["share_reference"]) < 4 * error
+    assert metrics["share"] == pytest.approx(metrics["class_shares"][1], abs=1e-4)
+    assert abs(metrics["diversity"] - 1) < 4 * metrics["diversity_se"]
     wrong = evidence_of(prior[:2000], energy(prior[:2000]), prior, energy(prior))
-    figures = image_figures(wrong, Brightness(), generator, classes=2)
-    assert figures["class_tv"] > 2 * figures["class_tv_null"]
-    assert figures["energy_tv"] > 2 * figures["energy_tv_null"]
+    metrics = image_metrics(wrong, Brightness(), generator, classes=2)
+    assert metrics["class_tv"] > 2 * metrics["class_tv_null"]
+    assert metrics["energy_tv"] > 2 * metrics["energy_tv_null"]

@@ -1,4 +1,4 @@
-"""The mixture as a task: its recipes, its prior by chain, and figures that know the truth."""
+"""The mixture as a task: its recipes, its prior by chain, and metrics that know the truth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tiltune.finetune.certificate.criteria import judge_known, unjudged
-from tiltune.finetune.certificate.evidence import Evidence, path_figures
+from tiltune.finetune.certificate.evidence import Evidence, path_metrics
 from tiltune.finetune.config.prior import PriorConfig
 from tiltune.finetune.energies.names import combine
 from tiltune.tasks import digits
@@ -84,15 +84,15 @@ def test_figures_know_the_truth_and_judge_by_it() -> None:
     verdicts, found = {}, {}
     for name, law in (("exact", truth), ("lost", lost)):
         evidence = evidence_of(law)
-        figures = path_figures(evidence)
-        figures |= TASK.figures(PriorConfig(steps=50), evidence, sums, torch.Generator().manual_seed(1))
-        found[name] = figures | {"log_z_error": 0.0, "gap": figures["gap_reference"]}  # no chain made these paths
+        metrics = path_metrics(evidence)
+        metrics |= TASK.metrics(PriorConfig(steps=50), evidence, sums, torch.Generator().manual_seed(1))
+        found[name] = metrics | {"log_z_error": 0.0, "gap": metrics["gap_reference"]}  # no chain made these paths
         verdicts[name] = judge_known(found[name])
     assert verdicts["exact"][0] == "pass", verdicts
     assert verdicts["lost"][0] == "fail" and any("mode TV" in reason for reason in verdicts["lost"][1])
     assert unjudged(found["exact"]) == [] and found["exact"]["log_z_true_se"] > 0
     evidence = evidence_of(truth)
-    elsewhere = TASK.figures(PriorConfig(steps=20), evidence, sums, torch.Generator().manual_seed(1))
+    elsewhere = TASK.metrics(PriorConfig(steps=20), evidence, sums, torch.Generator().manual_seed(1))
     assert elsewhere["gap_reference"] is None and len(unjudged(elsewhere)) == 1
     assert elsewhere["w2"] == found["exact"]["w2"]
 
@@ -102,9 +102,9 @@ def test_what_the_truth_does_not_cover_is_refused() -> None:
     evidence = evidence_of(target_mixture())
     for other in (lambda x: 2 * energy(x), lambda x: x.square().sum(1)):
         with pytest.raises(ValueError, match="for the task's own energy alone"):
-            TASK.figures(config, evidence, other, generator)
+            TASK.metrics(config, evidence, other, generator)
     with pytest.raises(ValueError, match="closed form of the target"):
-        TASK.figures(config, replace(evidence, alpha=20.0), energy, generator)
+        TASK.metrics(config, replace(evidence, alpha=20.0), energy, generator)
     few = torch.arange(400)
     with pytest.raises(ValueError, match="need 40000 samples"):
-        TASK.figures(config, evidence.resampled(few, few), energy, generator)
+        TASK.metrics(config, evidence.resampled(few, few), energy, generator)

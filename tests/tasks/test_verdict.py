@@ -12,13 +12,13 @@ import torch
 from calibrate import planted
 from calibrate_unknown import COUNTS, counted, exact_samples
 from tiltune.finetune.certificate.criteria import judge_known
-from tiltune.finetune.certificate.evidence import gather_evidence, path_figures
+from tiltune.finetune.certificate.evidence import gather_evidence, path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.tasks.gaussian_mixture import MixtureDenoiser
-from tiltune.tasks.metrics.known_truth import modes_of, truth_figures
+from tiltune.tasks.metrics.known_truth import modes_of, truth_metrics
 from tiltune.tasks.mixture_chains import build_chain, in_states, shipped_prior, shipped_reference
 from tiltune.tasks.mixture_target import energy, target_mixture
 from toys.held_out_mixtures import held_out
@@ -49,11 +49,11 @@ def prior():
 def figures_of(prior, policy, seed=0):
     generator = torch.Generator().manual_seed(seed)
     evidence = gather_evidence(prior, policy, energy, 1.0, generator, starts=8)
-    figures = path_figures(evidence) | truth_figures(evidence.samples, target_mixture(), energy, generator)
+    metrics = path_metrics(evidence) | truth_metrics(evidence.samples, target_mixture(), energy, generator)
     reference = shipped_reference()["ddpm"]
-    figures["log_z_error"] = abs(figures["log_z"] - reference["log_z_forward"])
-    figures["gap_reference"] = reference["gap"]
-    return evidence, figures
+    metrics["log_z_error"] = abs(metrics["log_z"] - reference["log_z_forward"])
+    metrics["gap_reference"] = reference["gap"]
+    return evidence, metrics
 
 
 def planted_policy(prior, name):
@@ -61,28 +61,28 @@ def planted_policy(prior, name):
 
 
 def test_the_exact_denoiser_passes_both_verdicts(prior):
-    evidence, figures = figures_of(prior, planted_policy(prior, "exact denoiser"))
-    assert judge_known(figures)[0] == "pass", judge_known(figures)
-    assert judge_unknown(evidence, figures)[0] == "pass", judge_unknown(evidence, figures)
-    assert figures["elbo"] < figures["log_z"] < figures["eubo"]
+    evidence, metrics = figures_of(prior, planted_policy(prior, "exact denoiser"))
+    assert judge_known(metrics)[0] == "pass", judge_known(metrics)
+    assert judge_unknown(evidence, metrics)[0] == "pass", judge_unknown(evidence, metrics)
+    assert metrics["elbo"] < metrics["log_z"] < metrics["eubo"]
     # The shipped reference is this measurement on 100k rollouts.
-    assert abs(figures["gap"] - figures["gap_reference"]) < 4 * figures["gap_se"]
+    assert abs(metrics["gap"] - metrics["gap_reference"]) < 4 * metrics["gap_se"]
 
 
 @pytest.mark.parametrize("name", [name for name in planted() if name != "exact denoiser"])
 def test_a_planted_failure_fails(prior, name):
-    _, figures = figures_of(prior, planted_policy(prior, name))
-    verdict, reasons = judge_known(figures)
+    _, metrics = figures_of(prior, planted_policy(prior, name))
+    verdict, reasons = judge_known(metrics)
     assert verdict == "fail", (verdict, reasons)
 
 
 def test_a_policy_that_kept_two_modes_fails_although_its_own_side_looks_healthy(prior):
-    _, figures = figures_of(prior, planted_policy(prior, "only modes (0,0) and (5,0)"))
-    assert figures["ess"] > 0.5 and figures["pareto_k"] < 0.7, "its own weights are healthy"
+    _, metrics = figures_of(prior, planted_policy(prior, "only modes (0,0) and (5,0)"))
+    assert metrics["ess"] > 0.5 and metrics["pareto_k"] < 0.7, "its own weights are healthy"
     # Its own estimate of log Z misses by about the share of the modes it holds, log(25 / 61) = -.89, and cannot know.
-    assert figures["log_z"] == pytest.approx(math.log(25 / 61), abs=0.1)
-    assert figures["gap"] > 10, "the target side sees what it does not visit"
-    verdict, reasons = judge_known(figures)
+    assert metrics["log_z"] == pytest.approx(math.log(25 / 61), abs=0.1)
+    assert metrics["gap"] > 10, "the target side sees what it does not visit"
+    verdict, reasons = judge_known(metrics)
     assert verdict == "fail" and any("mode TV" in reason for reason in reasons), reasons
 
 
@@ -93,12 +93,12 @@ def test_a_policy_trained_by_tlm_on_two_modes_fails(prior):
         inside = torch.isin(modes_of(x, target_mixture()), kept)
         return torch.where(inside, energy(x), torch.inf)
 
-    config = TrainConfig(objective="tlm", updates=1, warm_start_updates=400, bank_size=20_000, tempering_ess=None)
+    config = TrainConfig(objective="tlm", updates=1, warm_start_updates=400, population_size=20_000, tempering_ess=None)
     result = Trainer(prior, two_modes, config, progress=False).train()
-    evidence, figures = figures_of(prior, result.policy)
-    assert figures["pareto_k"] < 0.7 and abs(figures["elbo"] - figures["log_z"]) < 1.0, "its own side looks healthy"
-    assert judge_known(figures)[0] == "fail"
-    assert judge_unknown(evidence, figures)[0] == "fail"
+    evidence, metrics = figures_of(prior, result.policy)
+    assert metrics["pareto_k"] < 0.7 and abs(metrics["elbo"] - metrics["log_z"]) < 1.0, "its own side looks healthy"
+    assert judge_known(metrics)[0] == "fail"
+    assert judge_unknown(evidence, metrics)[0] == "fail"
 
 
 def test_a_residual_network_on_a_prior_that_cannot_be_trained(prior):
@@ -111,7 +111,7 @@ def test_a_residual_network_on_a_prior_that_cannot_be_trained(prior):
     network = precondition_for_(MLPDenoiser(), prior.chain, 1.0)
     network.preconditioning[1].zero_()  # the skip belongs to the prior
     policy = ResidualDenoiser(frozen.denoiser, network)
-    config = TrainConfig(warm_start_updates=150, updates=2, bank_size=4000, batch_size=128)
+    config = TrainConfig(warm_start_updates=150, updates=2, population_size=4000, batch_size=128)
     history = Trainer(frozen, energy, config, policy=policy, progress=False).train().history
     eubo = [record["eubo"] for record in history if "eubo" in record]
     assert eubo[0] > 1.0 and eubo[-1] < 0.5, eubo

@@ -1,4 +1,4 @@
-"""Moments of a law that is known, for the figures that compare moments."""
+"""Moments of a law that is known, for the metrics that compare moments."""
 
 import torch
 from torch import Tensor

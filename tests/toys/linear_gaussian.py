@@ -43,7 +43,8 @@ class LinearGaussian:
 
     mean, slope: [D] float64. Every figure is the chain's own, not the ideal diffusion's.
 
-    Errors: ValueError for a chain that clips (not linear) or whose decoder draws noise, which no kernel can explain.
+    Errors: ValueError for a chain that clips (not linear) or whose last step belongs to the prior and draws noise, which no
+    kernel can explain.
     """
 
     chain: Chain
@@ -57,8 +58,8 @@ class LinearGaussian:
             raise ValueError(f"{self.chain.name} clips x_hat, so its kernels are not linear; use clip_sample=False.")
         if bool((self.chain.sigma[~self._trained] >= SIGMA_ZERO).any()):
             raise ValueError(
-                f"{self.chain.name} ends in a decoder that draws noise: the residual then keeps that noise and is zero for"
-                " no policy. Use a chain whose last row is noiseless or carries a ratio."
+                f"{self.chain.name} ends in a last step of the prior that draws noise: the residual then keeps that noise and is"
+                " zero for no policy. Use a chain whose last row is noiseless or carries a ratio."
             )
 
     @cached_property
