@@ -64,19 +64,9 @@ def certify(
 
     Errors: ValueError for a run of several conditions: each has a law of its own, and is judged alone (`Run.by_condition`).
     """
-    if run.prior.num_conditions > 1:
-        raise ValueError(
-            f"this run has {run.prior.num_conditions} conditions, each with a law of its own: certify every one of"
-            " run.by_condition()."
-        )
-    config = run.config.certificate
     given = {"size": size, "seed": seed, "tolerance": tolerance}
-    config = replace(config, **{name: value for name, value in given.items() if value is not None})
-    if until_decided is not None and until_decided < config.size:
-        raise ValueError(
-            f"until_decided is {until_decided}, fewer than the {config.size} rollouts a side of the first look; give more, or a"
-            " smaller size."
-        )
+    config = replace(run.config.certificate, **{name: value for name, value in given.items() if value is not None})
+    _refuse(run, config.size, until_decided)
     if energy is None:
         energy, terms = run.energy(terms), terms or run.config.energy.terms
     generator = stream("certificate", config.seed, run.prior.device)
@@ -106,6 +96,19 @@ def certify(
         "seed": config.seed,
     }
     return metrics, evidence
+
+
+def _refuse(run: Run, size: int, until_decided: int | None) -> None:
+    if run.prior.num_conditions > 1:
+        raise ValueError(
+            f"this run has {run.prior.num_conditions} conditions, each with a law of its own: certify every one of"
+            " run.by_condition()."
+        )
+    if until_decided is not None and until_decided < size:
+        raise ValueError(
+            f"until_decided is {until_decided}, fewer than the {size} rollouts a side of the first look; give more, or a"
+            " smaller size."
+        )
 
 
 def _draw(run: Run, energy: Energy, size: int, generator: torch.Generator, before: Evidence | None, progress: bool) -> Evidence:

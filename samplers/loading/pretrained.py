@@ -53,8 +53,7 @@ def load_prior(
 
     Errors: ValueError, one sentence, for whatever does not fit.
     """
-    folder = locate(path)
-    layout = read_layout(folder)
+    layout = read_layout(locate(path))
     scheduler = _scheduler(layout, variance)
     _refuse_unused(scheduler, eta, noise, noise_level)
     chain = chain_from_scheduler(scheduler, steps, eta=eta, noise=noise, noise_level=noise_level)

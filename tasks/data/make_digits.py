@@ -9,13 +9,16 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..classifier import SmallClassifier
 from ..digits import FOLDER, LABELLED
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 PIXELS = 16.0
 WRONG = 0.7  # share of labels drawn at random, so that a label is a weak condition, and the tilt toward its digit a real one
@@ -28,6 +31,24 @@ def dataset() -> tuple[Tensor, Tensor]:
     digits: Any = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / (PIXELS / 2) - 1
     return images, torch.tensor(digits.target)
+
+
+def make_network(labels: int | None) -> UNet2DModel:
+    """Fresh weights; ``labels`` as in `train_prior`."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        num_class_embeds=labels,
+    )
 
 
 def train_prior(
@@ -43,7 +64,7 @@ def train_prior(
     labels: how many classes the network is conditioned on, None for none; `WRONG` of them are drawn anew, evenly, at every look.
     Trailing spacing starts at the last timestep, where nothing is left of the data: a start that the chain forgets.
     """
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers import DDPMPipeline, DDPMScheduler
 
     torch.manual_seed(0)
     images, classes = dataset()
@@ -54,18 +75,7 @@ def train_prior(
         clip_sample=False,
         timestep_spacing="trailing",
     )
-    network = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        attention_head_dim=8,
-        num_class_embeds=labels,
-    )
+    network = make_network(labels)
     average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema))
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-3)
     started, update = time.time(), 0
