@@ -28,7 +28,7 @@ def w2(x: Tensor, y: Tensor) -> float:
     return math.sqrt(max(0.0, float(squared)))
 
 
-def w2_sets(x: Tensor, y: Tensor, sets: int = W2_SETS, size: int = W2_SIZE) -> Tensor:
+def w2_sets(x: Tensor, y: Tensor, sets: int, size: int = W2_SIZE) -> Tensor:
     """W2 of ``sets`` disjoint pairs of ``size``: [sets]."""
     if min(len(x), len(y)) < sets * size:
         raise ValueError(f"{sets} disjoint sets of {size} need {sets * size} samples on each side, not {len(x)}, {len(y)}.")
@@ -105,8 +105,8 @@ def truth_metrics(
     """
     x = x.double().cpu()
     reference, twin = (truth.sample(max(len(x), W2_SETS * W2_SIZE), generator) for _ in range(2))
-    own = mean_and_error(w2_sets(x, reference))
-    exact = exact_w2 or mean_and_error(w2_sets(twin, reference))
+    own = mean_and_error(w2_sets(x, reference, W2_SETS))
+    exact = exact_w2 or mean_and_error(w2_sets(twin, reference, W2_SETS))
     ratio = own[0] / exact[0]
     spreads, twin_spreads = mode_spreads(x, truth), mode_spreads(twin[: len(x)], truth)
     x, twin, reference = x[:MODE_SAMPLES], twin[:MODE_SAMPLES], reference[:MODE_SAMPLES]

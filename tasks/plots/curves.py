@@ -39,7 +39,9 @@ def curves(bounds: Axes, residual: Axes, history: list[dict[str, Any]], log_z_tr
         return [update for update, _ in found], [value for _, value in found]
 
     for name, color, label in (("elbo", ELBO, "ELBO"), ("log_z", LOG_Z, "log Z"), ("eubo", EUBO, "EUBO")):
-        bounds.plot(*series(name), color=color, label=label, linewidth=1.2)
+        updates, values = series(name)
+        if values:
+            bounds.plot(updates, values, color=color, label=label, linewidth=1.2)
     bounds.axhline(log_z_true, color="black", linewidth=0.8, linestyle="--", label="log Z of the chain")
     bounds.set_title("Bounds on log Z (nats)", fontsize=10)
     bounds.set(ylim=(log_z_true - 1.0, log_z_true + 1.0))
