@@ -19,9 +19,10 @@ asked = []
 def ink(x):
     asked.append(len(x))
     stop = pathlib.Path(__file__).with_name("stop")
-    if stop.exists() and os.environ.get("RANK") == "1" and len(asked) == 9:
-        what = stop.read_text()
-        time.sleep(1000) if what == "hang" else os.kill(os.getpid(), int(what))
+    if stop.exists() and os.environ.get("RANK") == "1":
+        call, what = stop.read_text().split()
+        if len(asked) == int(call):
+            time.sleep(1000) if what == "hang" else os.kill(os.getpid(), int(what))
     return x.flatten(1).mean(1)
 """
 CONFIG = """
@@ -165,47 +166,32 @@ def whole(folder: Path, launch: Any) -> Path:
     return folder / "whole"
 
 
-@pytest.fixture
-def stop(folder: Path) -> Any:
-    """What the energy of process 1 is to do in its ninth call, behind the sixth step: that one has a checkpoint already."""
-    yield (folder / "stop").write_text
-    (folder / "stop").unlink(missing_ok=True)
-
-
 def assert_the_same(run: Path, other: Path) -> None:
     for name in ("metrics.jsonl", "policy/diffusion_pytorch_model.safetensors"):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_sigterm_on_rank_1_saves_one_step_ends_with_75_and_goes_on_bit_for_bit(
-    folder: Path, launch: Any, whole: Path, stop: Any
-) -> None:
-    stop(str(int(signal.SIGTERM)))
+def test_stopped_on_one_process_and_hung_on_it_the_run_goes_on_bit_for_bit(folder: Path, launch: Any, whole: Path) -> None:
+    """SIGTERM on rank 1, in its ninth energy: one step is saved by both, and the status is 75. Gone on with, rank 1 sleeps in its
+    third energy. Process 0 waits for the stated time and ends; torchrun kills the other 30 s later. Gone on with once more, it is
+    the run that nobody stopped."""
+    (folder / "stop").write_text(f"9 {int(signal.SIGTERM)}")
     stopped = launch("run")
     assert stopped.returncode == 75, stopped.stderr[-2000:]
     assert stopped.stderr.count("--resume auto goes on") == 1
     record = json.loads((folder / "run" / "run.json").read_text())
     assert record["preempted"] and record["updates"] == 2
+    (folder / "stop").write_text("3 hang")
+    hung = launch("run", "--resume", "auto", "--process-timeout", "4")
+    assert hung.returncode == 1 and "another process did not answer for 4 s" in hung.stderr, hung.stderr[-2000:]
+    assert json.loads((folder / "run" / "run.json").read_text())["stopped"].startswith("NoAnswer")
     (folder / "stop").unlink()
     resumed = launch("run", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert_the_same(folder / "run", whole)
 
 
-def test_a_hang_of_one_process_ends_the_run_in_time_and_it_goes_on_bit_for_bit(
-    folder: Path, launch: Any, whole: Path, stop: Any
-) -> None:
-    """Process 1 sleeps in its energy. Process 0 waits for the stated time and ends; torchrun kills the other 30 s later."""
-    stop("hang")
-    hung = launch("hung", "--process-timeout", "4")
-    assert hung.returncode == 1 and "another process did not answer for 4 s" in hung.stderr, hung.stderr[-2000:]
-    assert json.loads((folder / "hung" / "run.json").read_text())["stopped"].startswith("NoAnswer")
-    (folder / "stop").unlink()
-    resumed = launch("hung", "--resume", "auto")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert_the_same(folder / "hung", whole)
-
-
+@pytest.mark.slow
 def test_in_shards_a_run_is_the_same_but_for_rounding_and_goes_on_bit_for_bit(
     folder: Path, launch: Any, whole: Path, environment: dict[str, str]
 ) -> None:
