@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def log_mean_exp(log_weight: Tensor) -> tuple[float, float]:
+def log_mean_exp(log_weight: Float[Tensor, " n"]) -> tuple[float, float]:
     """(log mean exp, standard error by the delta method); log_weight [N], -inf allowed."""
     count = len(log_weight)
     total = torch.logsumexp(log_weight.double(), 0)
@@ -22,7 +23,7 @@ def log_mean_exp(log_weight: Tensor) -> tuple[float, float]:
     return (total - math.log(count)).item(), variance.sqrt().item()
 
 
-def ess(log_weight: Tensor) -> float:
+def ess(log_weight: Float[Tensor, " n"]) -> float:
     """Effective share of the sample, (sum w)² / (N sum w²), between 1/N and 1; 0 where every weight is zero."""
     if not torch.isfinite(log_weight).any():
         return 0.0
@@ -30,7 +31,9 @@ def ess(log_weight: Tensor) -> float:
     return (1 / (share.square().sum() * len(share))).item()
 
 
-def adequate_alpha(energy: Tensor, alpha: float, share: float, log_ratio: Tensor | float = 0.0) -> float:
+def adequate_alpha(
+    energy: Float[Tensor, " n"], alpha: float, share: float, log_ratio: Float[Tensor, " n"] | float = 0.0
+) -> float:
     """The smallest temperature, from ``alpha`` up, at which ``share`` of the samples is effective; energy [N], not NaN.
 
     log_ratio [N]: log density of what drew them less the prior's.
@@ -45,7 +48,7 @@ def adequate_alpha(energy: Tensor, alpha: float, share: float, log_ratio: Tensor
     return math.exp(high)
 
 
-def weighted_mean(value: Tensor, weight: Tensor) -> tuple[float, float]:
+def weighted_mean(value: Float[Tensor, " n"], weight: Float[Tensor, " n"]) -> tuple[float, float]:
     """Self-normalized mean and its standard error; value, weight [N], weight sums to 1. Zero-weight values may be inf."""
     kept = weight > 0
     if not kept.any():
@@ -55,13 +58,13 @@ def weighted_mean(value: Tensor, weight: Tensor) -> tuple[float, float]:
     return mean.item(), (weight.square() * (value - mean).square()).sum().sqrt().item()
 
 
-def mean(value: Tensor) -> tuple[float, float]:
+def mean(value: Float[Tensor, " n"]) -> tuple[float, float]:
     """Plain mean and its standard error."""
     value = value.double()
     return value.mean().item(), (value.std() / math.sqrt(len(value))).item()
 
 
-def pareto_k(log_weight: Tensor) -> float:
+def pareto_k(log_weight: Float[Tensor, " n"]) -> float:
     """Shape of a generalised Pareto fitted to the largest weights: above .7 the mean of the weights cannot be trusted.
 
     The tail is min(N/5, 3 sqrt(N)) weights (Vehtari et al. 2024, arXiv 1507.02646); the fit is Zhang and Stephens 2009
@@ -98,7 +101,7 @@ def pareto_k(log_weight: Tensor) -> float:
     return (k * tail_size + 0.5 * 10) / (tail_size + 10)
 
 
-def start_variance(log_weight: Tensor) -> tuple[float, float]:
+def start_variance(log_weight: Float[Tensor, " starts rollouts"]) -> tuple[float, float]:
     """Var over starts of log Z(s_0), free of its Monte Carlo noise, with a jackknife standard error.
 
     log_weight: [starts, rollouts ≥ 2] of policy rollouts from the same starts. For a policy near the optimum every lw of
@@ -118,7 +121,7 @@ def start_variance(log_weight: Tensor) -> tuple[float, float]:
     if not torch.isfinite(level).all():
         return math.nan, math.nan
 
-    def estimate(kept: Tensor) -> Tensor:
+    def estimate(kept: Float[Tensor, " ways 2 kept"]) -> Float[Tensor, ""]:
         centered = kept - kept.mean(-1, keepdim=True)
         return (centered[:, 0] * centered[:, 1]).sum(-1).mean() / (kept.shape[-1] - 1)
 

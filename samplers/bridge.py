@@ -12,12 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .chain import Chain
 from .condition import Condition
 from .prior import Prior
 from .rollout import prior_last_states
+from .shapes import States
 from .trajectory import Trajectories
 from .typed import floats
 
@@ -26,11 +28,11 @@ from .typed import floats
 class Bridge:
     """The coefficients above, each [last_trained + 1] float64, by step."""
 
-    c: Tensor
-    d: Tensor
-    tau: Tensor
+    c: Float[Tensor, " bridged"]
+    d: Float[Tensor, " bridged"]
+    tau: Float[Tensor, " bridged"]
 
-    def mean(self, state: Tensor, end: Tensor, step: Tensor) -> Tensor:
+    def mean(self, state: States, end: States, step: Int[Tensor, " n"]) -> States:
         """c s_k + d x: the mean of s_{k+1} given s_k and the path's end x; state and end [n, ...], step [n]."""
         c, d = (column.to(state)[step].reshape(-1, *[1] * (state.ndim - 1)) for column in (self.c, self.d))
         return c * state + d * end
@@ -76,7 +78,9 @@ def forgets_given_next(chain: Chain) -> bool:
 
 
 @torch.no_grad()
-def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condition: Condition | None = None) -> Trajectories:
+def noise_back(
+    prior: Prior, samples: Float[Tensor, " batch *state"], generator: torch.Generator, condition: Condition | None = None
+) -> Trajectories:
     """Fresh trajectories that end at given samples [B, ...]: s_0 ~ N(a_0 x, b_0²), s_{k+1} = c s_k + d x + tau eps.
 
     Where the last steps belong to the prior the trajectory ends at what they make, not at the given sample, since that is the
@@ -88,7 +92,7 @@ def noise_back(prior: Prior, samples: Tensor, generator: torch.Generator, condit
     chain, bridge = prior.chain, bridge_of(prior.chain)
     c, d, tau = floats(bridge.c), floats(bridge.d), floats(bridge.tau)
 
-    def gaussian() -> Tensor:
+    def gaussian() -> Float[Tensor, " batch *state"]:
         return torch.randn(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype)
 
     if chain.start_std == 0.0:

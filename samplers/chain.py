@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from .kernel import Columns, GaussianKernel, Kernel, Row
+from .shapes import AnyShape, States, Steps, Timestep
 from .typed import floats
 
 # Below this a standard deviation is a clamp of the scheduler (DDPM's 1e-10), not a noise.
@@ -37,16 +39,16 @@ class Chain:
     """
 
     name: str
-    timesteps: Tensor
-    p: Tensor
-    q: Tensor
-    c: Tensor
-    d: Tensor
-    e: Tensor
-    sigma: Tensor
-    input_scale: Tensor
-    signal: Tensor
-    noise: Tensor
+    timesteps: Real[Tensor, " steps"]
+    p: Real[Tensor, " steps"]
+    q: Real[Tensor, " steps"]
+    c: Real[Tensor, " steps"]
+    d: Real[Tensor, " steps"]
+    e: Real[Tensor, " steps"]
+    sigma: Real[Tensor, " steps"]
+    input_scale: Real[Tensor, " steps"]
+    signal: Real[Tensor, " steps+1"]
+    noise: Real[Tensor, " steps+1"]
     start_std: float
     trained: tuple[int, ...]
     clip: float | None = None
@@ -103,10 +105,10 @@ class Chain:
         return self.sigma[step].item() < SIGMA_ZERO
 
     @cached_property
-    def _maps(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+    def _maps(self) -> dict[torch.device, tuple[Int[Tensor, " kernels"], Int[Tensor, " steps"]]]:
         return {}
 
-    def _map(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _map(self, like: AnyShape) -> tuple[Int[Tensor, " kernels"], Int[Tensor, " steps"]]:
         """([num_kernels] the step of every row, [K] the row of every step or -1), on the device of ``like``."""
         if like.device not in self._maps:
             step = torch.tensor(self.trained)
@@ -115,11 +117,11 @@ class Chain:
             self._maps[like.device] = step.to(like.device), row.to(like.device)
         return self._maps[like.device]
 
-    def step_of_row(self, row: Tensor) -> Tensor:
+    def step_of_row(self, row: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """The steps of rows [n] of a matrix of log-ratios [num_kernels, B]; [n]."""
         return self._map(row)[0][row]
 
-    def row_of_step(self, step: Tensor) -> Tensor:
+    def row_of_step(self, step: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """The rows of steps [n] in a matrix of log-ratios; [n], -1 where a step is not trained."""
         return self._map(step)[1][step]
 
@@ -133,7 +135,7 @@ class Chain:
         return GaussianKernel(self.p, self.q, self.c, self.d, self.e, self.sigma, self.clip)
 
     @property
-    def sensitivity(self) -> Tensor:
+    def sensitivity(self) -> Float[Tensor, " kernels"]:
         """[num_kernels] by how many of its standard deviations a kernel's mean moves where the network's output moves by 1."""
         rows = list(self.trained)
         return ((self.d * self.q + self.e)[rows] / self.sigma[rows]).abs()
@@ -150,11 +152,11 @@ class Chain:
     def _columns(self) -> Columns:
         return Columns(self.timesteps, self.input_scale)
 
-    def timestep(self, step: int | Tensor, like: Tensor) -> Tensor:
+    def timestep(self, step: Steps, like: States) -> Timestep:
         """The label a network is conditioned on, shape [] or [N]."""
         return self._columns.like(like)[0, step]
 
-    def network_input(self, state: Tensor, step: int | Tensor) -> Tensor:
+    def network_input(self, state: States, step: Steps) -> States:
         """What the network is fed: the state, divided by sqrt(sigma² + 1) for Euler ancestral."""
         if self._unscaled:
             return state

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from .typed import integers
@@ -27,7 +28,7 @@ class ConditionTable:
     """
 
     names: tuple[str, ...]
-    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    tensors: Mapping[str, Shaped[Tensor, " conditions ..."]] = field(default_factory=dict[str, Tensor])
     strings: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def __post_init__(self) -> None:
@@ -64,16 +65,16 @@ class Condition:
     """
 
     table: ConditionTable
-    group: Tensor
+    group: Int[Tensor, " batch"]
 
     def __len__(self) -> int:
         return len(self.group)
 
-    def select(self, index: Tensor | slice) -> Condition:
+    def select(self, index: Int[Tensor, " n"] | slice) -> Condition:
         """Those of the trajectories at ``index``."""
         return Condition(self.table, self.group[index])
 
-    def network_inputs(self) -> dict[str, Tensor]:
+    def network_inputs(self) -> dict[str, Shaped[Tensor, " batch ..."]]:
         """{name: [N, ...]} on the device of ``group``, as the network takes them; the table may lie elsewhere."""
         return {name: column[self.group.to(column.device)].to(self.group.device) for name, column in self.table.tensors.items()}
 
@@ -83,11 +84,11 @@ class Condition:
         return {**self.network_inputs(), **{name: [column[row] for row in rows] for name, column in self.table.strings.items()}}
 
 
-def selected(condition: Condition | None, index: Tensor | slice) -> Condition | None:
+def selected(condition: Condition | None, index: Int[Tensor, " n"] | slice) -> Condition | None:
     """The conditions of the trajectories at ``index``; None where there are none."""
     return None if condition is None else condition.select(index)
 
 
-def members(group: Tensor, count: int) -> list[Tensor]:
+def members(group: Int[Tensor, " n"], count: int) -> list[Int[Tensor, " _"]]:
     """For each of ``count`` conditions the indices [n] of those that have it, out of the rows ``group`` [N]."""
     return [(group == row).nonzero()[:, 0] for row in range(count)]

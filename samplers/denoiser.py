@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .chain import Chain
 from .condition import Condition
+from .shapes import States, Steps, Timestep
 
 if TYPE_CHECKING:
     from .adapter_switch import AdapterSwitch
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 class Denoiser(Protocol):
     """state [N, ...], timestep [] or [N], condition of N or None → output, the shape of ``state``."""
 
-    def __call__(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor: ...
+    def __call__(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States: ...
 
 
-def evaluate(denoiser: Denoiser, chain: Chain, state: Tensor, step: int | Tensor, condition: Condition | None) -> Tensor:
+def evaluate(denoiser: Denoiser, chain: Chain, state: States, step: Steps, condition: Condition | None) -> States:
     """The network's output at a chain's step, in the dtype of ``state`` whatever precision it ran in."""
     output = denoiser(chain.network_input(state, step), chain.timestep(step, state), condition)
     return output.to(state.dtype)
@@ -50,11 +51,11 @@ class DiffusersDenoiser(nn.Module):
         self._timestep_each = type(model).__name__ == "DiTTransformer2DModel"
         self._integer_timestep = getattr(getattr(model, "config", None), "time_embedding_type", None) == "learned"
 
-    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
+    def forward(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
         with nullcontext() if self.adapters is None else self.adapters.using(None):
             return self.run(state, timestep, condition)
 
-    def run(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
+    def run(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
         """The network as it stands, with whatever adapters are on."""
         extra = {} if condition is None else condition.network_inputs()
         if self._timestep_each:
@@ -89,7 +90,7 @@ class ResidualDenoiser(nn.Module):
         zero_output_layer_(network.model if isinstance(network, DiffusersDenoiser) else network)
         self._prior: tuple[Denoiser] = (prior,)  # in a tuple, so that it does not register as a submodule
 
-    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
+    def forward(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
         with torch.no_grad():
             prior = self._prior[0](state, timestep, condition)
         return prior.to(state.dtype) + self.residual(state, timestep, condition).to(state.dtype)

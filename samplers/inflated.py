@@ -7,11 +7,13 @@ from collections.abc import Callable
 from functools import reduce
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .denoiser import Denoiser
 from .prior import Prior
 from .rollout import rollout, step_noise
+from .shapes import States
 from .trajectory import Trajectories
 
 
@@ -22,7 +24,7 @@ def inflated_rollout(
     generator: torch.Generator,
     scale: float,
     *,
-    start: Tensor | None = None,
+    start: Float[Tensor, " {batch} *state"] | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Trajectories:
     """``batch`` trajectories of the policy with the noise of every trained step times ``scale``; the start's stays as it is.
@@ -32,7 +34,7 @@ def inflated_rollout(
     """
     inflations: list[Tensor] = []
 
-    def inflated(k: int, state: Tensor) -> Tensor | None:
+    def inflated(k: int, state: States) -> States | None:
         noise = step_noise(prior.chain, k, state, generator)
         if k not in prior.chain.trained:
             return noise
@@ -46,7 +48,7 @@ def inflated_rollout(
     return drawn.with_(log_behavior=drawn.log_behavior + reduce(torch.add, inflations))
 
 
-def _inflation(noise: Tensor, scale: float) -> Tensor:
+def _inflation(noise: States, scale: float) -> Float[Tensor, " n"]:
     """log N(noise; 0, scale²) - log N(noise; 0, 1), [N]."""
     flat = noise.flatten(1)
     return 0.5 * (1 - scale**-2) * flat.square().sum(1) - flat.shape[1] * math.log(scale)

@@ -11,7 +11,12 @@ from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from .shapes import States, Steps
+
+Coefficient = float | Float[Tensor, " n ..."]  # of one step, or of one for each state, shaped to be multiplied with states
 
 
 class Kernel(Protocol):
@@ -21,45 +26,43 @@ class Kernel(Protocol):
     step's noise, so that a log-ratio follows from it.
     """
 
-    def std(self, step: int | Tensor, like: Tensor) -> Tensor | float:
+    def std(self, step: Steps, like: States) -> Coefficient:
         """Standard deviation of the step's noise: a float, or [N, 1, ...] shaped for ``like``."""
         ...
 
-    def mean(self, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
+    def mean(self, state: States, step: Steps, output: States) -> States:
         """Mean of s_{k+1} given s_k and the network's output."""
         ...
 
-    def sample(self, state: Tensor, step: int | Tensor, output: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, state: States, step: Steps, output: States, noise: States) -> States:
         """s_{k+1} from the network's output and standard noise."""
         ...
 
-    def clean(self, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
+    def clean(self, state: States, step: Steps, output: States) -> States:
         """x_hat, what the network says the clean sample is."""
         ...
 
-    def shift(
-        self, state: Tensor, step: int | Tensor, policy_output: Tensor, prior_output: Tensor, *, straight: bool = False
-    ) -> Tensor:
+    def shift(self, state: States, step: Steps, policy_output: States, prior_output: States, *, straight: bool = False) -> States:
         """delta_k, what the policy changes against the prior. straight: gradients pass through a clipping of x_hat."""
         ...
 
-    def reachable(self, state: Tensor, step: int | Tensor, prior_output: Tensor, shift: Tensor) -> Tensor:
+    def reachable(self, state: States, step: Steps, prior_output: States, shift: States) -> States:
         """The part of a wanted shift that the network can make by some output."""
         ...
 
-    def standardize(self, following: Tensor, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
+    def standardize(self, following: States, state: States, step: Steps, output: States) -> States:
         """z_k, the noise with which a stored s_{k+1} follows from s_k by this output."""
         ...
 
-    def log_ratio_from_noise(self, noise: Tensor, shift: Tensor) -> Tensor:
+    def log_ratio_from_noise(self, noise: States, shift: States) -> Float[Tensor, " n"]:
         """log policy - log prior [N], nats, from the noise that the policy itself drew."""
         ...
 
-    def log_ratio_from_states(self, z: Tensor, shift: Tensor) -> Tensor:
+    def log_ratio_from_states(self, z: States, shift: States) -> Float[Tensor, " n"]:
         """log policy - log prior [N], nats, from the noise z of any next state under the prior."""
         ...
 
-    def log_density(self, following: Tensor, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
+    def log_density(self, following: States, state: States, step: Steps, output: States) -> Float[Tensor, " n"]:
         """log pi(s_{k+1} | s_k) [N], nats, up to a constant of the step; differentiable by ``output``."""
         ...
 
@@ -67,22 +70,22 @@ class Kernel(Protocol):
 class Row(NamedTuple):
     """Coefficients of one step, or of a batch of steps (each then has shape [N, 1, ...])."""
 
-    p: Tensor | float
-    q: Tensor | float
-    c: Tensor | float
-    d: Tensor | float
-    e: Tensor | float
-    sigma: Tensor | float
+    p: Coefficient
+    q: Coefficient
+    c: Coefficient
+    d: Coefficient
+    e: Coefficient
+    sigma: Coefficient
 
 
 class Columns:
     """Columns [K] float64 as one table, made once for each device and dtype that it is asked for."""
 
-    def __init__(self, *columns: Tensor) -> None:
+    def __init__(self, *columns: Float[Tensor, " steps"]) -> None:
         self._table = torch.stack(columns)
         self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def like(self, state: Tensor) -> Tensor:
+    def like(self, state: States) -> Float[Tensor, " columns steps"]:
         """[columns, K] on the device and in the dtype of ``state``."""
         key = (state.device, state.dtype)
         if key not in self._made:
@@ -101,12 +104,12 @@ class GaussianKernel:
         l = <eps, delta> + ½ ||delta||²        from the noise that the policy itself drew  (z = eps + delta)
     """
 
-    p: Tensor
-    q: Tensor
-    c: Tensor
-    d: Tensor
-    e: Tensor
-    sigma: Tensor
+    p: Float[Tensor, " steps"]
+    q: Float[Tensor, " steps"]
+    c: Float[Tensor, " steps"]
+    d: Float[Tensor, " steps"]
+    e: Float[Tensor, " steps"]
+    sigma: Float[Tensor, " steps"]
     clip: float | None
 
     @cached_property
@@ -120,40 +123,38 @@ class GaussianKernel:
         return Columns(*(getattr(self, name) for name in Row._fields), self._growth)
 
     @cached_property
-    def _growth(self) -> Tensor:
+    def _growth(self) -> Float[Tensor, " steps"]:
         """[K]: coefficient of s_k in (mean - s_k), with the state's share of x_hat unless that is clipped."""
         return self.c - 1 if self.clip is not None else self.c + self.d * self.p - 1
 
-    def row(self, step: int | Tensor, like: Tensor) -> Row:
+    def row(self, step: Steps, like: States) -> Row:
         """Coefficients at ``step``: floats for an int, tensors [N, 1, ...] shaped for ``like`` for a LongTensor [N]."""
         if isinstance(step, int):
             return self.rows[step]
         columns = self._columns.like(like)[: len(Row._fields), step]
         return Row(*columns.reshape(len(Row._fields), -1, *[1] * (like.ndim - 1)))
 
-    def std(self, step: int | Tensor, like: Tensor) -> Tensor | float:
+    def std(self, step: Steps, like: States) -> Coefficient:
         return self.row(step, like).sigma
 
-    def clean(self, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
+    def clean(self, state: States, step: Steps, output: States) -> States:
         """x_hat, clipped where the scheduler clips."""
         return self._clean(self.row(step, state), state, output)
 
-    def _clean(self, row: Row, state: Tensor, output: Tensor) -> Tensor:
+    def _clean(self, row: Row, state: States, output: States) -> States:
         clean = row.p * state + row.q * output
         return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
 
-    def mean(self, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
+    def mean(self, state: States, step: Steps, output: States) -> States:
         row = self.row(step, state)
         if self.clip is None:  # linear in both: two products instead of five
             return (row.c + row.d * row.p) * state + (row.d * row.q + row.e) * output
         return row.c * state + row.d * self._clean(row, state, output) + row.e * output
 
-    def sample(self, state: Tensor, step: int | Tensor, output: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, state: States, step: Steps, output: States, noise: States) -> States:
         return self.mean(state, step, output) + self.std(step, state) * noise
 
-    def shift(
-        self, state: Tensor, step: int | Tensor, policy_output: Tensor, prior_output: Tensor, *, straight: bool = False
-    ) -> Tensor:
+    def shift(self, state: States, step: Steps, policy_output: States, prior_output: States, *, straight: bool = False) -> States:
         """delta_k = (mu_policy - mu_prior) / sigma_k, from the difference of the outputs where x_hat is not clipped.
 
         The means themselves are never subtracted: at 16384 dimensions and 1000 steps that costs nats in float32.
@@ -172,7 +173,7 @@ class GaussianKernel:
             clean = passed + (clean - passed).detach()
         return (row.d * (clean - self._clean(row, state, prior_output)) + row.e * difference) / row.sigma
 
-    def reachable(self, state: Tensor, step: int | Tensor, prior_output: Tensor, shift: Tensor) -> Tensor:
+    def reachable(self, state: States, step: Steps, prior_output: States, shift: States) -> States:
         """The part of a wanted shift that x_hat can follow without leaving its bounds; all of it where nothing is clipped."""
         if self.clip is None:
             return shift
@@ -182,7 +183,7 @@ class GaussianKernel:
         lowest, highest = torch.minimum(*ends).clamp(max=0), torch.maximum(*ends).clamp(min=0)
         return shift.clamp(lowest, highest)
 
-    def standardize(self, following: Tensor, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
+    def standardize(self, following: States, state: States, step: Steps, output: States) -> States:
         """z_k = (s_{k+1} - mu) / sigma_k, taken from the increment s_{k+1} - s_k.
 
         s_{k+1} - mu rounds at the state's size, the increment at the step's: 1e-4 against 4e-7 nats at 16384 dimensions and
@@ -197,15 +198,15 @@ class GaussianKernel:
             drift = drift + row.d * self._clean(row, state, output) + row.e * output
         return ((following - state) - drift) / row.sigma
 
-    def log_ratio_from_noise(self, noise: Tensor, shift: Tensor) -> Tensor:
+    def log_ratio_from_noise(self, noise: States, shift: States) -> Float[Tensor, " n"]:
         """<eps, delta> + ½ ||delta||²."""
         return (shift * torch.add(noise, shift, alpha=0.5)).flatten(1).sum(1)
 
-    def log_ratio_from_states(self, z: Tensor, shift: Tensor) -> Tensor:
+    def log_ratio_from_states(self, z: States, shift: States) -> Float[Tensor, " n"]:
         """<z, delta> - ½ ||delta||²."""
         return (shift * torch.sub(z, shift, alpha=0.5)).flatten(1).sum(1)
 
-    def log_density(self, following: Tensor, state: Tensor, step: int | Tensor, output: Tensor) -> Tensor:
+    def log_density(self, following: States, state: States, step: Steps, output: States) -> Float[Tensor, " n"]:
         """-½ ||(s_{k+1} - mu) / sigma_k||²."""
         z = (following - self.mean(state, step, output)) / self.std(step, state)
         return -0.5 * z.square().flatten(1).sum(1)

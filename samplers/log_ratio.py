@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .chain import Chain
 from .condition import Condition, selected
 from .denoiser import Denoiser, evaluate
+from .shapes import States
 from .trajectory import Trajectories, rows_at_once
 
-Target = Callable[[Tensor, Tensor, Tensor, Condition | None], Tensor]
+Target = Callable[[States, Int[Tensor, " n"], States, Condition | None], States]
 
 
-def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Tensor, Tensor, Tensor, Condition | None]:
+def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[States, States, Int[Tensor, " n"], Condition | None]:
     """Flat (k, b) rows → (state [n, ...], next state [n, ...], step [n], condition of n or None), k slowest.
 
     k counts the trained steps, as the rows of a matrix of log-ratios do.
@@ -41,7 +43,7 @@ def step_log_ratio(
     policy: Denoiser,
     trajectories: Trajectories,
     chunk: int | None = None,
-) -> Tensor:
+) -> Float[Tensor, " kernels batch"]:
     """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
     ratios: list[Tensor] = []
     for rows in _chunks(trajectories, chain, chunk):
@@ -59,9 +61,9 @@ def shift_moments(
     chain: Chain,
     policy: Denoiser,
     trajectories: Trajectories,
-    prior_outputs: Tensor,
+    prior_outputs: States,
     target: Target | None = None,
-) -> Tensor:
+) -> Float[Tensor, " moments batch"]:
     """[2 or 3, B] of stored trajectories, summed over their trained steps: <z, delta>, ½ ||delta||² and <delta_target, delta>.
 
     prior_outputs: [num_kernels · B, ...] of the prior at their states (`outputs`). target: (state, step, prior output, condition)
@@ -80,7 +82,7 @@ def shift_moments(
 
 
 @torch.no_grad()
-def outputs(chain: Chain, denoiser: Denoiser, trajectories: Trajectories) -> Tensor:
+def outputs(chain: Chain, denoiser: Denoiser, trajectories: Trajectories) -> States:
     """[num_kernels · B, ...] of a network at the states of stored trajectories, step by step."""
     found: list[Tensor] = []
     for rows in _chunks(trajectories, chain):

@@ -11,13 +11,14 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from .adapter_switch import AdapterSwitch
 from .condition import Condition
 from .denoiser import DiffusersDenoiser, is_diffusers
 from .loading.folder import read_json
 from .prior import Source
+from .shapes import AnyShape, States, Timestep
 from .typed import forked_rng, named_modules
 
 Layers = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -44,7 +45,7 @@ class LoraDenoiser(nn.Module):
         self.base, self.name, self.config, self.source = base, name, config, source
         self.switch = base.adapters
 
-    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
+    def forward(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
         with self.switch.using(self.name):
             return self.base.run(state, timestep, condition)
 
@@ -52,7 +53,7 @@ class LoraDenoiser(nn.Module):
         """The adapter's peft layers by their names in the network."""
         return _adapted(self.base.model, self.name)
 
-    def adapter_state(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, AnyShape]:
         """The adapter's weights under the names of peft's own files."""
         return {
             f"base_model.model.{name}.{part}.weight": getattr(layer, part)[self.name].weight.detach().contiguous()
@@ -61,7 +62,7 @@ class LoraDenoiser(nn.Module):
         }
 
     @torch.no_grad()
-    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+    def load_adapter_state(self, state: dict[str, AnyShape]) -> None:
         """Take weights that `adapter_state` gave. Errors: ValueError where names or shapes differ."""
         own = self.adapter_state()
         wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]

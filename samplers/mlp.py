@@ -10,9 +10,11 @@ from diffusers.configuration_utils import (
     register_to_config,  # pyright: ignore[reportUnknownVariableType]
 )
 from diffusers.models.modeling_utils import ModelMixin
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .chain import Chain
+from .shapes import Timestep
 from .typed import unique_with_inverse
 
 
@@ -54,8 +56,12 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.outward.bias)
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | float, return_dict: bool = False, class_labels: Tensor | None = None
-    ) -> tuple[Tensor]:
+        self,
+        sample: Float[Tensor, " n dim"],
+        timestep: Timestep | float,
+        return_dict: bool = False,
+        class_labels: Int[Tensor, " n"] | None = None,
+    ) -> tuple[Float[Tensor, " n dim"]]:
         if class_labels is not None:
             raise ValueError("MLPDenoiser is unconditional; it was given class_labels.")
         label = torch.as_tensor(timestep, device=sample.device, dtype=self.frequencies.dtype).reshape(-1)
@@ -89,7 +95,13 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_preconditioning_(
-        self, timesteps: Tensor, p: Tensor, q: Tensor, signal: Tensor, noise: Tensor, data_std: float
+        self,
+        timesteps: Float[Tensor, " n"],
+        p: Float[Tensor, " n"],
+        q: Float[Tensor, " n"],
+        signal: Float[Tensor, " n"],
+        noise: Float[Tensor, " n"],
+        data_std: float,
     ) -> MLPDenoiser:
         """Set the tables so that F has unit-variance inputs and targets for data of standard deviation ``data_std``.
 

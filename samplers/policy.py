@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .condition import Condition, selected
@@ -15,6 +16,7 @@ from .denoiser import DiffusersDenoiser, ResidualDenoiser
 from .lora import LoraDenoiser
 from .prior import Prior
 from .rollout import denoise, draw_start
+from .shapes import States, Timestep
 from .trajectory import rows_at_once
 
 PolicyKind = Literal["full", "lora", "residual"]
@@ -40,7 +42,7 @@ class Policy(nn.Module):
             return "lora"
         return "residual" if isinstance(self.denoiser, ResidualDenoiser) else "full"
 
-    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
+    def forward(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
         return self.denoiser(state, timestep, condition)
 
     @torch.no_grad()
@@ -52,7 +54,7 @@ class Policy(nn.Module):
         condition: Condition | None = None,
         batch: int | None = None,
         on_progress: Callable[[int], None] | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, " {count} *data"]:
         """[count, ...] samples as an energy sees them (`Prior.to_data`), ``batch`` at a time (`trajectory.rows_at_once`).
 
         The law is that of the trained chain, the steps included that belong to the prior. condition: of each sample; those of

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .chain import Chain
 from .condition import Condition, ConditionTable
 from .denoiser import as_denoiser
+from .shapes import States
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Prior:
         network: Any,
         chain: Chain,
         shape: tuple[int, ...],
-        to_data: Callable[[Tensor], Tensor] | None = None,
+        to_data: Callable[[States], Float[Tensor, " n *data"]] | None = None,
         *,
         condition_table: ConditionTable | None = None,
         source: Source | None = None,
@@ -62,7 +64,7 @@ class Prior:
             self.denoiser.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def to_data(self, state: Tensor) -> Tensor:
+    def to_data(self, state: States) -> Float[Tensor, " n *data"]:
         """What an energy sees of terminal states [B, ...]."""
         return state if self._to_data is None else self._to_data(state)
 

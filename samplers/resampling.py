@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .policy import Policy
@@ -28,12 +29,12 @@ class Resampled:
     is. log_weight: [proposals] nats, -inf for zero density.
     """
 
-    samples: Tensor
-    index: Tensor
-    log_weight: Tensor
+    samples: Float[Tensor, " n *data"]
+    index: Int[Tensor, " n"]
+    log_weight: Float[Tensor, " proposals"]
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Float[Tensor, " proposals"]:
         """[proposals] float64, sums to 1."""
         return self.log_weight.double().softmax(0)
 
@@ -58,7 +59,7 @@ class Resampled:
         return len(unique(self.index))
 
 
-def systematic(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def systematic(weight: Float[Tensor, " n"], count: int, generator: torch.Generator) -> Int[Tensor, " {count}"]:
     """Indices [count] drawn in proportion to ``weight`` [N], in random order.
 
     Each i comes floor or ceil of count · w_i times: no resampling has less variance in the copies, and none repeats a proposal
@@ -74,7 +75,7 @@ def systematic(weight: Tensor, count: int, generator: torch.Generator) -> Tensor
 
 def importance_resample(
     policy: Policy,
-    log_potential: Callable[[Tensor], Tensor],
+    log_potential: Callable[[Float[Tensor, " batch *data"]], Float[Tensor, " batch"]],
     count: int,
     generator: torch.Generator,
     *,

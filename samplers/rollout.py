@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .chain import Chain
 from .condition import Condition
 from .denoiser import Denoiser, evaluate
 from .prior import Prior
+from .shapes import States
 from .trajectory import Trajectories
 
 Drawing = Literal["policy", "prior"]
@@ -20,17 +22,17 @@ Drawing = Literal["policy", "prior"]
 class Step(NamedTuple):
     """following: [N, ...] the next state. log_ratio: [N] nats, None where the step is not trained or there is no policy."""
 
-    following: Tensor
-    log_ratio: Tensor | None
+    following: States
+    log_ratio: Float[Tensor, " n"] | None
 
 
 @torch.no_grad()
 def step(
     prior: Prior,
     policy: Denoiser | None,
-    state: Tensor,
+    state: States,
     k: int,
-    noise: Tensor | None,
+    noise: States | None,
     condition: Condition | None = None,
     *,
     drawn_by: Drawing = "policy",
@@ -61,10 +63,10 @@ def rollout(
     generator: torch.Generator,
     *,
     drawn_by: Drawing = "policy",
-    start: Tensor | None = None,
+    start: Float[Tensor, " {batch} *state"] | None = None,
     condition: Condition | None = None,
     keep: bool = True,
-    noise: Callable[[int, Tensor], Tensor | None] | None = None,
+    noise: Callable[[int, States], States | None] | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Trajectories:
     """Draw ``batch`` trajectories from the policy, or from the prior where ``policy`` is None.
@@ -100,12 +102,14 @@ def rollout(
     return Trajectories(states=states, step_log_ratio=log_ratio, log_behavior=behavior, condition=condition)
 
 
-def draw_start(prior: Prior, batch: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+def draw_start(
+    prior: Prior, batch: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, " {batch} *state"]:
     """[batch, ...] starts s_0 ~ N(0, start_std²), the same for policy and prior."""
     return prior.chain.start_std * torch.randn((batch, *prior.shape), generator=generator, device=prior.device, dtype=dtype)
 
 
-def step_noise(chain: Chain, k: int, state: Tensor, generator: torch.Generator) -> Tensor | None:
+def step_noise(chain: Chain, k: int, state: States, generator: torch.Generator) -> States | None:
     """Standard noise of the shape of ``state`` for step k; None at a step that draws none."""
     if chain.noiseless(k):
         return None
@@ -116,12 +120,12 @@ def step_noise(chain: Chain, k: int, state: Tensor, generator: torch.Generator) 
 def denoise(
     prior: Prior,
     denoiser: Denoiser,
-    state: Tensor,
+    state: States,
     generator: torch.Generator,
     condition: Condition | None = None,
     *,
     first: int = 0,
-) -> Iterator[Tensor]:
+) -> Iterator[States]:
     """The states that follow s_first [N, ...], step by step to the sample: a rollout without log-ratios, one network a step.
 
     ``denoiser`` takes the trained steps, the prior's network the others. condition: as in `rollout`.
@@ -136,8 +140,8 @@ def denoise(
 
 
 def prior_last_states(
-    prior: Prior, state: Tensor, generator: torch.Generator, condition: Condition | None = None
-) -> list[Tensor]:
+    prior: Prior, state: States, generator: torch.Generator, condition: Condition | None = None
+) -> list[States]:
     """The states that follow the last trained step's [N, ...], by the prior; the last is the sample. Empty without such steps."""
     first = prior.chain.last_trained + 1
     return list(denoise(prior, prior.denoiser, state, generator, condition, first=first))

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .condition import Condition, members, selected
+from .shapes import AnyShape
 
 MOST_AT_ONCE = 2048
 NUMBERS_AT_ONCE = 2**19
@@ -35,21 +37,21 @@ class Trajectories:
     condition: what each one is conditioned on, or None.
     """
 
-    states: Tensor
-    step_log_ratio: Tensor | None = None
-    log_behavior: Tensor | None = None
-    energy: Tensor | None = None
+    states: Float[Tensor, " states batch *state"]
+    step_log_ratio: Float[Tensor, " kernels batch"] | None = None
+    log_behavior: Float[Tensor, " batch"] | None = None
+    energy: Float[Tensor, " batch"] | None = None
     condition: Condition | None = None
 
     @property
-    def group(self) -> Tensor:
+    def group(self) -> Int[Tensor, " batch"]:
         """[B] the row of its condition, 0 where there are no conditions."""
         if self.condition is None:
             return torch.zeros(len(self), dtype=torch.long, device=self.states.device)
         return self.condition.group
 
     @property
-    def groups(self) -> list[Tensor]:
+    def groups(self) -> list[Int[Tensor, " _"]]:
         """The indices [n] of the trajectories of each condition: each has a law of its own. One entry without conditions."""
         return members(self.group, 1 if self.condition is None else len(self.condition.table))
 
@@ -59,14 +61,14 @@ class Trajectories:
         return {} if self.condition is None else self.condition.context()
 
     @property
-    def terminal(self) -> Tensor:
+    def terminal(self) -> Float[Tensor, " batch *state"]:
         """[B, ...] terminal states; `Prior.to_data` makes samples of them."""
         return self.states[-1]
 
     def __len__(self) -> int:
         return self.states.shape[1]
 
-    def select(self, index: Tensor) -> Trajectories:
+    def select(self, index: Int[Tensor, " n"]) -> Trajectories:
         """The trajectories at ``index`` [N], with everything that belongs to them."""
         return Trajectories(
             states=self.states[:, index],
@@ -85,7 +87,7 @@ def concatenate(parts: list[Trajectories]) -> Trajectories:
     if len(parts) == 1:
         return parts[0]
 
-    def join(name: str, dim: int) -> Tensor | None:
+    def join(name: str, dim: int) -> AnyShape | None:
         values = [getattr(part, name) for part in parts]
         return None if any(value is None for value in values) else torch.cat(values, dim)
 

@@ -7,46 +7,47 @@ from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 
-def floats(values: Tensor) -> list[float]:
-    """The entries of a tensor [n] of real numbers."""
+def floats(values: Real[Tensor, " n"]) -> list[float]:
+    """The entries of a tensor of real numbers."""
     return cast("list[float]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
-def integers(values: Tensor) -> list[int]:
-    """The entries of a tensor [n] of integers."""
+def integers(values: Int[Tensor, " n"]) -> list[int]:
+    """The entries of a tensor of integers."""
     return cast("list[int]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
-def unique(values: Tensor) -> Tensor:
-    """The distinct values [m] in ascending order."""
+def unique(values: Real[Tensor, " n"]) -> Real[Tensor, " distinct"]:
+    """The distinct values in ascending order."""
     return cast(Tensor, values.unique())  # pyright: ignore[reportUnknownMemberType]
 
 
-def unique_with_inverse(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(the distinct values [m] in ascending order, for each value [n] its index among them)."""
+def unique_with_inverse(values: Real[Tensor, " n"]) -> tuple[Real[Tensor, " distinct"], Int[Tensor, " n"]]:
+    """(the distinct values in ascending order, for each value its index among them)."""
     return torch.unique(values, return_inverse=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
-def unique_with_counts(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(the distinct values [m] in ascending order, how often each occurs [m])."""
+def unique_with_counts(values: Real[Tensor, " n"]) -> tuple[Real[Tensor, " distinct"], Int[Tensor, " distinct"]]:
+    """(the distinct values in ascending order, how often each occurs)."""
     return torch.unique(values, return_counts=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
-def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """x [n] with matrix [n, n] x = right [n]. Errors: torch.linalg.LinAlgError for a singular matrix."""
+def solve(matrix: Float[Tensor, " n n"], right: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """x with matrix x = right. Errors: torch.linalg.LinAlgError for a singular matrix."""
     return cast(Tensor, torch.linalg.solve(matrix, right))  # pyright: ignore[reportUnknownMemberType]
 
 
-def symmetric_pinv(matrix: Tensor) -> Tensor:
-    """The pseudo-inverse [n, n] of a symmetric matrix [n, n]."""
+def symmetric_pinv(matrix: Float[Tensor, " n n"]) -> Float[Tensor, " n n"]:
+    """The pseudo-inverse of a symmetric matrix."""
     return cast(Tensor, torch.linalg.pinv(matrix, hermitian=True))  # pyright: ignore[reportUnknownMemberType]
 
 
-def backward(tensor: Tensor, gradient: Tensor | None = None) -> None:
-    """Accumulate the gradients of a scalar, or of a tensor [n] with ``gradient`` [n] as its own."""
+def backward(tensor: Float[Tensor, ""] | Float[Tensor, " n"], gradient: Float[Tensor, " n"] | None = None) -> None:
+    """Accumulate the gradients of a scalar, or of a tensor with ``gradient`` as its own."""
     tensor.backward(gradient)  # pyright: ignore[reportUnknownMemberType]
 
 

@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .evidence import Evidence
@@ -32,11 +33,13 @@ class Bridge:
 
     log_z: float
     rho: float
-    policy: tuple[Tensor, Tensor, Tensor]
-    target: tuple[Tensor, Tensor, Tensor]
+    policy: tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]
+    target: tuple[Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, " m"]]
 
-    def differences(self, policy: Tensor, target: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """(d [count], its covariance) for the parts of the paths of both sides, integers [N] and [M].
+    def differences(
+        self, policy: Int[Tensor, " n"], target: Int[Tensor, " m"], count: int
+    ) -> tuple[Float[Tensor, " {count}"], Float[Tensor, " {count} {count}"]]:
+        """(d, its covariance) for the parts of the paths of both sides.
 
         The covariance is that of the influence of each path, the one through Z included.
         """
@@ -62,7 +65,7 @@ def bridge(evidence: Evidence) -> Bridge:
     rho = effective(weight) / len(mine)
     sides = (even, mine), (rho * weight[weight > 0], theirs)
 
-    def level(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    def level(log_ratio: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         share = torch.sigmoid(log_ratio + math.log(rho))
         return share / rho - (1 - share), (1 / rho + 1) * share * (1 - share)
 
@@ -82,12 +85,14 @@ def bridge(evidence: Evidence) -> Bridge:
     return Bridge(log_z, rho, first, (spread[0], spread[1], spread[2]))
 
 
-def effective(weight: Tensor) -> float:
+def effective(weight: Float[Tensor, " n"]) -> float:
     """Effective number of samples of weights that sum to 1."""
     return 1 / weight.square().sum().item()
 
 
-def total_variation(difference: Tensor, covariance: Tensor, generator: torch.Generator) -> tuple[float, float]:
+def total_variation(
+    difference: Float[Tensor, " parts"], covariance: Float[Tensor, " parts parts"], generator: torch.Generator
+) -> tuple[float, float]:
     """½ Σ |d| less its bootstrap bias, and its standard error."""
     value = 0.5 * difference.abs().sum().item()
     draws = 0.5 * (difference + normal_draws(covariance, DRAWS, generator)).abs().sum(1)

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
 from ...samplers.rollout import in_parts
+from ...samplers.shapes import States, Timestep
 from ...samplers.trajectory import rows_at_once
 from ..energies.energy import Energy, EnergyMeter
 from ..estimators import mean, weighted_mean
@@ -75,8 +77,8 @@ def draw_deployed(
     count: int,
     generator: torch.Generator,
     on_progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """[count, ...] terminal states of a plain diffusers loop around the policy's network, `rows_at_once` at a time.
+) -> Float[Tensor, " {count} *state"]:
+    """Terminal states of a plain diffusers loop around the policy's network, `rows_at_once` at a time.
 
     ``on_progress`` receives the number of samples just drawn, those of a batch in parts, one with every step.
     """
@@ -100,8 +102,8 @@ def draw_deployed(
 
 
 def _step(
-    scheduler: Any, output: Tensor, t: Tensor, state: Tensor, generator: torch.Generator, options: dict[str, float]
-) -> Tensor:
+    scheduler: Any, output: States, t: Timestep, state: States, generator: torch.Generator, options: dict[str, float]
+) -> States:
     if not getattr(scheduler.config, "stochastic_sampling", False):
         return scheduler.step(output, t, state, generator=generator, return_dict=False, **options)[0]
     # This one draws its noise from torch's global generator, whatever it is given.
@@ -135,7 +137,9 @@ def deployment_metrics(
     target = Reference(evidence.prior_samples, evidence.prior_energy, evidence.target_weight.cpu())
     chain = Reference(evidence.samples, evidence.energy, even)
 
-    def row(name: str, steps: int, samples: Tensor, energies: Tensor, compared: bool = True) -> dict[str, Any]:
+    def row(
+        name: str, steps: int, samples: Float[Tensor, " n *data"], energies: Float[Tensor, " n"], compared: bool = True
+    ) -> dict[str, Any]:
         finite = energies[energies.isfinite()]
         value, error = mean(finite) if len(finite) > 1 else (math.nan, math.nan)
         return {
@@ -163,11 +167,11 @@ def deployment_metrics(
 
 
 class Reference:
-    """Weighted samples [N, ...] with their energies [N], cut into cells and energy bins by one half and compared by the other."""
+    """Weighted samples with their energies, cut into cells and energy bins by one half and compared by the other."""
 
     FIGURES = ("energy_tv", "energy_tv_null", "cell_tv", "cell_tv_null")
 
-    def __init__(self, samples: Tensor, energy: Tensor, weight: Tensor) -> None:
+    def __init__(self, samples: Float[Tensor, " n *data"], energy: Float[Tensor, " n"], weight: Float[Tensor, " n"]) -> None:
         self.generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(weight), generator=self.generator)
         fit, held = order[: len(order) // 2], order[len(order) // 2 :]
@@ -179,8 +183,10 @@ class Reference:
         self.edges = weighted_quantiles(energy[fit], weight[fit], BINS)
         self.cells, self.energy = nearest(flat[held], self.centers)[0], energy[held]
 
-    def metrics(self, side: str, samples: Tensor, energy: Tensor, compared: bool = True) -> dict[str, float | None]:
-        """Distances of an unweighted set [M, ...] with energies [M], under names that begin with ``side``."""
+    def metrics(
+        self, side: str, samples: Float[Tensor, " n *data"], energy: Float[Tensor, " n"], compared: bool = True
+    ) -> dict[str, float | None]:
+        """Distances of an unweighted set, under names that begin with ``side``."""
         if not (self.usable and compared):
             return {f"{side}_{figure}": None for figure in self.FIGURES}
         energies = binned_distance(filled(energy), self.energy, self.weight, self.edges, self.generator)
@@ -188,10 +194,10 @@ class Reference:
         return {f"{side}_{figure}": value for figure, value in zip(self.FIGURES, (*energies, *cells), strict=True)}
 
 
-def _context(prior: Prior, samples: Tensor) -> dict[str, Any]:
+def _context(prior: Prior, samples: Float[Tensor, " n *data"]) -> dict[str, Any]:
     condition = prior.condition(len(samples))
     return {} if condition is None else condition.context()
 
 
-def _flat(samples: Tensor) -> Tensor:
+def _flat(samples: Float[Tensor, " n *data"]) -> Float[Tensor, " n dim"]:
     return samples.flatten(1).double().cpu()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...samplers.denoiser import Denoiser
@@ -33,27 +34,27 @@ class Evidence:
     """
 
     alpha: float
-    samples: Tensor
-    energy: Tensor
-    log_ratio: Tensor
-    prior_samples: Tensor
-    prior_energy: Tensor
-    prior_log_ratio: Tensor
-    step_kl: Tensor
-    start_log_weight: Tensor | None
+    samples: Float[Tensor, " n *data"]
+    energy: Float[Tensor, " n"]
+    log_ratio: Float[Tensor, " n"]
+    prior_samples: Float[Tensor, " m *data"]
+    prior_energy: Float[Tensor, " m"]
+    prior_log_ratio: Float[Tensor, " m"]
+    step_kl: Float[Tensor, " kernels"]
+    start_log_weight: Float[Tensor, " starts rollouts"] | None
     energy_calls: int
 
     @property
-    def log_weight(self) -> Tensor:
-        """lw [N] of policy trajectories; -inf where the energy is +inf or invalid."""
+    def log_weight(self) -> Float[Tensor, " n"]:
+        """lw of policy trajectories; -inf where the energy is +inf or invalid."""
         return _finite_log_weight(self.energy, self.alpha) - self.log_ratio
 
     @property
-    def target_log_weight(self) -> Tensor:
-        """-E/alpha [M] of prior trajectories: their weights toward the tilted path law."""
+    def target_log_weight(self) -> Float[Tensor, " m"]:
+        """-E/alpha of prior trajectories: their weights toward the tilted path law."""
         return _finite_log_weight(self.prior_energy, self.alpha)
 
-    def resampled(self, policy: Tensor, target: Tensor) -> Evidence:
+    def resampled(self, policy: Int[Tensor, " _"], target: Int[Tensor, " _"]) -> Evidence:
         """The evidence of policy trajectories ``policy`` and prior trajectories ``target`` (indices)."""
         return replace(
             self,
@@ -79,12 +80,12 @@ class Evidence:
         return replace(self, samples=self.prior_samples, energy=self.prior_energy, log_ratio=zero, prior_log_ratio=zero)
 
     @property
-    def target_weight(self) -> Tensor:
-        """[M] float64, sums to 1."""
+    def target_weight(self) -> Float[Tensor, " m"]:
+        """float64, sums to 1."""
         return self.target_log_weight.double().softmax(0)
 
 
-def _finite_log_weight(energy: Tensor, alpha: float) -> Tensor:
+def _finite_log_weight(energy: Float[Tensor, " n"], alpha: float) -> Float[Tensor, " n"]:
     return (-energy / alpha).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
@@ -208,7 +209,7 @@ def _sandwich(evidence: Evidence) -> dict[str, float]:
     }
 
 
-def expectation(evidence: Evidence, function: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def expectation(evidence: Evidence, function: Callable[[Float[Tensor, " n *data"]], Float[Tensor, " n"]]) -> dict[str, float]:
     """Self-normalized E_{p*}[f] from policy samples and from weighted prior samples, with 95% half-widths."""
     value, error = weighted_mean(function(evidence.samples), evidence.log_weight.double().softmax(0))
     other, other_error = weighted_mean(function(evidence.prior_samples), evidence.target_weight)

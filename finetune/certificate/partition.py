@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .evidence import Evidence
@@ -24,12 +25,12 @@ class Partition:
     The third sees a law that is too narrow or too wide, which in many dimensions moves no sample to another cell.
     """
 
-    centers: Tensor
-    energy_edges: Tensor
-    distance_edges: Tensor
+    centers: Float[Tensor, " cells dim"]
+    energy_edges: Float[Tensor, " edges"]
+    distance_edges: Float[Tensor, " edges"]
 
-    def labels(self, samples: Tensor, energy: Tensor) -> dict[str, Tensor]:
-        """The part of each sample [N, ...] with energies [N], under the names of `PARTS`. Samples that are no number lie at 0."""
+    def labels(self, samples: Float[Tensor, " n *data"], energy: Float[Tensor, " n"]) -> dict[str, Int[Tensor, " n"]]:
+        """The part of each sample, under the names of `PARTS`. Samples that are no number lie at 0."""
         cell, distance = nearest(_flat(samples), self.centers)
         return {
             "cell_tv": cell,
@@ -52,17 +53,19 @@ def partition_of(evidence: Evidence, generator: torch.Generator) -> Partition:
     return Partition(centers, weighted_quantiles(energy, even, BINS), weighted_quantiles(distance, even, BINS))
 
 
-def _flat(samples: Tensor) -> Tensor:
+def _flat(samples: Float[Tensor, " n *data"]) -> Float[Tensor, " n dim"]:
     return samples.flatten(1).float().cpu().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def filled(energy: Tensor) -> Tensor:
+def filled(energy: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Energies in float64 on the CPU; invalid ones fall into the highest bin, as forbidden ones do."""
     return energy.double().cpu().nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def k_means(x: Tensor, weight: Tensor, count: int, generator: torch.Generator, rounds: int = 20) -> Tensor:
-    """Weighted Lloyd iterations from weighted draws; x [N, D], weight [N] → centers [count, D]."""
+def k_means(
+    x: Float[Tensor, " n dim"], weight: Float[Tensor, " n"], count: int, generator: torch.Generator, rounds: int = 20
+) -> Float[Tensor, " {count} dim"]:
+    """Weighted Lloyd iterations from weighted draws."""
     weight = weight.to(x.dtype)
     centers = x[torch.multinomial(weight, count, generator=generator)]
     for _ in range(rounds):
@@ -73,14 +76,14 @@ def k_means(x: Tensor, weight: Tensor, count: int, generator: torch.Generator, r
     return centers
 
 
-def nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of the nearest center of each row of x [N, D], and its distance, [N]."""
+def nearest(x: Float[Tensor, " n dim"], centers: Float[Tensor, " cells dim"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """The index of the nearest center of each row of x, and its distance."""
     found = [torch.cdist(part, centers).min(1) for part in x.split(8192)]
     return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
 
 
-def weighted_quantiles(value: Tensor, weight: Tensor, count: int) -> Tensor:
-    """[count - 1] edges that cut a weighted sample into equal shares."""
+def weighted_quantiles(value: Float[Tensor, " n"], weight: Float[Tensor, " n"], count: int) -> Float[Tensor, " {count-1}"]:
+    """The edges that cut a weighted sample into equal shares."""
     ordered, order = value.sort()
     cumulative = weight[order].cumsum(0) / weight.sum()
     points = torch.arange(1, count, dtype=cumulative.dtype) / count
@@ -88,7 +91,12 @@ def weighted_quantiles(value: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 def share_distance(
-    mine: Tensor, theirs: Tensor, weight: Tensor, count: int, generator: torch.Generator, bootstraps: int = 1000
+    mine: Int[Tensor, " n"],
+    theirs: Int[Tensor, " m"],
+    weight: Float[Tensor, " m"],
+    count: int,
+    generator: torch.Generator,
+    bootstraps: int = 1000,
 ) -> tuple[float, float]:
     """Total variation between the shares of ``count`` cells, and its 99.7% quantile when nothing but sampling differs."""
     share = weight / weight.sum()
@@ -107,15 +115,21 @@ def share_distance(
 
 
 def binned_distance(
-    mine: Tensor, theirs: Tensor, weight: Tensor, edges: Tensor, generator: torch.Generator
+    mine: Float[Tensor, " n"],
+    theirs: Float[Tensor, " m"],
+    weight: Float[Tensor, " m"],
+    edges: Float[Tensor, " edges"],
+    generator: torch.Generator,
 ) -> tuple[float, float]:
-    """`share_distance` of values [N] and of weighted ones [M] on the bins that ``edges`` [bins - 1] cut, float64."""
+    """`share_distance` of values and of weighted ones on the bins that ``edges`` cut, float64."""
     cells = torch.bucketize(mine, edges), torch.bucketize(theirs, edges)
     return share_distance(*cells, weight, len(edges) + 1, generator)
 
 
-def normal_draws(covariance: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """[count, n] draws of N(0, covariance), which may be singular."""
+def normal_draws(
+    covariance: Float[Tensor, " parts parts"], count: int, generator: torch.Generator
+) -> Float[Tensor, " {count} parts"]:
+    """Draws of N(0, covariance), which may be singular."""
     values, vectors = torch.linalg.eigh(covariance)
     normal = torch.randn(count, len(covariance), generator=generator, dtype=covariance.dtype)
     return normal * values.clamp(min=0).sqrt() @ vectors.T

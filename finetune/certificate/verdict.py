@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from .closeness import bridge, effective, path_tv, total_variation, undercovered, unseen
 from .criteria import MAX_PARETO_K, MIN_TARGET_ESS, Verdict, flags, thin_target, worse_than_prior
@@ -131,7 +133,7 @@ def _measure(evidence: Evidence, generator: torch.Generator) -> tuple[Bounds, di
     return bounds, own
 
 
-def _cell_tv_of_prior(evidence: Evidence, cells: torch.Tensor, generator: torch.Generator) -> tuple[float, float]:
+def _cell_tv_of_prior(evidence: Evidence, cells: Int[Tensor, " m"], generator: torch.Generator) -> tuple[float, float]:
     """The prior's cell difference from the target: one half of its paths as a policy's with Λ = 0, the other by weight."""
     first, second = torch.arange(0, len(cells), 2), torch.arange(1, len(cells), 2)
     halves = evidence.as_prior().resampled(first.to(evidence.energy.device), second.to(evidence.energy.device))

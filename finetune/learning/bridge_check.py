@@ -8,6 +8,7 @@ even at E = 0, where it should stay.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ...samplers.bridge import bridge_of
@@ -50,8 +51,8 @@ def bridge_bias(prior: Prior, paths: Trajectories) -> float:
     return total
 
 
-def _gain(feature: Tensor, z: Tensor, learned: slice, judged: slice) -> float:
-    """Σ over the rows ``judged`` of <r, z> - ½ |r|², for the regression of z on feature [3, n, d] on the rows ``learned``."""
+def _gain(feature: Float[Tensor, " 3 n d"], z: Float[Tensor, " n d"], learned: slice, judged: slice) -> float:
+    """Σ over the rows ``judged`` of <r, z> - ½ |r|², for the regression of z on feature on the rows ``learned``."""
     own = torch.einsum("ind,jnd->ij", feature[:, learned], feature[:, learned])
     along = torch.einsum("ind,nd->i", feature[:, learned], z[learned])
     r = torch.einsum("i,ind->nd", symmetric_pinv(own) @ along, feature[:, judged])

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,11 +25,12 @@ from ...samplers.bridge import bridge_of, forgets_given_next
 from ...samplers.condition import Condition, selected
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
+from ...samplers.shapes import States
 from ...samplers.trajectory import rows_at_once
 from ..config.train import TrainConfig
 from ..populations.population import Population
 from .bridge_check import bridge_bias
-from .gradients import NoSync, backward_likelihood, backward_rows, chunk_rows
+from .gradients import NoSync, Scale, backward_likelihood, backward_rows, chunk_rows
 from .rows import stratified
 from .soft_value import FRESH, SoftValue, importance_weight, states_of
 
@@ -75,8 +77,8 @@ class ForwardKL:
         """Whether `measure_slope` has something to correct."""
         return self.soft_value is not None and self.bridge is not None
 
-    def backward(self, count: int, scale: Callable[[Tensor], Tensor], factor: float = 1.0) -> Tensor:
-        """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss. ``scale``: that of a gradient scaler."""
+    def backward(self, count: int, scale: Scale, factor: float = 1.0) -> Float[Tensor, ""]:
+        """Accumulate ``factor`` times the gradient, on ``count`` rows; returns the loss, scaled."""
         if self.soft_value is not None:
             return self._controlled(self.soft_value, count, scale, factor)
         row = stratified(self._step_probability, count, self.generator)
@@ -94,8 +96,8 @@ class ForwardKL:
                 )
         return torch.stack(losses).sum()
 
-    def rows(self, step: Tensor) -> tuple[Tensor, Tensor, Condition | None]:
-        """(s_k, s_{k+1} or its mean given the path's end, condition) of tilted prior paths at ``step`` [n]; [n, ...].
+    def rows(self, step: Int[Tensor, " n"]) -> tuple[States, States, Condition | None]:
+        """(s_k, s_{k+1} or its mean given the path's end, condition) of tilted prior paths at ``step``.
 
         A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
         """
@@ -107,7 +109,7 @@ class ForwardKL:
         assert self.bridge is not None
         return state, self.bridge.mean(state, states[-1, index], step), condition
 
-    def _condition(self, path: Tensor) -> Condition | None:
+    def _condition(self, path: Int[Tensor, " n"]) -> Condition | None:
         return selected(self.population.trajectories.condition, path)
 
     def check_bridge(self, agreed: Callable[[float], float]) -> float:
@@ -144,7 +146,7 @@ class ForwardKL:
         above, below = (functional.conv1d(total[None, None], around, padding=1)[0, 0] for total in (drawn, own))
         self.slope = torch.where(below > 0, above / below, 1.0).clamp(0.0, 1.0)
 
-    def _controlled(self, soft_value: SoftValue, count: int, scale: Callable[[Tensor], Tensor], factor: float) -> Tensor:
+    def _controlled(self, soft_value: SoftValue, count: int, scale: Scale, factor: float) -> Float[Tensor, ""]:
         """The gradient with the soft value as control variate, on paths of prior and tilted law alike.
 
         On the prior's paths E_prior[w <z, delta>] is what the likelihood needs, and w - h_k(s_k) may stand for w: in late steps,
@@ -191,12 +193,12 @@ class ForwardKL:
             return chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, most, total=most)
 
     @cached_property
-    def _weight(self) -> Tensor:
+    def _weight(self) -> Float[Tensor, " batch"]:
         return importance_weight(self.population, self.config.alpha)
 
     @cached_property
-    def _step_probability(self) -> Tensor:
-        """[num_kernels]: half even, half by the root mean square of the prior's residual (x - x_hat) d / sigma."""
+    def _step_probability(self) -> Float[Tensor, " kernels"]:
+        """Half even, half by the root mean square of the prior's residual (x - x_hat) d / sigma."""
         chain = self.prior.chain
         per_step = 64
         step = chain.step_of_row(torch.arange(chain.num_kernels, device=self.prior.device)).repeat_interleave(per_step)

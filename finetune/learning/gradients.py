@@ -14,17 +14,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ...samplers.chain import Chain
 from ...samplers.condition import Condition
 from ...samplers.denoiser import evaluate
 from ...samplers.log_ratio import rows_of
+from ...samplers.shapes import AnyShape, States
 from ...samplers.trajectory import Trajectories
 from ...samplers.typed import backward
 from .objectives import Batch, Objective
 
-Gather = Callable[[Tensor], Tensor]
+Gather = Callable[[Shaped[Tensor, " batch ..."]], Shaped[Tensor, " gathered ..."]]
+Scale = Callable[[AnyShape], AnyShape]  # that of a gradient scaler
 NoSync = Callable[[], AbstractContextManager[Any]]
 # More rows a chunk bring no more throughput, but push a small network's activations out of the processor's cache.
 MAX_CHUNK = 2048
@@ -34,18 +37,18 @@ def objective_gradient(
     objective: Objective,
     batch: Batch,
     alpha: float,
-    log_z: Tensor,
+    log_z: Float[Tensor, " conditions"] | Float[Tensor, ""],
     huber: float | None = None,
     *,
     gather: Gather | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Pass 1: (loss, g). ``batch`` is this process's; g [num_kernels, B] are its columns of the global gradient.
+) -> tuple[Float[Tensor, ""], Float[Tensor, " kernels _"]]:
+    """Pass 1: (loss, g). ``batch`` is this process's; g are its columns of the global gradient.
 
-    log_z: [G], one for each condition, or [] for one. The loss is the mean over the trajectories' conditions, each with its own
+    log_z: one for each condition. The loss is the mean over the trajectories' conditions, each with its own
     log Z, baseline and weights.
-    gather: concatenates [B, ...] tensors of all processes in rank order (accelerate's ``gather``). The local columns are
+    gather: concatenates the tensors of all processes in rank order (accelerate's ``gather``). The local columns are
     multiplied by ``world_size``, since data-parallel training averages gradients. log Z's own gradient is accumulated
     into ``log_z.grad``: it is global already and the same on every process, so it must never be reduced again.
     """
@@ -68,7 +71,9 @@ def objective_gradient(
     return loss.detach(), leaf.grad[:, columns] * world_size
 
 
-def _loss(objective: Objective, batch: Batch, alpha: float, log_z: Tensor, huber: float | None) -> Tensor:
+def _loss(
+    objective: Objective, batch: Batch, alpha: float, log_z: Float[Tensor, " conditions"], huber: float | None
+) -> Float[Tensor, ""]:
     if len(log_z) == 1:
         return objective.loss(batch, alpha, log_z[0], huber)
     parts = zip(log_z, batch.groups(len(log_z)), strict=True)
@@ -77,12 +82,15 @@ def _loss(objective: Objective, batch: Batch, alpha: float, log_z: Tensor, huber
 
 
 def backward_rows(
-    policy: nn.Module, chain: Chain, state: Tensor, following: Tensor, step: Tensor, g: Tensor, condition: Condition | None
-) -> Tensor:
-    """Accumulate the gradient of sum_n g_n log policy(following_n | state_n); returns that sum up to a constant.
-
-    state, following [n, ...]; step [n]; g [n].
-    """
+    policy: nn.Module,
+    chain: Chain,
+    state: States,
+    following: States,
+    step: Int[Tensor, " n"],
+    g: Float[Tensor, " n"],
+    condition: Condition | None,
+) -> Float[Tensor, ""]:
+    """Accumulate the gradient of sum_n g_n log policy(following_n | state_n); returns that sum up to a constant."""
     output = evaluate(policy, chain, state, step, condition)
     density = chain.kernel.log_density(following, state, step, output)
     backward(density, g)
@@ -92,19 +100,18 @@ def backward_rows(
 def backward_likelihood(
     policy: nn.Module,
     chain: Chain,
-    prior_output: Tensor,
-    state: Tensor,
-    following: Tensor,
-    step: Tensor,
-    weight: Tensor,
-    control: Tensor,
+    prior_output: States,
+    state: States,
+    following: States,
+    step: Int[Tensor, " n"],
+    weight: Float[Tensor, " n"],
+    control: Float[Tensor, " n"],
     condition: Condition | None = None,
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """Accumulate the gradient of sum_n [-weight_n l_n + control_n <z_n, delta_n>]; returns that sum.
 
     l = <z, delta> - ½ |delta|² is the log-ratio of ``following``. Where that comes from the prior's kernel, <z, delta> has mean
     0 given the state, so that a control which depends on the state alone changes the variance and not the mean.
-    prior_output, state, following [n, ...]; step, weight, control [n].
     """
     output = evaluate(policy, chain, state, step, condition)
     shift = chain.kernel.shift(state, step, output, prior_output).flatten(1)
@@ -118,7 +125,7 @@ def backward_trajectories(
     policy: nn.Module,
     chain: Chain,
     trajectories: Trajectories,
-    g: Tensor,
+    g: Float[Tensor, " kernels batch"],
     chunk: int,
     no_sync: NoSync = nullcontext,
     last: NoSync = nullcontext,
@@ -148,7 +155,7 @@ def chunk_rows(
     total = rows if total is None else total
     kept: dict[int, Any] = {}
 
-    def measure(tensor: Tensor) -> Tensor:
+    def measure(tensor: AnyShape) -> AnyShape:
         # Held on to, and not known by its address: the weights of a policy in shards come and go, and addresses with them.
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage  # pyright: ignore[reportPrivateUsage]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from ...samplers.shapes import AnyShape
 
 ALIKE = 0.05  # nats by which two policies that are judged by the same noise are not told apart
 
@@ -15,10 +15,10 @@ class Kept:
     falls: offers in a row that lay clearly below it.
     """
 
-    def __init__(self, weights: list[Tensor]) -> None:
+    def __init__(self, weights: list[AnyShape]) -> None:
         self.weights, self.nats, self.falls = [weight.clone() for weight in weights], 0.0, 0
 
-    def offer(self, nats: float, weights: list[Tensor], *, slack: float = 0.0, alike: float = 0.0) -> bool:
+    def offer(self, nats: float, weights: list[AnyShape], *, slack: float = 0.0, alike: float = 0.0) -> bool:
         """Whether ``weights`` are kept: they are if they are closer, or less close by less than ``alike``, and closer than the
         prior. ``slack``: nats that an offer may lie below without counting as a fall."""
         if nats > max(0.0, self.nats - alike):

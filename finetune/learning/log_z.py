@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ...samplers.typed import floats
@@ -19,13 +20,13 @@ class LogZ:
         self.settle()
 
     @torch.no_grad()
-    def set(self, value: Tensor) -> None:
-        """[G]."""
+    def set(self, value: Float[Tensor, " conditions"]) -> None:
+        """Set the parameter."""
         self.parameter.copy_(value)
 
     @torch.no_grad()
-    def move(self, by: Tensor) -> None:
-        """By [G], along with the temperature that it belongs to."""
+    def move(self, by: Float[Tensor, " conditions"]) -> None:
+        """Along with the temperature that it belongs to."""
         self.parameter += by.to(self.parameter)
 
     def step(self, taken: bool) -> None:

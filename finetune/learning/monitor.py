@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...samplers.prior import Prior
@@ -100,8 +101,8 @@ class Monitor:
         pairs = zip(self.optimization.weights, self.closest.weights, strict=True)
         return self.processes.mean(float(all(torch.equal(weight, kept) for weight, kept in pairs))) == 1.0
 
-    def _log_weight(self) -> Tensor:
-        """[n] log-weights of new rollouts of the policy, those of all processes."""
+    def _log_weight(self) -> Float[Tensor, " n"]:
+        """Log-weights of new rollouts of the policy, those of all processes."""
         count = max(2, JUDGED // self.processes.count)
         noise = self.noise.fresh("judging")
         drawn = rollout(self.prior, self.policy, count, noise, keep=False, on_step=self.processes.poll)

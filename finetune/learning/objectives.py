@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...samplers.condition import members
@@ -26,12 +27,12 @@ class Batch:
     group: [B] the row of each one's condition; None where all have the same one.
     """
 
-    step_log_ratio: Tensor
-    energy: Tensor
-    valid: Tensor
-    log_behavior: Tensor | None = None
-    soft_value: Tensor | None = None
-    group: Tensor | None = None
+    step_log_ratio: Float[Tensor, " kernels batch"]
+    energy: Float[Tensor, " batch"]
+    valid: Bool[Tensor, " batch"]
+    log_behavior: Float[Tensor, " batch"] | None = None
+    soft_value: Float[Tensor, " kernels batch"] | None = None
+    group: Int[Tensor, " batch"] | None = None
 
     def __post_init__(self) -> None:
         assert self.step_log_ratio.ndim == 2, self.step_log_ratio.shape
@@ -39,11 +40,11 @@ class Batch:
         assert self.energy.shape == self.valid.shape == (batch,), (self.energy.shape, self.valid.shape)
 
     @property
-    def log_ratio(self) -> Tensor:
+    def log_ratio(self) -> Float[Tensor, " batch"]:
         """Λ [B]: nats, summed over steps."""
         return self.step_log_ratio.sum(0)
 
-    def select(self, index: Tensor) -> Batch:
+    def select(self, index: Int[Tensor, " n"]) -> Batch:
         """The trajectories at ``index``, all of one condition."""
         return Batch(
             self.step_log_ratio[:, index],
@@ -53,7 +54,7 @@ class Batch:
             None if self.soft_value is None else self.soft_value[:, index],
         )
 
-    def groups(self, count: int) -> list[Tensor]:
+    def groups(self, count: int) -> list[Int[Tensor, " _"]]:
         """The trajectories [n] of each of ``count`` conditions."""
         if self.group is None:
             assert count == 1
@@ -61,12 +62,12 @@ class Batch:
         return members(self.group, count)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Float[Tensor, " batch"]:
         """[B], 1 for a valid trajectory and 0 for a masked one."""
         return self.valid.to(self.energy)
 
 
-def _half_square(residual: Tensor, huber: float | None) -> Tensor:
+def _half_square(residual: Float[Tensor, " batch"], huber: float | None) -> Float[Tensor, " batch"]:
     """½ r², linear beyond ``huber`` nats."""
     if huber is None:
         return 0.5 * residual.square()
@@ -74,13 +75,13 @@ def _half_square(residual: Tensor, huber: float | None) -> Tensor:
     return torch.where(size <= huber, 0.5 * residual.square(), huber * (size - 0.5 * huber))
 
 
-def rtb(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
+def rtb(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
     """mean ½ (log Z + Λ + E/alpha)², relative trajectory balance (arXiv 2405.20971, eq. 9). Any trajectories."""
     residual = log_z + batch.log_ratio + batch.energy / alpha
     return (batch.weight * _half_square(residual, huber)).sum() / batch.weight.sum()
 
 
-def log_variance(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
+def log_variance(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
     """sum (x - mean x)² / (2 (B - 1)), x = Λ + E/alpha: VarGrad (arXiv 2405.20971, eq. 22-23). Any trajectories."""
     x = batch.log_ratio + batch.energy / alpha
     count = batch.weight.sum()
@@ -88,7 +89,7 @@ def log_variance(batch: Batch, alpha: float, log_z: Tensor, huber: float | None 
     return (batch.weight * _half_square(x - mean, huber)).sum() / (count - 1)
 
 
-def trust_pcl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
+def trust_pcl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
     """mean ½ (-V(s_0) - E - alpha Λ)² with V(s_0) = alpha log Z: full-length Trust-PCL (arXiv 1707.01891, eq. 14).
 
     Equal to alpha² · rtb (arXiv 2509.01632, Prop. 1). ``huber`` is in nats, hence scaled by alpha.
@@ -98,7 +99,7 @@ def trust_pcl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = N
     return (batch.weight * _half_square(residual, width)).sum() / batch.weight.sum()
 
 
-def reinforce_kl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
+def reinforce_kl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
     """-sum w sg[A] Λ, A = -E - alpha Λ minus the leave-one-out mean (arXiv 2509.01632, section 3.1).
 
     w are self-normalized weights policy / behavior: uniform on-policy. Its on-policy gradient is alpha times that of
@@ -135,7 +136,7 @@ def reinforce_kl(batch: Batch, alpha: float, log_z: Tensor, huber: float | None 
     return -(weight * advantage * (batch.step_log_ratio if per_step else batch.log_ratio)).sum()
 
 
-def tlm(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -> Tensor:
+def tlm(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
     """-mean Λ on trajectories of the tilted law: trajectory likelihood, the forward KL up to a constant."""
     return -(batch.weight * batch.log_ratio).sum() / batch.weight.sum()
 
@@ -143,7 +144,7 @@ def tlm(batch: Batch, alpha: float, log_z: Tensor, huber: float | None = None) -
 class Objective(NamedTuple):
     """An objective and what it asks of its surroundings."""
 
-    loss: Callable[[Batch, float, Tensor, float | None], Tensor]
+    loss: Callable[[Batch, float, Float[Tensor, ""], float | None], Float[Tensor, ""]]
     learns_log_z: bool = False
     takes_soft_value: bool = False
     # On-policy its gradient is alpha^alpha_power times that of the KL to the tilted law, in nats.

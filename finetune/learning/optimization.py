@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...samplers.policy import Policy
+from ...samplers.shapes import AnyShape
 from ..config.train import TrainConfig
 from ..distributed.processes import Processes
 from .step_bound import FLOOR, StepBound
@@ -97,11 +98,11 @@ class Optimization:
     # --- the weights -------------------------------------------------------------------------------------------------
 
     @property
-    def weights(self) -> list[Tensor]:
+    def weights(self) -> list[AnyShape]:
         """What is trained, as this process holds it, without a graph."""
         return [weight.detach() for weight in self._wrapped.parameters() if weight.requires_grad]
 
-    def set_weights(self, weights: list[Tensor]) -> None:
+    def set_weights(self, weights: list[AnyShape]) -> None:
         for own, weight in zip(self.weights, weights, strict=True):
             own.copy_(weight)
 
@@ -118,7 +119,7 @@ class Optimization:
         finally:
             self.set_weights(weights)
 
-    def _named(self) -> dict[str, Tensor]:
+    def _named(self) -> dict[str, AnyShape]:
         pairs = zip(self._policy.named_parameters(), self._wrapped.parameters(), strict=True)
         return {name: weight for (name, _), weight in pairs if weight.requires_grad}
 

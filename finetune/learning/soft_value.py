@@ -20,10 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ...samplers.chain import Chain
+from ...samplers.shapes import States
 from ...samplers.typed import backward, forked_rng
 from ..populations.population import Population
 
@@ -44,10 +46,16 @@ class ValueNetwork(nn.Module):
     shifted by an embedding of the step, and of the condition where there are several.
     """
 
-    scale: Tensor
-    spread: Tensor
+    scale: Float[Tensor, " scales"]
+    spread: Float[Tensor, " conditions"]
 
-    def __init__(self, shape: tuple[int, ...], steps: int, scale: Tensor | None = None, spread: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        steps: int,
+        scale: Float[Tensor, " {steps+1}"] | None = None,
+        spread: Float[Tensor, " conditions"] | None = None,
+    ) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(steps + 1) if scale is None else scale.clone())
         self.register_buffer("spread", torch.ones(1) if spread is None else spread.clone())
@@ -73,17 +81,19 @@ class ValueNetwork(nn.Module):
         nn.init.zeros_(self.out.bias)
         self.group = nn.Embedding(len(self.spread), 64) if len(self.spread) > 1 else None
 
-    def forward(self, state: Tensor, step: Tensor, group: Tensor | None = None) -> Tensor:
+    def forward(self, state: States, step: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
         return self.heads(state, step, group)[:, 0]
 
-    def estimates(self, state: Tensor, step: Tensor, times: float = 1.0, group: Tensor | None = None) -> Tensor:
+    def estimates(
+        self, state: States, step: Int[Tensor, " n"], times: float = 1.0, group: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, " n 2"]:
         """[N, 2] at a temperature lower by ``times`` than the one that was learned: log h grows with 1/alpha to first order, the
         cumulants with its first and second power."""
         log_h, mean, variance = self.heads(state, step, group).unbind(1)
         spread = times * (self.spread if group is None else self.spread[group])
         return torch.stack([times * log_h, spread * mean + 0.5 * spread.square() * variance], 1)
 
-    def heads(self, state: Tensor, step: Tensor, group: Tensor | None = None) -> Tensor:
+    def heads(self, state: States, step: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n 3"]:
         """[N, 3]: log h; mean and variance of -E/alpha given the state, in units of ``spread``."""
         hidden = state / self.scale[step].view(-1, *[1] * (state.ndim - 1))
         embedded = self.step(step)
@@ -108,7 +118,7 @@ class SoftValue:
     at the target's (`temperature_within_reach`), and what was learned is then continued to it.
     """
 
-    def __init__(self, networks: tuple[ValueNetwork, ValueNetwork], half: Tensor, times: float = 1.0) -> None:
+    def __init__(self, networks: tuple[ValueNetwork, ValueNetwork], half: Int[Tensor, " batch"], times: float = 1.0) -> None:
         self.networks, self.half, self.times = networks, half, times
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,18 +136,27 @@ class SoftValue:
         return cls((networks[0], networks[1]), state["half"].to(device), state["times"])
 
     @torch.no_grad()
-    def __call__(self, state: Tensor, step: Tensor, group: Tensor | None = None) -> Tensor:
+    def __call__(self, state: States, step: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
         """States [N, ...] at steps [N], of conditions [N] if any → [N] nats, for states that no path of the population has."""
         values = [network(state, step, group) for network in self.networks]
         return (0.5 * self.times * (values[0] + values[1])).clamp(max=LARGEST)
 
     @torch.no_grad()
-    def of_paths(self, state: Tensor, step: Tensor, path: Tensor, group: Tensor | None = None) -> Tensor:
+    def of_paths(
+        self, state: States, step: Int[Tensor, " n"], path: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, " n"]:
         """The same for states of (or noised from the end of) the population's paths ``path`` [N]."""
         values = [network(state, step, group) for network in self.networks]
         return (self.times * torch.where(self.half[path] == 0, values[1], values[0])).clamp(max=LARGEST)
 
-    def estimates(self, state: Tensor, step: Tensor, path: Tensor | None, times: float, group: Tensor | None = None) -> Tensor:
+    def estimates(
+        self,
+        state: States,
+        step: Int[Tensor, " n"],
+        path: Int[Tensor, " n"] | None,
+        times: float,
+        group: Int[Tensor, " n"] | None = None,
+    ) -> Float[Tensor, " n 2"]:
         """[N, 2]: log h by classification and by cumulants (up to a constant), with a graph; ``path`` as in `of_paths`.
 
         times: 1 for the temperature at which the networks have learned, ``self.times`` for the target's.
@@ -148,12 +167,12 @@ class SoftValue:
         return torch.where((self.half[path] == 0)[:, None], second, first)
 
 
-def importance_weight(population: Population, alpha: float) -> Tensor:
+def importance_weight(population: Population, alpha: float) -> Float[Tensor, " batch"]:
     """exp(-E/alpha) of the population's paths [N], of mean 1 within each condition."""
     return population.weight(alpha).float() * len(population.trajectories)
 
 
-def standardized(population: Population, alpha: float) -> tuple[Tensor, Tensor]:
+def standardized(population: Population, alpha: float) -> tuple[Float[Tensor, " batch"], Float[Tensor, " conditions"]]:
     """-E/alpha of the population's paths [N] with mean 0 and standard deviation 1 within each condition; those deviations [G],
     nats.
 
@@ -171,7 +190,14 @@ def standardized(population: Population, alpha: float) -> tuple[Tensor, Tensor]:
     return standard, torch.tensor(spreads, device=standard.device)
 
 
-def states_of(chain: Chain, states: Tensor, path: Tensor, step: Tensor, fresh: float, generator: torch.Generator) -> Tensor:
+def states_of(
+    chain: Chain,
+    states: Float[Tensor, " states batch *state"],
+    path: Int[Tensor, " n"],
+    step: Int[Tensor, " n"],
+    fresh: float,
+    generator: torch.Generator,
+) -> States:
     """States [n, ...] at ``step`` [n] of paths ``path`` [n]: a share ``fresh`` noised anew from the path's end."""
     stored = states[step, path]
     around = (-1, *[1] * (stored.ndim - 1))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...samplers.condition import Condition, selected
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
+from ...samplers.shapes import AnyShape, States
 from ...samplers.trajectory import Trajectories
 from .rows import step_share, stratified
 
@@ -75,18 +76,18 @@ class StepBound:
         if self.state is not None:
             self._output = self._evaluate()
 
-    def _evaluate(self) -> Tensor:
+    def _evaluate(self) -> States:
         assert self.state is not None
         return evaluate(self.policy, self.prior.chain, self.state, self.step, self.condition)
 
-    def _nats(self, output: Tensor) -> float:
+    def _nats(self, output: States) -> float:
         """The mean over the processes."""
         assert self.state is not None
         shift = self.prior.chain.kernel.shift(self.state, self.step, output, self._output).double().flatten(1)
         return self.agreed((0.5 * self.weight * shift.square().sum(1)).sum().item())
 
     @torch.no_grad()
-    def shorten(self, before: list[Tensor], weights: list[Tensor], limit: float) -> float:
+    def shorten(self, before: list[AnyShape], weights: list[AnyShape], limit: float) -> float:
         """Move ``weights`` back toward ``before`` until the step from there is at most ``limit`` nats; returns its nats.
 
         A step that is above the limit at every length that was tried is not taken: 0 nats. One that leads to no number at any

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...samplers.condition import members
@@ -106,8 +107,8 @@ def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Traj
     return Batch(_log_ratios(state, parts), energy, valid, trajectories.log_behavior, value, trajectories.group)
 
 
-def _soft_values(state: TrainState, trajectories: Trajectories) -> Tensor | None:
-    """[num_kernels, B] log h_k(s_k) of stored states, None without a soft value."""
+def _soft_values(state: TrainState, trajectories: Trajectories) -> Float[Tensor, " kernels batch"] | None:
+    """log h_k(s_k) of stored states, None without a soft value."""
     soft_value = state.preparation.soft_value
     if soft_value is None:
         return None
@@ -115,8 +116,8 @@ def _soft_values(state: TrainState, trajectories: Trajectories) -> Tensor | None
     return torch.stack([soft_value(trajectories.states[k], step + k, trajectories.group) for k in state.prior.chain.trained])
 
 
-def _log_ratios(state: TrainState, parts: dict[str, Trajectories]) -> Tensor:
-    """[num_kernels, B]: known from the rollout where the policy drew them, evaluated elsewhere."""
+def _log_ratios(state: TrainState, parts: dict[str, Trajectories]) -> Float[Tensor, " kernels batch"]:
+    """Known from the rollout where the policy drew them, evaluated elsewhere."""
     ratios: list[Tensor] = []
     for part in parts.values():
         known = part.step_log_ratio
@@ -126,7 +127,7 @@ def _log_ratios(state: TrainState, parts: dict[str, Trajectories]) -> Tensor:
     return torch.cat(ratios, 1)
 
 
-def _backward(state: TrainState, trajectories: Trajectories, g: Tensor, chunk: int | None) -> int:
+def _backward(state: TrainState, trajectories: Trajectories, g: Float[Tensor, " kernels batch"], chunk: int | None) -> int:
     """Pass 2, and the forward KL beside it where asked for; returns the rows of a chunk."""
     config, policy, chain = state.config, state.wrapped, state.prior.chain
 
@@ -158,7 +159,7 @@ def _metrics(state: TrainState, batch: Batch, on_policy: int) -> dict[str, Any]:
     return {"alpha": state.temperature.alpha, **mean, "conditions": dict(zip(table.names, own, strict=True))}
 
 
-def _metrics_of(state: TrainState, batch: Batch, on_policy: int, row: int, index: Tensor) -> dict[str, float]:
+def _metrics_of(state: TrainState, batch: Batch, on_policy: int, row: int, index: Int[Tensor, " n"]) -> dict[str, float]:
     """Of the trajectories of one condition."""
     valid, gather_valid = batch.valid[index], state.processes.gather_valid
     log_ratio, energy = batch.log_ratio[index], batch.energy[index]

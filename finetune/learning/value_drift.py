@@ -22,16 +22,18 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ...samplers.condition import Condition, selected
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
+from ...samplers.shapes import States
 from ...samplers.trajectory import rows_at_once
 from ...samplers.typed import backward, floats, solve, unique_with_counts
 from ..populations.held_out import HeldOut
 from ..populations.population import Population
-from .gradients import MAX_CHUNK, NoSync
+from .gradients import MAX_CHUNK, Gather, NoSync, Scale
 from .rows import step_share, stratified
 from .soft_value import SoftValue, importance_weight
 
@@ -87,7 +89,7 @@ class ValueDrift:
         )
         self.trust, self._misses = state_dict["trust"], state_dict["misses"].to(self._misses)
 
-    def _gradients(self, mean: Tensor, step: Tensor, path: Tensor) -> Tensor:
+    def _gradients(self, mean: States, step: Int[Tensor, " n"], path: Int[Tensor, " n"]) -> Float[Tensor, " 2 n *state"]:
         """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
         group = self.population.trajectories.group[path]
         with torch.enable_grad():
@@ -131,13 +133,19 @@ class ValueDrift:
         self.explained = (a_step * along - 0.5 * a_step.square() * size).sum().item()
 
     @torch.no_grad()
-    def target(self, state: Tensor, step: Tensor, prior_output: Tensor, condition: Condition | None = None) -> Tensor:
+    def target(self, state: States, step: Int[Tensor, " n"], prior_output: States, condition: Condition | None = None) -> States:
         """[n, ...] the shift to learn at states of any path, as far as a clipped x_hat can follow."""
         return self._shift(state, step, prior_output, condition, self.soft_value.times, self.scale)
 
     def _shift(
-        self, state: Tensor, step: Tensor, prior_output: Tensor, condition: Condition | None, times: float, scale: float
-    ) -> Tensor:
+        self,
+        state: States,
+        step: Int[Tensor, " n"],
+        prior_output: States,
+        condition: Condition | None,
+        times: float,
+        scale: float,
+    ) -> States:
         """The same, at a temperature lower by ``times`` than the one that was learned at."""
         chain = self.prior.chain
         group = None if condition is None else condition.group
@@ -149,7 +157,7 @@ class ValueDrift:
         return chain.kernel.reachable(state, step, prior_output, shift)
 
     @torch.no_grad()
-    def rescale(self, policy: nn.Module, held_out: HeldOut, gather: Callable[[Tensor], Tensor]) -> None:
+    def rescale(self, policy: nn.Module, held_out: HeldOut, gather: Gather) -> None:
         """Multiply the targets by c with E<delta_policy, z> = c E<delta_policy, delta_target>, on the held-out paths.
 
         Where the policy has learned a part of the target only, c is what that part is worth; where it has not yet learned as much
@@ -157,7 +165,7 @@ class ValueDrift:
         shrunk toward 1 by as much as so many paths leave open. gather: one row a process.
         """
 
-        def claimed(state: Tensor, step: Tensor, prior_output: Tensor, condition: Condition | None) -> Tensor:
+        def claimed(state: States, step: Int[Tensor, " n"], prior_output: States, condition: Condition | None) -> States:
             return self._shift(state, step, prior_output, condition, self.alpha / held_out.alpha, 1.0)
 
         along, _, asked = held_out.moments(policy, claimed)
@@ -172,7 +180,7 @@ class ValueDrift:
             c = (mean_drawn * mean_expected + doubt) / (mean_expected**2 + doubt)
             self.scale = min(max(c, 0.0), MOST)
 
-    def eased(self, progress: float) -> Tensor:
+    def eased(self, progress: float) -> Float[Tensor, " kernels"]:
         """[num_kernels] what each trained step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.
 
         Kernels that an output moves more than the median's count less at first. Their curvature otherwise sets the pace of all,
@@ -181,7 +189,7 @@ class ValueDrift:
         power = 2 * EASED * max(0.0, 1 - progress / EVEN_FROM)
         return (self._moves / self._moves.median()).clamp(min=1.0) ** -power
 
-    def backward(self, policy: nn.Module, count: int, scale: Callable[[Tensor], Tensor], progress: float = 1.0) -> Tensor:
+    def backward(self, policy: nn.Module, count: int, scale: Scale, progress: float = 1.0) -> Float[Tensor, ""]:
         """Accumulate the gradient of sum_k E ½ |delta_policy - target|² on ``count`` stored rows of prior and tilted paths.
 
         Returns the loss, nats but for `eased`, scaled. ``scale``: that of a gradient scaler.
@@ -211,7 +219,7 @@ class ValueDrift:
         self._believe(misses)
         return total
 
-    def _believe(self, misses: Tensor) -> None:
+    def _believe(self, misses: Float[Tensor, " 2"]) -> None:
         """Set ``trust`` by the losses of policy and prior on the same rows [2].
 
         An update that is too long for the noise of its gradient leaves the policy further from its targets than the prior is.

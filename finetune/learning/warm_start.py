@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from ..distributed.signals import uninterrupted
@@ -60,7 +61,7 @@ def _update(state: TrainState, bar: Any, update: int, total: int) -> None:
         state.complete_step(bar)
 
 
-def _backward(state: TrainState, update: int, total: int) -> Tensor:
+def _backward(state: TrainState, update: int, total: int) -> Float[Tensor, ""]:
     """Accumulate the teacher's gradient; returns the scaled loss."""
     forward, drift, held_out = state.preparation.forward_kl, state.preparation.value_drift, state.preparation.held_out
     rows, scale = state.size["warm_start_rows"], state.optimization.scaler.scale

@@ -12,11 +12,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ...samplers.denoiser import Denoiser
 from ...samplers.log_ratio import Target, outputs, shift_moments
 from ...samplers.prior import Prior
+from ...samplers.shapes import States
 from ...samplers.trajectory import Trajectories
 from .population import Population, trajectories_of
 
@@ -35,7 +37,7 @@ class Look(NamedTuple):
 class HeldOut:
     """Tilted paths, with weights that sum to 1, out of prior paths that no phase learns from.
 
-    paths: the trajectories; weight [n]; eubo: the prior's, -E/alpha averaged over them; times: their temperature ``alpha`` over
+    paths: the trajectories; weight; eubo: the prior's, -E/alpha averaged over them; times: their temperature ``alpha`` over
     the target's; prior_outputs: what the prior says at their states, which every look needs.
     """
 
@@ -43,10 +45,10 @@ class HeldOut:
         self,
         prior: Prior,
         paths: Trajectories,
-        weight: Tensor,
+        weight: Float[Tensor, " batch"],
         alpha: float,
         times: float = 1.0,
-        prior_outputs: Tensor | None = None,
+        prior_outputs: States | None = None,
     ) -> None:
         assert paths.energy is not None
         self.prior, self.paths, self.weight, self.alpha, self.times = prior, paths, weight, alpha, times
@@ -70,8 +72,8 @@ class HeldOut:
         weight, outputs = (state[name].to(prior.device) for name in ("weight", "outputs"))
         return cls(prior, trajectories_of(state, prior), weight, state["alpha"], state["times"], outputs)
 
-    def moments(self, policy: Denoiser, target: Target | None = None) -> Tensor:
-        """[2 or 3, n] `shift_moments` of the policy on these paths."""
+    def moments(self, policy: Denoiser, target: Target | None = None) -> Float[Tensor, " moments batch"]:
+        """`shift_moments` of the policy on these paths."""
         return shift_moments(self.prior.chain, policy, self.paths, self.prior_outputs, target)
 
     def look(self, policy: Denoiser) -> Look:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+
+from ..shapes import States
 
 # Latents a decoder's call takes: it works at full resolution, where a batch of a rollout's size does not fit.
 DECODE_BATCH = 16
@@ -25,7 +28,7 @@ class LatentDecoder(nn.Module):
             )
 
     @torch.no_grad()
-    def forward(self, state: Tensor) -> Tensor:
+    def forward(self, state: States) -> Float[Tensor, " n *data"]:
         latents = state / self.config.scaling_factor + (self.config.get("shift_factor") or 0.0)
         vae = cast(Any, self.vae)
         parts = [vae.decode(part).sample for part in torch.split(latents, DECODE_BATCH)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def prediction(kind: str, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+def prediction(kind: str, alpha_bar: Float[Tensor, " steps"]) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps"]]:
     """(p, q) with x_hat = p s + q out under s = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) eps."""
     signal, noise = alpha_bar.sqrt().double(), (1 - alpha_bar).sqrt().double()
     if kind == "epsilon":
@@ -20,13 +21,15 @@ def prediction(kind: str, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
     raise ValueError(f"prediction_type {kind!r} is unknown; a chain covers 'epsilon', 'v_prediction' and 'sample'.")
 
 
-def nominal_levels(alpha_bar: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+def nominal_levels(
+    alpha_bar: Float[Tensor, " steps"], following: Float[Tensor, " steps"]
+) -> tuple[Float[Tensor, " steps+1"], Float[Tensor, " steps+1"]]:
     """signal and noise [K + 1]: what each evaluated step assumes of its state, then the last step's result."""
     levels = torch.cat([alpha_bar, following[-1:]])
     return levels.double().sqrt(), (1 - levels.double()).clamp(min=0).sqrt()
 
 
-def alphas(scheduler: Any) -> tuple[Tensor, Tensor]:
+def alphas(scheduler: Any) -> tuple[Int[Tensor, " steps"], Float[Tensor, " train_steps"]]:
     """(the timesteps [K] as integers, alpha_bar of every training step), as the scheduler has them set.
 
     Errors: ValueError for timesteps beyond the training steps.

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Real
 from torch import Tensor
 
 from ..chain import SIGMA_ZERO, Chain
+from ..shapes import States, Timestep
 from .options import LastStep
 
-SchedulerStep = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
+SchedulerStep = Callable[[States, Timestep, States, torch.Generator], States]
 FAINT = 0.02  # standard deviation of a kernel, where data have about 1: 2.5 gray levels of 255
 DELICATE = 4.0  # what a change of the network's output moves at a kernel, in sigmas, over the same at the kernel before
 # A row's misfit against scheduler.step, relative to the larger of 1 and the state's size (float32 schedules).
@@ -70,7 +72,7 @@ def _leaving_last_to_prior(chain: Chain) -> Chain:
 
 def table_misfit(
     chain: Chain,
-    timesteps: Tensor,
+    timesteps: Real[Tensor, " steps"],
     step: SchedulerStep,
     dtype: torch.dtype = torch.float64,
 ) -> float:

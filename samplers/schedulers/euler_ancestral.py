@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..chain import Chain
+from ..shapes import States, Timestep
 from .check import checked
 from .options import Options, refuse_custom_timesteps
 
@@ -29,7 +29,7 @@ def euler_ancestral_chain(scheduler: Any, options: Options) -> Chain:
     else:
         p, q = 1 / (here**2 + 1), -here / (here**2 + 1).sqrt()
 
-    def step(out: Tensor, t: Tensor, s: Tensor, g: torch.Generator) -> Tensor:
+    def step(out: States, t: Timestep, s: States, g: torch.Generator) -> States:
         scheduler.scale_model_input(s, t)
         return scheduler.step(out, t, s, generator=g, return_dict=False)[0]
 

@@ -10,16 +10,17 @@ ds = [v + g²/(2t) (s + (1 - t) v)] dt + g dw with g² = a² t / (1 - t): a = ``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..chain import Chain
+from ..shapes import States, Timestep
 from ..typed import forked_rng
-from .check import checked
+from .check import SchedulerStep, checked
 from .options import Options
 
 
@@ -84,8 +85,10 @@ def _noise_level(options: Options) -> float:
     return math.sqrt(2.0) if options.noise == "memoryless" else options.noise_level
 
 
-def _euler_maruyama(sigmas: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(c, d, sigma), each [K], of the SDE at the levels t = sigmas [K + 1]."""
+def _euler_maruyama(
+    sigmas: Float[Tensor, " states"], level: float
+) -> tuple[Float[Tensor, " states-1"], Float[Tensor, " states-1"], Float[Tensor, " states-1"]]:
+    """(c, d, sigma) of the SDE at the levels t = sigmas."""
     here, there = sigmas[:-1], sigmas[1:]
     # At t = 1 the noise is infinite; the next level stands in, as in Flow-GRPO's own sampler.
     bounded = torch.where(here < 1, here, sigmas[1])
@@ -97,8 +100,8 @@ def _euler_maruyama(sigmas: Tensor, level: float) -> tuple[Tensor, Tensor, Tenso
     return 1 + drift * dt + on_v, -on_v, (diffusion * -dt).sqrt()
 
 
-def _stochastic_step(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]:
-    def step(out: Tensor, t: Tensor, s: Tensor, g: torch.Generator) -> Tensor:
+def _stochastic_step(scheduler: Any) -> SchedulerStep:
+    def step(out: States, t: Timestep, s: States, g: torch.Generator) -> States:
         # This scheduler draws its noise from torch's global generator, whatever generator it is given.
         with forked_rng():
             torch.random.set_rng_state(g.get_state())

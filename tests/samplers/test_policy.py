@@ -89,7 +89,7 @@ def test_mlp_sees_each_samples_own_timestep() -> None:
 
 def test_mlp_is_unconditional() -> None:
     with pytest.raises(ValueError, match="unconditional"):
-        mlp()(states((2,)), 3.0, class_labels=torch.zeros(5))
+        mlp()(states((2,)), 3.0, class_labels=torch.zeros(5, dtype=torch.long))
 
 
 def test_preconditioning_makes_a_zero_network_the_exact_denoiser_of_one_gaussian() -> None:
