@@ -1,4 +1,5 @@
-"""One thread a test process, as the arrays are small and the machine is shared; and a prior that many tests start from."""
+"""One thread a test process, as the arrays are small and the machine is shared; a prior that many tests start from; and
+``--check-shapes``, which checks the shapes and dtypes of every call (`shape_check`)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--check-shapes", action="store_true", help="check the shapes and dtypes of every call (slower)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--check-shapes"):
+        from jaxtyping import install_import_hook
+
+        from shape_check import CHECKED
+
+        install_import_hook(CHECKED, "shape_check.shapes_only")
 
 
 @pytest.fixture(scope="session", autouse=True)
