@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def log_mean_exp(log_weight: Float[Tensor, " n"]) -> tuple[float, float]:
-    """(log mean exp, standard error by the delta method); log_weight [N], -inf allowed."""
+    """(log mean exp, standard error by the delta method); log_weight may be -inf."""
     count = len(log_weight)
     total = torch.logsumexp(log_weight.double(), 0)
     if total == -torch.inf:
@@ -34,9 +34,9 @@ def ess(log_weight: Float[Tensor, " n"]) -> float:
 def adequate_alpha(
     energy: Float[Tensor, " n"], alpha: float, share: float, log_ratio: Float[Tensor, " n"] | float = 0.0
 ) -> float:
-    """The smallest temperature, from ``alpha`` up, at which ``share`` of the samples is effective; energy [N], not NaN.
+    """The smallest temperature, from ``alpha`` up, at which ``share`` of the samples is effective; no energy may be NaN.
 
-    log_ratio [N]: log density of what drew them less the prior's.
+    log_ratio: log density of what drew them less the prior's.
     """
     if ess(-energy / alpha - log_ratio) >= share:
         return alpha
@@ -49,7 +49,7 @@ def adequate_alpha(
 
 
 def weighted_mean(value: Float[Tensor, " n"], weight: Float[Tensor, " n"]) -> tuple[float, float]:
-    """Self-normalized mean and its standard error; value, weight [N], weight sums to 1. Zero-weight values may be inf."""
+    """Self-normalized mean and its standard error; ``weight`` sums to 1. Zero-weight values may be inf."""
     kept = weight > 0
     if not kept.any():
         return math.nan, math.nan
@@ -104,7 +104,7 @@ def pareto_k(log_weight: Float[Tensor, " n"]) -> float:
 def start_variance(log_weight: Float[Tensor, " starts rollouts"]) -> tuple[float, float]:
     """Var over starts of log Z(s_0), free of its Monte Carlo noise, with a jackknife standard error.
 
-    log_weight: [starts, rollouts ≥ 2] of policy rollouts from the same starts. For a policy near the optimum every lw of
+    log_weight: of two or more policy rollouts from the same starts. For a policy near the optimum every lw of
     one start is near log Z(s_0). Two halves of a start's rollouts estimate it independently, so that their covariance over
     starts holds no noise, however unequal the weights; the mean over four ways to halve them. NaN, both, where half of some
     start's rollouts have zero weight: nothing is known of it.

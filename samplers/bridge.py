@@ -26,14 +26,14 @@ from .typed import floats
 
 @dataclass(frozen=True, eq=False)
 class Bridge:
-    """The coefficients above, each [last_trained + 1] float64, by step."""
+    """The coefficients above, float64, one for each step up to the last trained one."""
 
     c: Float[Tensor, " bridged"]
     d: Float[Tensor, " bridged"]
     tau: Float[Tensor, " bridged"]
 
     def mean(self, state: States, end: States, step: Int[Tensor, " n"]) -> States:
-        """c s_k + d x: the mean of s_{k+1} given s_k and the path's end x; state and end [n, ...], step [n]."""
+        """c s_k + d x: the mean of s_{k+1} given s_k and the path's end x."""
         c, d = (column.to(state)[step].reshape(-1, *[1] * (state.ndim - 1)) for column in (self.c, self.d))
         return c * state + d * end
 
@@ -81,7 +81,7 @@ def forgets_given_next(chain: Chain) -> bool:
 def noise_back(
     prior: Prior, samples: Float[Tensor, " batch *state"], generator: torch.Generator, condition: Condition | None = None
 ) -> Trajectories:
-    """Fresh trajectories that end at given samples [B, ...]: s_0 ~ N(a_0 x, b_0²), s_{k+1} = c s_k + d x + tau eps.
+    """Fresh trajectories that end at given samples: s_0 ~ N(a_0 x, b_0²), s_{k+1} = c s_k + d x + tau eps.
 
     Where the last steps belong to the prior the trajectory ends at what they make, not at the given sample, since that is the
     sample the chain would give: evaluate the energy there. Their behavior density is unknown (None). condition: of the samples,

@@ -29,7 +29,7 @@ FORGOTTEN = 0.01  # share of the end that the start explains, at most, where it 
 class Chain:
     """A finite chain of Gaussian kernels around a denoising network.
 
-    Every column is a float64 tensor of shape [K]; ``signal`` and ``noise`` are [K + 1] and mean
+    Every column is kept as float64. ``signal`` and ``noise`` mean
     s_k ≈ signal_k x + noise_k eps for a clean sample x (nan where the chain has no such level).
 
     trained: the steps that carry a log-ratio, increasing. The others belong to the prior: policy and prior share them, so that
@@ -109,7 +109,7 @@ class Chain:
         return {}
 
     def _map(self, like: AnyShape) -> tuple[Int[Tensor, " kernels"], Int[Tensor, " steps"]]:
-        """([num_kernels] the step of every row, [K] the row of every step or -1), on the device of ``like``."""
+        """(the step of every row, the row of every step or -1), on the device of ``like``."""
         if like.device not in self._maps:
             step = torch.tensor(self.trained)
             row = torch.full((self.num_steps,), -1)
@@ -118,11 +118,11 @@ class Chain:
         return self._maps[like.device]
 
     def step_of_row(self, row: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """The steps of rows [n] of a matrix of log-ratios [num_kernels, B]; [n]."""
+        """The steps of rows of a matrix of log-ratios [kernels, batch]."""
         return self._map(row)[0][row]
 
     def row_of_step(self, step: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """The rows of steps [n] in a matrix of log-ratios; [n], -1 where a step is not trained."""
+        """The rows of steps in a matrix of log-ratios, -1 where a step is not trained."""
         return self._map(step)[1][step]
 
     @property
@@ -136,7 +136,7 @@ class Chain:
 
     @property
     def sensitivity(self) -> Float[Tensor, " kernels"]:
-        """[num_kernels] by how many of its standard deviations a kernel's mean moves where the network's output moves by 1."""
+        """By how many of its standard deviations a kernel's mean moves where the network's output moves by 1."""
         rows = list(self.trained)
         return ((self.d * self.q + self.e)[rows] / self.sigma[rows]).abs()
 
@@ -153,7 +153,7 @@ class Chain:
         return Columns(self.timesteps, self.input_scale)
 
     def timestep(self, step: Steps, like: States) -> Timestep:
-        """The label a network is conditioned on, shape [] or [N]."""
+        """The label that a network is conditioned on."""
         return self._columns.like(like)[0, step]
 
     def network_input(self, state: States, step: Steps) -> States:

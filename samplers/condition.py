@@ -21,7 +21,7 @@ from .typed import integers
 class ConditionTable:
     """G conditions.
 
-    names: what each one is called ("label 3"). tensors: {name: [G, ...]}, what the network is called with, under the names of its
+    names: what each one is called ("label 3"). tensors: by name, what the network is called with, under the names of its
     own arguments ("class_labels"). strings: {name: G strings}, what only energies see ("prompts").
 
     Errors: ValueError for a table without rows, a name that stands twice, and columns that have not G rows.
@@ -59,7 +59,7 @@ class ConditionTable:
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """The conditions of N trajectories. group: [N] integers, the row of the table that each one has.
+    """The conditions of trajectories. group: the row of the table that each one has.
 
     A network reads the tensors and never the row: a policy on one of its conditions alone has a table of one row.
     """
@@ -75,7 +75,7 @@ class Condition:
         return Condition(self.table, self.group[index])
 
     def network_inputs(self) -> dict[str, Shaped[Tensor, " batch ..."]]:
-        """{name: [N, ...]} on the device of ``group``, as the network takes them; the table may lie elsewhere."""
+        """By name, on the device of ``group``, as the network takes them; the table may lie elsewhere."""
         return {name: column[self.group.to(column.device)].to(self.group.device) for name, column in self.table.tensors.items()}
 
     def context(self) -> dict[str, Any]:
@@ -90,5 +90,5 @@ def selected(condition: Condition | None, index: Int[Tensor, " n"] | slice) -> C
 
 
 def members(group: Int[Tensor, " n"], count: int) -> list[Int[Tensor, " _"]]:
-    """For each of ``count`` conditions the indices [n] of those that have it, out of the rows ``group`` [N]."""
+    """For each of ``count`` conditions the indices of those that have it."""
     return [(group == row).nonzero()[:, 0] for row in range(count)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Denoiser(Protocol):
-    """state [N, ...], timestep [] or [N], condition of N or None → output, the shape of ``state``."""
+    """(state, timestep, condition of each state or None) → output."""
 
     def __call__(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States: ...
 

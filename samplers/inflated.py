@@ -49,6 +49,6 @@ def inflated_rollout(
 
 
 def _inflation(noise: States, scale: float) -> Float[Tensor, " n"]:
-    """log N(noise; 0, scale²) - log N(noise; 0, 1), [N]."""
+    """log N(noise; 0, scale²) - log N(noise; 0, 1)."""
     flat = noise.flatten(1)
     return 0.5 * (1 - scale**-2) * flat.square().sum(1) - flat.shape[1] * math.log(scale)

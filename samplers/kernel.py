@@ -20,14 +20,14 @@ Coefficient = float | Float[Tensor, " n ..."]  # of one step, or of one for each
 
 
 class Kernel(Protocol):
-    """The kernels of all steps, by step: an int for one step, or a LongTensor [N] with a step a state.
+    """The kernels of all steps, by step: an int for one step, or a tensor with a step for each state.
 
-    state, following, output, noise, shift, z: [N, ...]. A shift delta is what the policy changes at a step, in the units of the
+    A shift delta is what the policy changes at a step, in the units of the
     step's noise, so that a log-ratio follows from it.
     """
 
     def std(self, step: Steps, like: States) -> Coefficient:
-        """Standard deviation of the step's noise: a float, or [N, 1, ...] shaped for ``like``."""
+        """Standard deviation of the step's noise: a float, or one for each state, shaped for ``like``."""
         ...
 
     def mean(self, state: States, step: Steps, output: States) -> States:
@@ -55,20 +55,20 @@ class Kernel(Protocol):
         ...
 
     def log_ratio_from_noise(self, noise: States, shift: States) -> Float[Tensor, " n"]:
-        """log policy - log prior [N], nats, from the noise that the policy itself drew."""
+        """log policy - log prior, nats, from the noise that the policy itself drew."""
         ...
 
     def log_ratio_from_states(self, z: States, shift: States) -> Float[Tensor, " n"]:
-        """log policy - log prior [N], nats, from the noise z of any next state under the prior."""
+        """log policy - log prior, nats, from the noise z of any next state under the prior."""
         ...
 
     def log_density(self, following: States, state: States, step: Steps, output: States) -> Float[Tensor, " n"]:
-        """log pi(s_{k+1} | s_k) [N], nats, up to a constant of the step; differentiable by ``output``."""
+        """log pi(s_{k+1} | s_k), nats, up to a constant of the step; differentiable by ``output``."""
         ...
 
 
 class Row(NamedTuple):
-    """Coefficients of one step, or of a batch of steps (each then has shape [N, 1, ...])."""
+    """Coefficients of one step, or of one for each state (each then has the shape [n, 1, ...])."""
 
     p: Coefficient
     q: Coefficient
@@ -79,14 +79,14 @@ class Row(NamedTuple):
 
 
 class Columns:
-    """Columns [K] float64 as one table, made once for each device and dtype that it is asked for."""
+    """Columns as one table, float64, made once for each device and dtype that it is asked for."""
 
     def __init__(self, *columns: Float[Tensor, " steps"]) -> None:
         self._table = torch.stack(columns)
         self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def like(self, state: States) -> Float[Tensor, " columns steps"]:
-        """[columns, K] on the device and in the dtype of ``state``."""
+        """The table on the device and in the dtype of ``state``."""
         key = (state.device, state.dtype)
         if key not in self._made:
             self._made[key] = self._table.to(state)
@@ -95,7 +95,7 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class GaussianKernel:
-    """N(c s + d clip(p s + q out) + e out, sigma² I), the same sigma for policy and prior; columns [K] float64.
+    """N(c s + d clip(p s + q out) + e out, sigma² I), the same sigma for policy and prior; columns in float64.
 
     Log-ratios are in difference form: nats, summed over dimensions, float32. Two log-densities are never subtracted. With
     z = (s' - mu_prior) / sigma and delta = (mu_policy - mu_prior) / sigma,
@@ -124,11 +124,11 @@ class GaussianKernel:
 
     @cached_property
     def _growth(self) -> Float[Tensor, " steps"]:
-        """[K]: coefficient of s_k in (mean - s_k), with the state's share of x_hat unless that is clipped."""
+        """The coefficient of s_k in (mean - s_k), with the state's share of x_hat unless that is clipped."""
         return self.c - 1 if self.clip is not None else self.c + self.d * self.p - 1
 
     def row(self, step: Steps, like: States) -> Row:
-        """Coefficients at ``step``: floats for an int, tensors [N, 1, ...] shaped for ``like`` for a LongTensor [N]."""
+        """Coefficients at ``step``: floats for an int, else tensors [n, 1, ...] shaped for ``like``."""
         if isinstance(step, int):
             return self.rows[step]
         columns = self._columns.like(like)[: len(Row._fields), step]

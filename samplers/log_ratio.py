@@ -18,7 +18,7 @@ Target = Callable[[States, Int[Tensor, " n"], States, Condition | None], States]
 
 
 def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[States, States, Int[Tensor, " n"], Condition | None]:
-    """Flat (k, b) rows → (state [n, ...], next state [n, ...], step [n], condition of n or None), k slowest.
+    """Flat (k, b) rows → (state, next state, step, condition of each or None), k slowest.
 
     k counts the trained steps, as the rows of a matrix of log-ratios do.
     """
@@ -44,7 +44,7 @@ def step_log_ratio(
     trajectories: Trajectories,
     chunk: int | None = None,
 ) -> Float[Tensor, " kernels batch"]:
-    """[num_kernels, B] log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
+    """Log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
     ratios: list[Tensor] = []
     for rows in _chunks(trajectories, chain, chunk):
         state, following, step, condition = rows_of(trajectories, chain, rows)
@@ -64,9 +64,10 @@ def shift_moments(
     prior_outputs: States,
     target: Target | None = None,
 ) -> Float[Tensor, " moments batch"]:
-    """[2 or 3, B] of stored trajectories, summed over their trained steps: <z, delta>, ½ ||delta||² and <delta_target, delta>.
+    """Two or three moments of stored trajectories, each summed over their trained steps: <z, delta>, ½ ||delta||² and, with a
+    target, <delta_target, delta>.
 
-    prior_outputs: [num_kernels · B, ...] of the prior at their states (`outputs`). target: (state, step, prior output, condition)
+    prior_outputs: those of the prior at their states (`outputs`). target: (state, step, prior output, condition)
     → a shift.
     """
     found: list[Tensor] = []
@@ -83,7 +84,7 @@ def shift_moments(
 
 @torch.no_grad()
 def outputs(chain: Chain, denoiser: Denoiser, trajectories: Trajectories) -> States:
-    """[num_kernels · B, ...] of a network at the states of stored trajectories, step by step."""
+    """The outputs of a network at the states of stored trajectories, step by step: kernels · batch rows."""
     found: list[Tensor] = []
     for rows in _chunks(trajectories, chain):
         state, _, step, condition = rows_of(trajectories, chain, rows)

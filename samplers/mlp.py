@@ -27,7 +27,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
     weights (`set_preconditioning_`); as built they are 1, 0 and 1. The Fourier features (width ``bandwidth``) let a small
     network follow the steep steps between modes.
 
-    forward: sample [N, dim], timestep [] or [N] in [0, num_labels - 1] → ([N, dim],).
+    forward: (sample, timestep in [0, num_labels - 1]) → (output,).
     """
 
     @register_to_config

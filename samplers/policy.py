@@ -27,7 +27,7 @@ class Policy(nn.Module):
 
     denoiser: what is trained. It says the policy's ``kind``: 'lora' for a `LoraDenoiser` (the prior's own network with adapters
     on), 'residual' for a `ResidualDenoiser` (the prior plus a network), and 'full' for any other, a copy of the prior's network.
-    forward: state [N, ...], timestep [] or [N], condition of N or None → output, the shape of ``state``.
+    forward: (state, timestep, condition of each state or None) → output.
     """
 
     def __init__(self, prior: Prior, denoiser: nn.Module) -> None:
@@ -55,7 +55,7 @@ class Policy(nn.Module):
         batch: int | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Float[Tensor, " {count} *data"]:
-        """[count, ...] samples as an energy sees them (`Prior.to_data`), ``batch`` at a time (`trajectory.rows_at_once`).
+        """Samples as an energy sees them (`Prior.to_data`), ``batch`` at a time (`trajectory.rows_at_once`).
 
         The law is that of the trained chain, the steps included that belong to the prior. condition: of each sample; those of
         the prior in turn where None. ``on_progress`` receives the number of samples just done. Samples depend on ``seed`` and

@@ -33,7 +33,7 @@ class Source:
 class Prior:
     """A frozen denoiser and the chain it is run with: together they define p_prior, the law of what is sampled.
 
-    shape: of one state, without the batch. to_data: maps terminal states [B, ...] to the samples an energy sees (a
+    shape: of one state, without the batch. to_data: maps terminal states to the samples an energy sees (a
     scale, or a latent decoder); the identity where None. data_variance: of the samples' widest direction, in units of the state;
     None where unknown. condition_table: what the network is conditioned on, each row with a law of its own; None for an
     unconditional one. `load_prior` also fills source, scheduler (the diffusers scheduler that the chain was read from),
@@ -65,7 +65,7 @@ class Prior:
 
     @torch.no_grad()
     def to_data(self, state: States) -> Float[Tensor, " n *data"]:
-        """What an energy sees of terminal states [B, ...]."""
+        """What an energy sees of terminal states."""
         return state if self._to_data is None else self._to_data(state)
 
     @property

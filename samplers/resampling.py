@@ -25,8 +25,8 @@ from .typed import unique
 class Resampled:
     """Samples drawn by weight from a policy's proposals.
 
-    samples: [count, ...] data, in random order, so that any part of them is a draw too. index: [count] the proposal each one
-    is. log_weight: [proposals] nats, -inf for zero density.
+    samples: data, in random order, so that any part of them is a draw too. index: the proposal each one
+    is. log_weight: nats, -inf for zero density.
     """
 
     samples: Float[Tensor, " n *data"]
@@ -35,7 +35,7 @@ class Resampled:
 
     @property
     def weight(self) -> Float[Tensor, " proposals"]:
-        """[proposals] float64, sums to 1."""
+        """float64, sums to 1."""
         return self.log_weight.double().softmax(0)
 
     @property
@@ -60,7 +60,7 @@ class Resampled:
 
 
 def systematic(weight: Float[Tensor, " n"], count: int, generator: torch.Generator) -> Int[Tensor, " {count}"]:
-    """Indices [count] drawn in proportion to ``weight`` [N], in random order.
+    """``count`` indices drawn in proportion to ``weight``, in random order.
 
     Each i comes floor or ceil of count · w_i times: no resampling has less variance in the copies, and none repeats a proposal
     of count · w_i ≤ 1.
@@ -85,7 +85,7 @@ def importance_resample(
 ) -> Resampled:
     """``count`` samples of p_prior · exp(log_potential) out of ``proposals`` policy rollouts, exact as these grow.
 
-    log_potential: data [B, ...] → [B] nats, -E/alpha; -inf is zero density, and so is NaN. The law is that of the policy's
+    log_potential: data → nats, -E/alpha; -inf is zero density, and so is NaN. The law is that of the policy's
     chain, whatever the policy. batch: rollouts at once (`rows_at_once`). on_progress: receives the number of rollouts just done.
 
     Errors: ValueError for fewer proposals than samples, several conditions, and where no proposal has any density.

@@ -20,7 +20,7 @@ Drawing = Literal["policy", "prior"]
 
 
 class Step(NamedTuple):
-    """following: [N, ...] the next state. log_ratio: [N] nats, None where the step is not trained or there is no policy."""
+    """following: the next state. log_ratio: nats, None where the step is not trained or there is no policy."""
 
     following: States
     log_ratio: Float[Tensor, " n"] | None
@@ -37,9 +37,9 @@ def step(
     *,
     drawn_by: Drawing = "policy",
 ) -> Step:
-    """Denoising step k: s_{k+1} from s_k [N, ...] and standard noise, and log policy - log prior of it.
+    """Denoising step k: s_{k+1} from s_k and standard noise, and log policy - log prior of it.
 
-    noise: [N, ...] as `step_noise` draws it, None at a step without noise. condition: of each state, None without conditions.
+    noise: as `step_noise` draws it, None at a step without noise. condition: of each state, None without conditions.
     The prior takes the steps that are not trained, and all of them where ``policy`` is None or drawn_by is 'prior'.
     """
     chain, kernel = prior.chain, prior.chain.kernel
@@ -72,9 +72,9 @@ def rollout(
     """Draw ``batch`` trajectories from the policy, or from the prior where ``policy`` is None.
 
     drawn_by: 'prior' gives the policy's log-ratio on the *prior's* own trajectories; the policy draws nothing.
-    start: [batch, ...] fixed starts, whose dtype is that of the trajectories; drawn where None.
+    start: fixed starts, whose dtype is that of the trajectories; drawn where None.
     condition: of each trajectory; those of the prior in turn where None.
-    keep: False keeps only the terminal samples (``states`` is then [1, batch, ...]).
+    keep: False keeps only the terminal samples, as the one state of each trajectory.
     noise: (k, state) → what is drawn at step k, in place of `step_noise`; the density of it is the caller's to know.
     on_step: called before every step; what it raises ends the rollout.
 
@@ -105,7 +105,7 @@ def rollout(
 def draw_start(
     prior: Prior, batch: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, " {batch} *state"]:
-    """[batch, ...] starts s_0 ~ N(0, start_std²), the same for policy and prior."""
+    """Starts s_0 ~ N(0, start_std²), the same for policy and prior."""
     return prior.chain.start_std * torch.randn((batch, *prior.shape), generator=generator, device=prior.device, dtype=dtype)
 
 
@@ -126,7 +126,7 @@ def denoise(
     *,
     first: int = 0,
 ) -> Iterator[States]:
-    """The states that follow s_first [N, ...], step by step to the sample: a rollout without log-ratios, one network a step.
+    """The states that follow s_first, step by step to the sample: a rollout without log-ratios, one network a step.
 
     ``denoiser`` takes the trained steps, the prior's network the others. condition: as in `rollout`.
     """
@@ -142,7 +142,7 @@ def denoise(
 def prior_last_states(
     prior: Prior, state: States, generator: torch.Generator, condition: Condition | None = None
 ) -> list[States]:
-    """The states that follow the last trained step's [N, ...], by the prior; the last is the sample. Empty without such steps."""
+    """The states that follow the last trained step's, by the prior; the last is the sample. Empty without such steps."""
     first = prior.chain.last_trained + 1
     return list(denoise(prior, prior.denoiser, state, generator, condition, first=first))
 

@@ -26,14 +26,14 @@ def rows_at_once(shape: tuple[int, ...], device: torch.device) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """B trajectories of one chain.
+    """A batch of trajectories of one chain.
 
-    states: [K + 1, B, ...] float32, states[0] the start and states[K] the terminal one.
-    step_log_ratio: [num_kernels, B] nats, log policy - log prior of the policy that drew them, or that they were compared with;
+    states: float32 in training; states[0] the start and states[K] the terminal one.
+    step_log_ratio: nats, log policy - log prior of the policy that drew them, or that they were compared with;
         None where unknown.
-    log_behavior: [B] nats, log behavior - log prior of the whole trajectory, up to one constant for the batch; None where
+    log_behavior: nats, log behavior - log prior of the whole trajectory, up to one constant for the batch; None where
         the density is unknown (noised-back, replayed and user samples).
-    energy: [B], None until evaluated.
+    energy: None until evaluated.
     condition: what each one is conditioned on, or None.
     """
 
@@ -45,31 +45,31 @@ class Trajectories:
 
     @property
     def group(self) -> Int[Tensor, " batch"]:
-        """[B] the row of its condition, 0 where there are no conditions."""
+        """The row of each one's condition, 0 where there are no conditions."""
         if self.condition is None:
             return torch.zeros(len(self), dtype=torch.long, device=self.states.device)
         return self.condition.group
 
     @property
     def groups(self) -> list[Int[Tensor, " _"]]:
-        """The indices [n] of the trajectories of each condition: each has a law of its own. One entry without conditions."""
+        """The indices of the trajectories of each condition: each has a law of its own. One entry without conditions."""
         return members(self.group, 1 if self.condition is None else len(self.condition.table))
 
     @property
     def context(self) -> dict[str, Any]:
-        """{name: B values}: what an energy may ask for besides the samples."""
+        """{name: one value for each}: what an energy may ask for besides the samples."""
         return {} if self.condition is None else self.condition.context()
 
     @property
     def terminal(self) -> Float[Tensor, " batch *state"]:
-        """[B, ...] terminal states; `Prior.to_data` makes samples of them."""
+        """Terminal states; `Prior.to_data` makes samples of them."""
         return self.states[-1]
 
     def __len__(self) -> int:
         return self.states.shape[1]
 
     def select(self, index: Int[Tensor, " n"]) -> Trajectories:
-        """The trajectories at ``index`` [N], with everything that belongs to them."""
+        """The trajectories at ``index``, with everything that belongs to them."""
         return Trajectories(
             states=self.states[:, index],
             step_log_ratio=None if self.step_log_ratio is None else self.step_log_ratio[:, index],

@@ -28,9 +28,10 @@ from ..estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weig
 class Evidence:
     """Both sides' samples and log-ratios, float32.
 
-    Policy side, [N]: ``samples`` [N, ...], ``energy``, ``log_ratio`` of policy rollouts.
-    Target side, [M]: ``prior_samples`` [M, ...], ``prior_energy``, ``prior_log_ratio`` (the policy's Λ on prior paths).
-    step_kl: [num_kernels] mean log-ratio of each trained step on policy rollouts. start_log_weight: [starts, rollouts] or None.
+    Policy side: ``samples``, ``energy``, ``log_ratio`` of policy rollouts.
+    Target side: ``prior_samples``, ``prior_energy``, ``prior_log_ratio`` (the policy's Λ on prior paths).
+    step_kl: mean log-ratio of each trained step on policy rollouts. start_log_weight: of rollouts from common starts, or
+    None.
     """
 
     alpha: float

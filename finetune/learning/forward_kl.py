@@ -42,7 +42,7 @@ class ForwardKL:
     """Gradients of KL(tilted || policy) on the population's paths.
 
     no_sync: goes around a forward and backward of the policy that another one will follow, before its gradients are used.
-    slope [num_kernels], by trained step: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
+    slope, by trained step: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
     bridged: whether plain rows take the mean of s_{k+1} given the path's end; until `check_bridge`, wherever the chain allows it.
     """
 

@@ -12,10 +12,10 @@ from ...samplers.typed import floats
 
 
 class LogZ:
-    """parameter [G], one for each condition: what `rtb` and `trust_pcl` learn; V(s_0) = alpha · log_z follows from it."""
+    """parameter, one for each condition: what `rtb` and `trust_pcl` learn; V(s_0) = alpha · log_z follows from it."""
 
     def __init__(self, count: int, learning_rate: float, device: torch.device) -> None:
-        self.parameter: Tensor = torch.zeros(count, device=device, requires_grad=True)
+        self.parameter: Float[Tensor, " conditions"] = torch.zeros(count, device=device, requires_grad=True)
         self._optimizer: torch.optim.Optimizer = torch.optim.Adam([self.parameter], learning_rate)
         self.settle()
 

@@ -19,12 +19,12 @@ from ...samplers.condition import members
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a loss is a function of: the global batch of B trajectories. An objective sees those of one condition.
+    """What a loss is a function of: the global batch of trajectories. An objective sees those of one condition.
 
-    step_log_ratio: [num_kernels, B] nats. energy: [B], finite (capped). valid: [B] bool, False where the energy was NaN.
-    log_behavior: [B] log behavior - log prior, normalized if behaviors are mixed, or None.
-    soft_value: [num_kernels, B] nats, an estimate of log h_k(s_k) (`soft_value`), or None.
-    group: [B] the row of each one's condition; None where all have the same one.
+    step_log_ratio: nats. energy: finite (capped). valid: False where the energy was NaN.
+    log_behavior: log behavior - log prior, normalized if behaviors are mixed, or None.
+    soft_value: nats, an estimate of log h_k(s_k) (`soft_value`), or None.
+    group: the row of each one's condition; None where all have the same one.
     """
 
     step_log_ratio: Float[Tensor, " kernels batch"]
@@ -41,7 +41,7 @@ class Batch:
 
     @property
     def log_ratio(self) -> Float[Tensor, " batch"]:
-        """Λ [B]: nats, summed over steps."""
+        """Λ: nats, summed over steps."""
         return self.step_log_ratio.sum(0)
 
     def select(self, index: Int[Tensor, " n"]) -> Batch:
@@ -55,7 +55,7 @@ class Batch:
         )
 
     def groups(self, count: int) -> list[Int[Tensor, " _"]]:
-        """The trajectories [n] of each of ``count`` conditions."""
+        """The indices of the trajectories of each of ``count`` conditions."""
         if self.group is None:
             assert count == 1
             return [torch.arange(len(self.energy), device=self.energy.device)]
@@ -63,7 +63,7 @@ class Batch:
 
     @property
     def weight(self) -> Float[Tensor, " batch"]:
-        """[B], 1 for a valid trajectory and 0 for a masked one."""
+        """1 for a valid trajectory and 0 for a masked one."""
         return self.valid.to(self.energy)
 
 

@@ -38,10 +38,11 @@ LARGEST = math.log(60.0)  # h is bounded above: where it is larger the populatio
 
 
 class ValueNetwork(nn.Module):
-    """States [N, ...] of a chain, their steps [N] and the rows [N] of their conditions, if any → [N] log h; zero at the start.
-    `estimates` → [N, 2], by cumulants too.
+    """States of a chain, their steps and the rows of their conditions, if any → log h; zero at the start.
 
-    scale [steps + 1]: the states' standard deviation at each step. spread [G]: that of -E/alpha over the prior paths of each
+    `estimates`: by cumulants too.
+
+    scale: the states' standard deviation at each step. spread: that of -E/alpha over the prior paths of each
     condition. Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and
     shifted by an embedding of the step, and of the condition where there are several.
     """
@@ -87,14 +88,14 @@ class ValueNetwork(nn.Module):
     def estimates(
         self, state: States, step: Int[Tensor, " n"], times: float = 1.0, group: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, " n 2"]:
-        """[N, 2] at a temperature lower by ``times`` than the one that was learned: log h grows with 1/alpha to first order, the
+        """At a temperature lower by ``times`` than the one that was learned: log h grows with 1/alpha to first order, the
         cumulants with its first and second power."""
         log_h, mean, variance = self.heads(state, step, group).unbind(1)
         spread = times * (self.spread if group is None else self.spread[group])
         return torch.stack([times * log_h, spread * mean + 0.5 * spread.square() * variance], 1)
 
     def heads(self, state: States, step: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n 3"]:
-        """[N, 3]: log h; mean and variance of -E/alpha given the state, in units of ``spread``."""
+        """log h; mean and variance of -E/alpha given the state, in units of ``spread``."""
         hidden = state / self.scale[step].view(-1, *[1] * (state.ndim - 1))
         embedded = self.step(step)
         if self.group is not None:
@@ -137,7 +138,7 @@ class SoftValue:
 
     @torch.no_grad()
     def __call__(self, state: States, step: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
-        """States [N, ...] at steps [N], of conditions [N] if any → [N] nats, for states that no path of the population has."""
+        """Nats, for states that no path of the population has."""
         values = [network(state, step, group) for network in self.networks]
         return (0.5 * self.times * (values[0] + values[1])).clamp(max=LARGEST)
 
@@ -145,7 +146,7 @@ class SoftValue:
     def of_paths(
         self, state: States, step: Int[Tensor, " n"], path: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, " n"]:
-        """The same for states of (or noised from the end of) the population's paths ``path`` [N]."""
+        """The same for states of (or noised from the end of) the population's paths ``path``."""
         values = [network(state, step, group) for network in self.networks]
         return (self.times * torch.where(self.half[path] == 0, values[1], values[0])).clamp(max=LARGEST)
 
@@ -157,7 +158,7 @@ class SoftValue:
         times: float,
         group: Int[Tensor, " n"] | None = None,
     ) -> Float[Tensor, " n 2"]:
-        """[N, 2]: log h by classification and by cumulants (up to a constant), with a graph; ``path`` as in `of_paths`.
+        """log h by classification and by cumulants (up to a constant), with a graph; ``path`` as in `of_paths`.
 
         times: 1 for the temperature at which the networks have learned, ``self.times`` for the target's.
         """
@@ -168,12 +169,12 @@ class SoftValue:
 
 
 def importance_weight(population: Population, alpha: float) -> Float[Tensor, " batch"]:
-    """exp(-E/alpha) of the population's paths [N], of mean 1 within each condition."""
+    """exp(-E/alpha) of the population's paths, of mean 1 within each condition."""
     return population.weight(alpha).float() * len(population.trajectories)
 
 
 def standardized(population: Population, alpha: float) -> tuple[Float[Tensor, " batch"], Float[Tensor, " conditions"]]:
-    """-E/alpha of the population's paths [N] with mean 0 and standard deviation 1 within each condition; those deviations [G],
+    """-E/alpha of the population's paths with mean 0 and standard deviation 1 within each condition; those deviations,
     nats.
 
     Cut at `DEEPEST` nats below the best: a few huge penalties would otherwise be all that there is to regress on. What has no
@@ -198,7 +199,7 @@ def states_of(
     fresh: float,
     generator: torch.Generator,
 ) -> States:
-    """States [n, ...] at ``step`` [n] of paths ``path`` [n]: a share ``fresh`` noised anew from the path's end."""
+    """States at ``step`` of paths ``path``: a share ``fresh`` noised anew from the path's end."""
     stored = states[step, path]
     around = (-1, *[1] * (stored.ndim - 1))
     signal, noise = (column.to(stored)[step].view(around) for column in (chain.signal, chain.noise))

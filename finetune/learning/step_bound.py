@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ...samplers.condition import Condition, selected
@@ -35,16 +36,17 @@ class StepBound:
     """Shortens steps of ``policy``.
 
     share: of the optimizer's last step that was taken, where the search for the next one begins.
-    state [n, ...], step [n], condition, weight [n]: what steps are measured on, and for how many kernels each counts; the state
+    state, step, condition, weight: what steps are measured on, and for how many kernels each counts; the state
     is None until `look_at`.
     """
 
     def __init__(self, prior: Prior, policy: nn.Module, agreed: Callable[[float], float]) -> None:
         self.prior, self.policy, self.agreed = prior, policy, agreed
         self.share = 1.0
-        self.state: Tensor | None = None
+        self.state: States | None = None
         self.condition: Condition | None = None
-        self.step, self.weight = torch.empty(0, dtype=torch.long), torch.empty(0)
+        self.step: Int[Tensor, " n"] = torch.empty(0, dtype=torch.long)
+        self.weight: Float[Tensor, " n"] = torch.empty(0)
         self._output = torch.empty(0)
 
     def state_dict(self) -> dict[str, Any]:

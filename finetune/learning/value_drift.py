@@ -52,7 +52,7 @@ class ValueDrift:
 
     no_sync: goes around a forward and backward of the policy that another one will follow. chunk: rows at once.
     trust: share of an update's bound in nats that the noise of its gradient leaves.
-    factor [num_kernels, 2]: of the two gradients at each trained step; scale: of their sum (`rescale`). explained: nats of
+    factor: of the two gradients at each trained step; scale: of their sum (`rescale`). explained: nats of
     KL(tilted || prior) that the target takes away before it is rescaled, at the temperature that was learned at, estimated on
     the paths that the factors were fitted to.
     """
@@ -69,7 +69,7 @@ class ValueDrift:
         self.no_sync, self.chunk = no_sync, MAX_CHUNK
         self.prior, self.population, self.soft_value = prior, population, soft_value
         self.alpha, self.generator = alpha * soft_value.times, generator
-        self.factor: Tensor = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
+        self.factor: Float[Tensor, " kernels 2"] = torch.full((prior.chain.num_kernels, 2), EXPECTED, device=prior.device)
         self.explained: float = 0.0
         self.scale, self.trust = 1.0, 1.0
         self._misses = torch.zeros(2, dtype=torch.float64, device=prior.device)
@@ -90,7 +90,7 @@ class ValueDrift:
         self.trust, self._misses = state_dict["trust"], state_dict["misses"].to(self._misses)
 
     def _gradients(self, mean: States, step: Int[Tensor, " n"], path: Int[Tensor, " n"]) -> Float[Tensor, " 2 n *state"]:
-        """[2, n, ...] sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
+        """sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
         group = self.population.trajectories.group[path]
         with torch.enable_grad():
             state = mean.detach().requires_grad_(True)
@@ -134,7 +134,7 @@ class ValueDrift:
 
     @torch.no_grad()
     def target(self, state: States, step: Int[Tensor, " n"], prior_output: States, condition: Condition | None = None) -> States:
-        """[n, ...] the shift to learn at states of any path, as far as a clipped x_hat can follow."""
+        """The shift to learn at states of any path, as far as a clipped x_hat can follow."""
         return self._shift(state, step, prior_output, condition, self.soft_value.times, self.scale)
 
     def _shift(
@@ -181,7 +181,7 @@ class ValueDrift:
             self.scale = min(max(c, 0.0), MOST)
 
     def eased(self, progress: float) -> Float[Tensor, " kernels"]:
-        """[num_kernels] what each trained step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.
+        """What each trained step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.
 
         Kernels that an output moves more than the median's count less at first. Their curvature otherwise sets the pace of all,
         since one network serves all steps; it also makes them quick to come back to their place once they count in full.

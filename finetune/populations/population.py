@@ -31,10 +31,10 @@ def trajectories_of(state: dict[str, Any], prior: Prior) -> Trajectories:
 
 @dataclass(frozen=True, eq=False)
 class Population:
-    """N prior trajectories with their energies: reweighted by exp(-E/alpha), each condition's on their own, they are the tilted
+    """Prior trajectories with their energies: reweighted by exp(-E/alpha), each condition's on their own, they are the tilted
     path law.
 
-    trajectories: states [K + 1, N, ...] and energy [N], NaN where invalid, +inf where the density is zero.
+    trajectories: with an energy, NaN where invalid, +inf where the density is zero.
     """
 
     trajectories: Trajectories

@@ -24,13 +24,13 @@ def prediction(kind: str, alpha_bar: Float[Tensor, " steps"]) -> tuple[Float[Ten
 def nominal_levels(
     alpha_bar: Float[Tensor, " steps"], following: Float[Tensor, " steps"]
 ) -> tuple[Float[Tensor, " steps+1"], Float[Tensor, " steps+1"]]:
-    """signal and noise [K + 1]: what each evaluated step assumes of its state, then the last step's result."""
+    """signal and noise: what each evaluated step assumes of its state, then the last step's result."""
     levels = torch.cat([alpha_bar, following[-1:]])
     return levels.double().sqrt(), (1 - levels.double()).clamp(min=0).sqrt()
 
 
 def alphas(scheduler: Any) -> tuple[Int[Tensor, " steps"], Float[Tensor, " train_steps"]]:
-    """(the timesteps [K] as integers, alpha_bar of every training step), as the scheduler has them set.
+    """(the timesteps as integers, alpha_bar of every training step), as the scheduler has them set.
 
     Errors: ValueError for timesteps beyond the training steps.
     """
