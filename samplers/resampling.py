@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .policy import Policy
 from .rollout import rollout
+from .shapes import AnyShape
 from .trajectory import rows_at_once
 from .typed import unique
 
@@ -25,13 +26,17 @@ from .typed import unique
 class Resampled:
     """Samples drawn by weight from a policy's proposals.
 
-    samples: data, in random order, so that any part of them is a draw too. index: the proposal each one
-    is. log_weight: nats, -inf for zero density.
+    samples: data, in random order, so that any part of them is a draw too. index: the proposal each one is. log_weight,
+    log_potential: nats, -inf for zero density. batch: proposals that were drawn at once; noise: the generator's state before each
+    batch, from which their paths can be had again.
     """
 
     samples: Float[Tensor, " n *data"]
     index: Int[Tensor, " n"]
     log_weight: Float[Tensor, " proposals"]
+    log_potential: Float[Tensor, " proposals"]
+    batch: int
+    noise: tuple[AnyShape, ...]
 
     @property
     def weight(self) -> Float[Tensor, " proposals"]:
@@ -103,11 +108,15 @@ def importance_resample(
     batch = rows_at_once(prior.shape, prior.device) if batch is None else batch
     data: list[Tensor] = []
     log_weights: list[Tensor] = []
+    potentials: list[Tensor] = []
+    noise: list[Tensor] = []
     for first in range(0, proposals, batch):
+        noise.append(generator.get_state())
         drawn = rollout(prior, policy, min(batch, proposals - first), generator, keep=False)
         assert drawn.step_log_ratio is not None
         data.append(prior.to_data(drawn.terminal))
         potential = log_potential(data[-1]).to(drawn.step_log_ratio).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        potentials.append(potential)
         log_weights.append(potential - drawn.step_log_ratio.sum(0))
         if on_progress:
             on_progress(len(data[-1]))
@@ -121,4 +130,4 @@ def importance_resample(
     if heaviest == math.inf:
         raise ValueError("log_potential returned +inf, an infinite density; return -E/alpha with a finite energy, or -inf.")
     index = systematic(log_weight.double().softmax(0), count, generator)
-    return Resampled(torch.cat(data)[index], index, log_weight)
+    return Resampled(torch.cat(data)[index], index, log_weight, torch.cat(potentials), batch, tuple(noise))

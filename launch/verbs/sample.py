@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import flags
+from .bar import progress_bar
 from .tasks import open_with_task
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ...finetune.runs.run import Run
     from ...samplers.condition import Condition
-    from ...samplers.policy import Policy
     from ...samplers.prior import Prior
-    from ...samplers.resampling import Resampled
 
 DESCRIPTION = """Draw samples from a run's policy and write them to --out as safetensors, with a picture of them beside it
 where they are images. --exact proposes with the policy and resamples by the weights, so that the samples follow
@@ -44,6 +38,9 @@ class Options:
     """Resample policy rollouts by their weights toward the tilted prior."""
     proposals: int | None = None
     """Policy rollouts for --exact, of each label; ten a sample, and at least 1000, where not given."""
+    sweeps: int | None = None
+    """For --exact: sweeps of moves after the resampling, each of 8 energy calls a sample, that make different samples of copies.
+    3 where there are copies, else 0, where not given."""
     energy: tuple[str, ...] = ()
     """For --exact: the energy of the training, to be said again where it is code of your own."""
     labels: tuple[int, ...] = ()
@@ -67,6 +64,7 @@ def main(argv: list[str]) -> int:
     from ...finetune.runs.evaluate import energy_flags
     from ...samplers.streams import seed_for
     from ..pictures import is_images, sample_figure
+    from .exact import draw_exact, trust
 
     told: dict[str, Any] = {
         "run": str(options.run),
@@ -76,15 +74,14 @@ def main(argv: list[str]) -> int:
     }
     condition = wanted(run.prior, options)
     if options.exact:
-        drawn = resample(run, options, condition)
-        samples = torch.cat([one.samples for _, one in drawn])
+        drawn = draw_exact(run, condition, options.n, options.proposals, options.sweeps, options.energy, options.seed)
+        samples = torch.cat([one.samples for one in drawn])
         condition = None if condition is None else condition.select(condition.group.argsort(stable=True))
         terms = options.energy or run.config.energy.terms
         flagged = energy_flags(run, terms)
-        told |= {name: sum(getattr(one, name) for _, one in drawn) for name in ("proposals", "ess", "unique")}
+        told |= {name: sum(getattr(one, name) for one in drawn) for name in ("proposals", "ess", "unique", "moved")}
         told |= {"energy": [absolute_term(term) for term in terms], "flags": flagged}
-        lines = [f"{name}: {trust(one)}" if name else trust(one) for name, one in drawn]
-        print(*lines, *[f"flag: {flag}" for flag in flagged], sep="\n")
+        print(*[trust(one) for one in drawn], *[f"flag: {flag}" for flag in flagged], sep="\n")
     else:
         with progress_bar(options.n, "samples") as advance:
             seed = seed_for("samples", options.seed)
@@ -110,6 +107,8 @@ def targets(options: Options) -> tuple[Path, Path]:
     """
     if options.n < 1:
         raise ValueError(f"--n {options.n}: draw at least one sample.")
+    if options.sweeps is not None and not (options.exact and options.sweeps >= 0):
+        raise ValueError(f"--sweeps {options.sweeps}: a number of sweeps, 0 or more, for samples drawn with --exact.")
     if options.energy and not options.exact:
         raise ValueError("--energy weights the proposals of --exact; without --exact it would change nothing.")
     out = options.run / "samples.safetensors" if options.out is None else options.out
@@ -120,19 +119,6 @@ def targets(options: Options) -> tuple[Path, Path]:
     if found and not options.overwrite:
         raise ValueError(f"{' and '.join(found)} exist; nothing was touched. Name another file with --out, or add --overwrite.")
     return out, picture
-
-
-@contextmanager
-def progress_bar(total: int, name: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; what it gives takes the number just done."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=name, dynamic_ncols=True, mininterval=0.5) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance
 
 
 def wanted(prior: Prior, options: Options) -> Condition | None:
@@ -154,46 +140,3 @@ def wanted(prior: Prior, options: Options) -> Condition | None:
         return None
     rows = torch.tensor([known.index(label) for label in options.labels or known], device=prior.device)
     return Condition(table, rows[torch.arange(options.n, device=prior.device) % len(rows)])
-
-
-def resample(run: Run, options: Options, condition: Condition | None) -> list[tuple[str, Resampled]]:
-    """Exact samples of each condition (of "" where there are none), as far as the weights carry; in the order of the table."""
-    from ...finetune.energies.energy import EnergyMeter
-    from ...samplers.condition import members
-    from ...samplers.resampling import importance_resample
-    from ...samplers.streams import stream
-
-    alpha, meter = run.config.train.alpha, EnergyMeter(run.energy(options.energy))
-    generator = stream("resampling", options.seed, run.prior.device)
-    if condition is None:
-        parts = [("", run.policy, options.n)]
-    else:
-        sizes = [len(index) for index in members(condition.group, len(condition.table))]
-        parts = [(condition.table.names[row], run.policy.only(row), size) for row, size in enumerate(sizes) if size]
-
-    def one(policy: Policy, count: int) -> Resampled:
-        def log_potential(data: Tensor) -> Tensor:
-            own = policy.prior.condition(len(data))
-            return -meter(data, **({} if own is None else own.context())) / alpha
-
-        proposals = options.proposals if options.proposals is not None else max(10 * count, 1000)
-        with progress_bar(proposals, "proposals") as advance:
-            return importance_resample(policy, log_potential, count, generator, proposals=proposals, on_progress=advance)
-
-    return [(name, one(policy, count)) for name, policy, count in parts]
-
-
-def trust(drawn: Resampled) -> str:
-    """The effective number of proposals, and what it means, in a sentence."""
-    from ...finetune.certificate.criteria import MAX_PARETO_K
-    from ...finetune.estimators import pareto_k
-
-    proposals, count, tail = len(drawn.log_weight), len(drawn.samples), pareto_k(drawn.log_weight)
-    head = f"effective proposals: {drawn.ess:.0f} of {proposals}, {drawn.unique} different ones among the {count} samples."
-    if drawn.ess < 100 or tail > MAX_PARETO_K:
-        why = f"the heaviest of them carries {drawn.largest_weight:.0%} of the weight, Pareto-k {tail:.2f}"
-        return f"{head} Too few to trust ({why}): raise --proposals, or train further."
-    return (
-        f"{head} Averages over them are as accurate as over {min(drawn.ess, count):.0f} independent exact samples; what the"
-        " policy never proposes stays missing, which `tiltune evaluate` looks for."
-    )

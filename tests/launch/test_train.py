@@ -489,10 +489,13 @@ def test_exact_samples_follow_the_energy_and_say_how_far_to_trust_them(
         told = json.loads(file.metadata()["tiltune"])
     assert told["energy"] == [f"{here}/half.py:half"]
     assert len(told["flags"]) == 1
+    assert (told["unique"], told["moved"]) == (400, 0)  # without copies there is nothing to move
+    assert tiltune("sample", "my-run", "--sweeps", 2, "--out", "no.safetensors").status == 2
     few = tiltune(
-        "sample", "my-run", "--n", 9, "--exact", "--proposals", 20, "--energy", "half.py:half", "--out", "few.safetensors"
+        "sample", "my-run", "--n", 19, "--exact", "--proposals", 20, "--energy", "half.py:half", "--out", "few.safetensors"
     )
-    assert "Too few to trust" in few.out
+    assert "Too few to trust" in few.out and "samples then moved on within the same law" in few.out
+    assert len(load_file(here / "few.safetensors")["samples"].flatten(1).unique(dim=0)) == 19
     assert (here / "few.png").exists()
 
 

@@ -1,0 +1,96 @@
+"""Exact samples of the tilted prior: a policy proposes, weights decide, and copies move on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...finetune.certificate.criteria import MAX_PARETO_K
+from ...finetune.energies.energy import EnergyMeter
+from ...finetune.estimators import pareto_k
+from ...finetune.runs.run import Run
+from ...samplers.condition import Condition, members
+from ...samplers.policy import Policy
+from ...samplers.resample_move import SWEEPS, move, potentials_asked
+from ...samplers.resampling import Resampled, importance_resample
+from ...samplers.streams import stream
+from .bar import progress_bar
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """Samples of one condition ("" where there is none). moved: how many of them lie elsewhere than the proposal they were."""
+
+    name: str
+    samples: Tensor
+    resampled: Resampled
+    moved: int
+
+    @property
+    def proposals(self) -> int:
+        return len(self.resampled.log_weight)
+
+    @property
+    def ess(self) -> float:
+        return self.resampled.ess
+
+    @property
+    def unique(self) -> int:
+        return self.resampled.unique
+
+
+def draw_exact(
+    run: Run,
+    condition: Condition | None,
+    count: int,
+    proposals: int | None,
+    sweeps: int | None,
+    terms: Sequence[str],
+    seed: int,
+) -> list[Exact]:
+    """Exact samples of each condition, as far as the weights carry; in the order of the table.
+
+    condition: of the ``count`` samples. proposals, sweeps: of each condition; their defaults where None. terms: of the energy.
+    """
+    meter, generator = EnergyMeter(run.energy(terms)), stream("resampling", seed, run.prior.device)
+    if condition is None:
+        parts = [("", run.policy, count)]
+    else:
+        sizes = [len(index) for index in members(condition.group, len(condition.table))]
+        parts = [(condition.table.names[row], run.policy.only(row), size) for row, size in enumerate(sizes) if size]
+
+    def one(name: str, policy: Policy, count: int) -> Exact:
+        def log_potential(data: Tensor) -> Tensor:
+            own = policy.prior.condition(len(data))
+            return -meter(data, **({} if own is None else own.context())) / run.config.train.alpha
+
+        total = proposals if proposals is not None else max(10 * count, 1000)
+        with progress_bar(total, "proposals") as advance:
+            drawn = importance_resample(policy, log_potential, count, generator, proposals=total, on_progress=advance)
+        wanted = sweeps if sweeps is not None else SWEEPS * (drawn.unique < count)
+        if not wanted:
+            return Exact(name, drawn.samples, drawn, 0)
+        with progress_bar(potentials_asked(count, wanted), "moves") as advance:
+            samples, moved = move(policy, log_potential, drawn, generator, wanted, advance)
+        return Exact(name, samples, drawn, int(moved.sum()))
+
+    return [one(*part) for part in parts]
+
+
+def trust(exact: Exact) -> str:
+    """The effective number of proposals, and what it means, in a sentence."""
+    drawn, count = exact.resampled, len(exact.samples)
+    tail = pareto_k(drawn.log_weight)
+    head = f"{exact.name}: " if exact.name else ""
+    head += f"effective proposals: {drawn.ess:.0f} of {exact.proposals}, {drawn.unique} different ones among the {count} samples."
+    if exact.moved:
+        head += f" {exact.moved} samples then moved on within the same law."
+    if drawn.ess < 100 or tail > MAX_PARETO_K:
+        why = f"the heaviest of them carries {drawn.largest_weight:.0%} of the weight, Pareto-k {tail:.2f}"
+        return f"{head} Too few to trust ({why}): raise --proposals, or train further."
+    return (
+        f"{head} Averages over them are as accurate as over {min(drawn.ess, count):.0f} independent exact samples; what the"
+        " policy never proposes stays missing, which `tiltune evaluate` looks for."
+    )
