@@ -16,7 +16,7 @@ class Improvement:
     policy is of; "prior" where nothing that was tried was closer than the prior itself, which the policy then is again. reach:
     the temperature that the held-out paths stand for, over the target's: above 1 where too few prior samples are effective there
     (`temperature_within_reach`). The target's side is then continued from it, as if log h were linear. Energies are those that
-    the training sees, cut at ``max_energy``.
+    the training sees, cut at ``max_energy``. conditions: how many of them all this is the mean over.
     """
 
     nats: float
@@ -24,9 +24,17 @@ class Improvement:
     gap_prior: float
     reached: str
     reach: float = 1.0
+    conditions: int = 1
 
     @property
     def sentence(self) -> str:
+        """What came of it; of several conditions the mean, which may hide one of them."""
+        if self.conditions == 1:
+            return self._sentence
+        return f"on average over {self.conditions} conditions, which `evaluate` looks at one by one: {self._sentence}"
+
+    @property
+    def _sentence(self) -> str:
         own = f"the prior's own gap to the target is {self.gap_prior:.2f} nats"
         if self.reach > 1:
             own = (

@@ -78,10 +78,10 @@ class Monitor:
         """
         own = -self.processes.gather_valid(*self.energies.capped(population.trajectories)).double() / self.alpha
         # A tilt that is steeper by the reach has a gap that is larger by its square, if log h is linear.
-        reach = held_out.times
+        reach, conditions = held_out.times, self.prior.num_conditions
         gap_prior = reach**2 * (self.processes.mean(held_out.eubo) - own.mean().item() / reach)
         if self._is_closest():
-            self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior", reach)
+            self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior", reach, conditions)
             self._judged_at = global_step
             return
         log_weight = self._log_weight()
@@ -92,9 +92,9 @@ class Monitor:
         se = math.hypot(error / math.sqrt(self.processes.count), *sides)
         with uninterrupted():  # the weights that are kept, and what is said of them, belong together
             if self.closest.offer(nats, self.optimization.weights, alike=ALIKE):
-                self.improvement = Improvement(nats, se, gap_prior, phase, reach)
+                self.improvement = Improvement(nats, se, gap_prior, phase, reach, conditions)
             elif self.improvement is None or self.improvement.nats < nats < 0:
-                self.improvement = Improvement(nats, se, gap_prior, "prior", reach)
+                self.improvement = Improvement(nats, se, gap_prior, "prior", reach, conditions)
             self._judged_at = global_step
 
     def _is_closest(self) -> bool:

@@ -194,6 +194,8 @@ def test_every_recipe_learns_each_conditions_law(name: str, problem: Conditional
             starts=0,
         )
         assert path_metrics(wrong)["gap"] > path_metrics(wrong)["prior"]["gap"]
+    if RECIPES[name].warm_start != "none":
+        assert result.improvement is not None and "on average over 3 conditions" in result.improvement.sentence
     last = trainer.history[-1]
     assert set(last["conditions"]) == {"label 0", "label 10", "label 20"}
     if "elbo" in last:
