@@ -12,14 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from .chain import Chain
 from .condition import Condition
 from .prior import Prior
 from .rollout import prior_last_states
-from .shapes import States
+from .shapes import Index, States
 from .trajectory import Trajectories
 from .typed import floats
 
@@ -32,7 +32,7 @@ class Bridge:
     d: Float[Tensor, " bridged"]
     tau: Float[Tensor, " bridged"]
 
-    def mean(self, state: States, end: States, step: Int[Tensor, " n"]) -> States:
+    def mean(self, state: States, end: States, step: Index) -> States:
         """c s_k + d x: the mean of s_{k+1} given s_k and the path's end x."""
         c, d = (column.to(state)[step].reshape(-1, *[1] * (state.ndim - 1)) for column in (self.c, self.d))
         return c * state + d * end

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from .kernel import Columns, GaussianKernel, Kernel, Row
-from .shapes import AnyShape, States, Steps, Timestep
+from .shapes import AnyShape, Index, States, Steps, Timestep
 from .typed import floats
 
 # Below this a standard deviation is a clamp of the scheduler (DDPM's 1e-10), not a noise.
@@ -117,11 +117,11 @@ class Chain:
             self._maps[like.device] = step.to(like.device), row.to(like.device)
         return self._maps[like.device]
 
-    def step_of_row(self, row: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    def step_of_row(self, row: Index) -> Index:
         """The steps of rows of a matrix of log-ratios [kernels, batch]."""
         return self._map(row)[0][row]
 
-    def row_of_step(self, step: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    def row_of_step(self, step: Index) -> Index:
         """The rows of steps in a matrix of log-ratios, -1 where a step is not trained."""
         return self._map(step)[1][step]
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from .shapes import Index
 from .typed import integers
 
 
@@ -70,7 +71,7 @@ class Condition:
     def __len__(self) -> int:
         return len(self.group)
 
-    def select(self, index: Int[Tensor, " n"] | slice) -> Condition:
+    def select(self, index: Index | slice) -> Condition:
         """Those of the trajectories at ``index``."""
         return Condition(self.table, self.group[index])
 
@@ -84,11 +85,11 @@ class Condition:
         return {**self.network_inputs(), **{name: [column[row] for row in rows] for name, column in self.table.strings.items()}}
 
 
-def selected(condition: Condition | None, index: Int[Tensor, " n"] | slice) -> Condition | None:
+def selected(condition: Condition | None, index: Index | slice) -> Condition | None:
     """The conditions of the trajectories at ``index``; None where there are none."""
     return None if condition is None else condition.select(index)
 
 
-def members(group: Int[Tensor, " n"], count: int) -> list[Int[Tensor, " _"]]:
+def members(group: Index, count: int) -> list[Int[Tensor, " _"]]:
     """For each of ``count`` conditions the indices of those that have it."""
     return [(group == row).nonzero()[:, 0] for row in range(count)]

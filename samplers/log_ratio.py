@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from .chain import Chain
 from .condition import Condition, selected
 from .denoiser import Denoiser, evaluate
-from .shapes import States
+from .shapes import Index, States
 from .trajectory import Trajectories, rows_at_once
 
-Target = Callable[[States, Int[Tensor, " n"], States, Condition | None], States]
+Target = Callable[[States, Index, States, Condition | None], States]
 
 
-def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[States, States, Int[Tensor, " n"], Condition | None]:
+def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[States, States, Index, Condition | None]:
     """Flat (k, b) rows → (state, next state, step, condition of each or None), k slowest.
 
     k counts the trained steps, as the rows of a matrix of log-ratios do.

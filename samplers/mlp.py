@@ -10,11 +10,11 @@ from diffusers.configuration_utils import (
     register_to_config,  # pyright: ignore[reportUnknownVariableType]
 )
 from diffusers.models.modeling_utils import ModelMixin
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .chain import Chain
-from .shapes import Timestep
+from .shapes import Index, Timestep
 from .typed import unique_with_inverse
 
 
@@ -60,7 +60,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         sample: Float[Tensor, " n dim"],
         timestep: Timestep | float,
         return_dict: bool = False,
-        class_labels: Int[Tensor, " n"] | None = None,
+        class_labels: Index | None = None,
     ) -> tuple[Float[Tensor, " n dim"]]:
         if class_labels is not None:
             raise ValueError("MLPDenoiser is unconditional; it was given class_labels.")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .policy import Policy
 from .rollout import rollout
-from .shapes import AnyShape
+from .shapes import AnyShape, Index
 from .trajectory import rows_at_once
 from .typed import unique
 
@@ -32,7 +32,7 @@ class Resampled:
     """
 
     samples: Float[Tensor, " n *data"]
-    index: Int[Tensor, " n"]
+    index: Index
     log_weight: Float[Tensor, " proposals"]
     log_potential: Float[Tensor, " proposals"]
     batch: int

@@ -13,7 +13,8 @@
     {count}      the value of the argument ``count``
 
 A name that stands twice in one signature means that both sizes agree. Every string begins with a space, which tells tools that
-read quoted annotations as code that this one is none. Nothing is checked when a program runs; the tests check every call.
+read quoted annotations as code that this one is none. Nothing is checked when a program runs. The tests check small runs of
+everything, and every call with ``pytest --check-shapes``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jaxtyping import Float, Int, Real, Shaped
 from torch import Tensor
 
 States = Float[Tensor, " n *state"]  # states, and what has their shape: outputs of a network, noise, shifts
-Steps = int | Int[Tensor, " n"]  # one step of a chain for all rows, or one for each
+Index = Int[Tensor, " n"]  # one integer for each row: its step, its path, the row of its condition
+Steps = int | Index  # one step of a chain for all rows, or one for each
 Timestep = Real[Tensor, ""] | Real[Tensor, " n"]  # the label that a network is conditioned on
 AnyShape = Shaped[Tensor, "..."]  # weights of a network, and what else has no shape that could be named

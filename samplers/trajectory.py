@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .condition import Condition, members, selected
-from .shapes import AnyShape
+from .shapes import AnyShape, Index
 
 MOST_AT_ONCE = 2048
 NUMBERS_AT_ONCE = 2**19
@@ -68,7 +68,7 @@ class Trajectories:
     def __len__(self) -> int:
         return self.states.shape[1]
 
-    def select(self, index: Int[Tensor, " n"]) -> Trajectories:
+    def select(self, index: Index) -> Trajectories:
         """The trajectories at ``index``, with everything that belongs to them."""
         return Trajectories(
             states=self.states[:, index],

@@ -10,13 +10,15 @@ import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
+from .shapes import Index
+
 
 def floats(values: Real[Tensor, " n"]) -> list[float]:
     """The entries of a tensor of real numbers."""
     return cast("list[float]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
-def integers(values: Int[Tensor, " n"]) -> list[int]:
+def integers(values: Index) -> list[int]:
     """The entries of a tensor of integers."""
     return cast("list[int]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
 
@@ -26,7 +28,7 @@ def unique(values: Real[Tensor, " n"]) -> Real[Tensor, " distinct"]:
     return cast(Tensor, values.unique())  # pyright: ignore[reportUnknownMemberType]
 
 
-def unique_with_inverse(values: Real[Tensor, " n"]) -> tuple[Real[Tensor, " distinct"], Int[Tensor, " n"]]:
+def unique_with_inverse(values: Real[Tensor, " n"]) -> tuple[Real[Tensor, " distinct"], Index]:
     """(the distinct values in ascending order, for each value its index among them)."""
     return torch.unique(values, return_inverse=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...samplers.shapes import Index
 from .evidence import Evidence
 from .partition import normal_draws
 
@@ -37,7 +38,7 @@ class Bridge:
     target: tuple[Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, " m"]]
 
     def differences(
-        self, policy: Int[Tensor, " n"], target: Int[Tensor, " m"], count: int
+        self, policy: Index, target: Int[Tensor, " m"], count: int
     ) -> tuple[Float[Tensor, " {count}"], Float[Tensor, " {count} {count}"]]:
         """(d, its covariance) for the parts of the paths of both sides.
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...samplers.shapes import Index
 from .evidence import Evidence
 
 CELLS, BINS = 25, 10
@@ -29,7 +30,7 @@ class Partition:
     energy_edges: Float[Tensor, " edges"]
     distance_edges: Float[Tensor, " edges"]
 
-    def labels(self, samples: Float[Tensor, " n *data"], energy: Float[Tensor, " n"]) -> dict[str, Int[Tensor, " n"]]:
+    def labels(self, samples: Float[Tensor, " n *data"], energy: Float[Tensor, " n"]) -> dict[str, Index]:
         """The part of each sample, under the names of `PARTS`. Samples that are no number lie at 0."""
         cell, distance = nearest(_flat(samples), self.centers)
         return {
@@ -76,7 +77,7 @@ def k_means(
     return centers
 
 
-def nearest(x: Float[Tensor, " n dim"], centers: Float[Tensor, " cells dim"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+def nearest(x: Float[Tensor, " n dim"], centers: Float[Tensor, " cells dim"]) -> tuple[Index, Float[Tensor, " n"]]:
     """The index of the nearest center of each row of x, and its distance."""
     found = [torch.cdist(part, centers).min(1) for part in x.split(8192)]
     return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
@@ -91,7 +92,7 @@ def weighted_quantiles(value: Float[Tensor, " n"], weight: Float[Tensor, " n"], 
 
 
 def share_distance(
-    mine: Int[Tensor, " n"],
+    mine: Index,
     theirs: Int[Tensor, " m"],
     weight: Float[Tensor, " m"],
     count: int,

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,7 +25,7 @@ from ...samplers.bridge import bridge_of, forgets_given_next
 from ...samplers.condition import Condition, selected
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
-from ...samplers.shapes import States
+from ...samplers.shapes import Index, States
 from ...samplers.trajectory import rows_at_once
 from ..config.train import TrainConfig
 from ..populations.population import Population
@@ -96,7 +96,7 @@ class ForwardKL:
                 )
         return torch.stack(losses).sum()
 
-    def rows(self, step: Int[Tensor, " n"]) -> tuple[States, States, Condition | None]:
+    def rows(self, step: Index) -> tuple[States, States, Condition | None]:
         """(s_k, s_{k+1} or its mean given the path's end, condition) of tilted prior paths at ``step``.
 
         A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
@@ -109,7 +109,7 @@ class ForwardKL:
         assert self.bridge is not None
         return state, self.bridge.mean(state, states[-1, index], step), condition
 
-    def _condition(self, path: Int[Tensor, " n"]) -> Condition | None:
+    def _condition(self, path: Index) -> Condition | None:
         return selected(self.population.trajectories.condition, path)
 
     def check_bridge(self, agreed: Callable[[float], float]) -> float:

@@ -14,14 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ...samplers.chain import Chain
 from ...samplers.condition import Condition
 from ...samplers.denoiser import evaluate
 from ...samplers.log_ratio import rows_of
-from ...samplers.shapes import AnyShape, States
+from ...samplers.shapes import AnyShape, Index, States
 from ...samplers.trajectory import Trajectories
 from ...samplers.typed import backward
 from .objectives import Batch, Objective
@@ -86,7 +86,7 @@ def backward_rows(
     chain: Chain,
     state: States,
     following: States,
-    step: Int[Tensor, " n"],
+    step: Index,
     g: Float[Tensor, " n"],
     condition: Condition | None,
 ) -> Float[Tensor, ""]:
@@ -103,7 +103,7 @@ def backward_likelihood(
     prior_output: States,
     state: States,
     following: States,
-    step: Int[Tensor, " n"],
+    step: Index,
     weight: Float[Tensor, " n"],
     control: Float[Tensor, " n"],
     condition: Condition | None = None,

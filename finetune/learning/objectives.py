@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...samplers.condition import members
+from ...samplers.shapes import Index
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Batch:
         """Λ: nats, summed over steps."""
         return self.step_log_ratio.sum(0)
 
-    def select(self, index: Int[Tensor, " n"]) -> Batch:
+    def select(self, index: Index) -> Batch:
         """The trajectories at ``index``, all of one condition."""
         return Batch(
             self.step_log_ratio[:, index],

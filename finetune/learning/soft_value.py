@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...samplers.chain import Chain
-from ...samplers.shapes import States
+from ...samplers.shapes import Index, States
 from ...samplers.typed import backward, forked_rng
 from ..populations.population import Population
 
@@ -40,10 +40,8 @@ LARGEST = math.log(60.0)  # h is bounded above: where it is larger the populatio
 class ValueNetwork(nn.Module):
     """States of a chain, their steps and the rows of their conditions, if any → log h; zero at the start.
 
-    `estimates`: by cumulants too.
-
-    scale: the states' standard deviation at each step. spread: that of -E/alpha over the prior paths of each
-    condition. Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and
+    scale: the states' standard deviation at each step. spread: that of -E/alpha over the prior paths of each condition.
+    Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and
     shifted by an embedding of the step, and of the condition where there are several.
     """
 
@@ -82,19 +80,17 @@ class ValueNetwork(nn.Module):
         nn.init.zeros_(self.out.bias)
         self.group = nn.Embedding(len(self.spread), 64) if len(self.spread) > 1 else None
 
-    def forward(self, state: States, step: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
+    def forward(self, state: States, step: Index, group: Index | None = None) -> Float[Tensor, " n"]:
         return self.heads(state, step, group)[:, 0]
 
-    def estimates(
-        self, state: States, step: Int[Tensor, " n"], times: float = 1.0, group: Int[Tensor, " n"] | None = None
-    ) -> Float[Tensor, " n 2"]:
+    def estimates(self, state: States, step: Index, times: float = 1.0, group: Index | None = None) -> Float[Tensor, " n 2"]:
         """At a temperature lower by ``times`` than the one that was learned: log h grows with 1/alpha to first order, the
         cumulants with its first and second power."""
         log_h, mean, variance = self.heads(state, step, group).unbind(1)
         spread = times * (self.spread if group is None else self.spread[group])
         return torch.stack([times * log_h, spread * mean + 0.5 * spread.square() * variance], 1)
 
-    def heads(self, state: States, step: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n 3"]:
+    def heads(self, state: States, step: Index, group: Index | None = None) -> Float[Tensor, " n 3"]:
         """log h; mean and variance of -E/alpha given the state, in units of ``spread``."""
         hidden = state / self.scale[step].view(-1, *[1] * (state.ndim - 1))
         embedded = self.step(step)
@@ -137,26 +133,19 @@ class SoftValue:
         return cls((networks[0], networks[1]), state["half"].to(device), state["times"])
 
     @torch.no_grad()
-    def __call__(self, state: States, step: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
+    def __call__(self, state: States, step: Index, group: Index | None = None) -> Float[Tensor, " n"]:
         """Nats, for states that no path of the population has."""
         values = [network(state, step, group) for network in self.networks]
         return (0.5 * self.times * (values[0] + values[1])).clamp(max=LARGEST)
 
     @torch.no_grad()
-    def of_paths(
-        self, state: States, step: Int[Tensor, " n"], path: Int[Tensor, " n"], group: Int[Tensor, " n"] | None = None
-    ) -> Float[Tensor, " n"]:
+    def of_paths(self, state: States, step: Index, path: Index, group: Index | None = None) -> Float[Tensor, " n"]:
         """The same for states of (or noised from the end of) the population's paths ``path``."""
         values = [network(state, step, group) for network in self.networks]
         return (self.times * torch.where(self.half[path] == 0, values[1], values[0])).clamp(max=LARGEST)
 
     def estimates(
-        self,
-        state: States,
-        step: Int[Tensor, " n"],
-        path: Int[Tensor, " n"] | None,
-        times: float,
-        group: Int[Tensor, " n"] | None = None,
+        self, state: States, step: Index, path: Index | None, times: float, group: Index | None = None
     ) -> Float[Tensor, " n 2"]:
         """log h by classification and by cumulants (up to a constant), with a graph; ``path`` as in `of_paths`.
 
@@ -174,8 +163,7 @@ def importance_weight(population: Population, alpha: float) -> Float[Tensor, " b
 
 
 def standardized(population: Population, alpha: float) -> tuple[Float[Tensor, " batch"], Float[Tensor, " conditions"]]:
-    """-E/alpha of the population's paths with mean 0 and standard deviation 1 within each condition; those deviations,
-    nats.
+    """-E/alpha of the population's paths with mean 0 and standard deviation 1 within each condition; those deviations.
 
     Cut at `DEEPEST` nats below the best: a few huge penalties would otherwise be all that there is to regress on. What has no
     finite energy counts as the worst that has one.
@@ -194,8 +182,8 @@ def standardized(population: Population, alpha: float) -> tuple[Float[Tensor, " 
 def states_of(
     chain: Chain,
     states: Float[Tensor, " states batch *state"],
-    path: Int[Tensor, " n"],
-    step: Int[Tensor, " n"],
+    path: Index,
+    step: Index,
     fresh: float,
     generator: torch.Generator,
 ) -> States:

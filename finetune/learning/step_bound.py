@@ -15,13 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...samplers.condition import Condition, selected
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
-from ...samplers.shapes import AnyShape, States
+from ...samplers.shapes import AnyShape, Index, States
 from ...samplers.trajectory import Trajectories
 from .rows import step_share, stratified
 
@@ -45,7 +45,7 @@ class StepBound:
         self.share = 1.0
         self.state: States | None = None
         self.condition: Condition | None = None
-        self.step: Int[Tensor, " n"] = torch.empty(0, dtype=torch.long)
+        self.step: Index = torch.empty(0, dtype=torch.long)
         self.weight: Float[Tensor, " n"] = torch.empty(0)
         self._output = torch.empty(0)
 

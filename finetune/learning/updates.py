@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ...samplers.condition import members
 from ...samplers.log_ratio import step_log_ratio
+from ...samplers.shapes import Index
 from ...samplers.trajectory import Trajectories, concatenate
 from ..distributed.signals import uninterrupted
 from ..energies.error import EnergyError
@@ -159,7 +160,7 @@ def _metrics(state: TrainState, batch: Batch, on_policy: int) -> dict[str, Any]:
     return {"alpha": state.temperature.alpha, **mean, "conditions": dict(zip(table.names, own, strict=True))}
 
 
-def _metrics_of(state: TrainState, batch: Batch, on_policy: int, row: int, index: Int[Tensor, " n"]) -> dict[str, float]:
+def _metrics_of(state: TrainState, batch: Batch, on_policy: int, row: int, index: Index) -> dict[str, float]:
     """Of the trajectories of one condition."""
     valid, gather_valid = batch.valid[index], state.processes.gather_valid
     log_ratio, energy = batch.log_ratio[index], batch.energy[index]

@@ -22,13 +22,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...samplers.condition import Condition, selected
 from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
-from ...samplers.shapes import States
+from ...samplers.shapes import Index, States
 from ...samplers.trajectory import rows_at_once
 from ...samplers.typed import backward, floats, solve, unique_with_counts
 from ..populations.held_out import HeldOut
@@ -89,7 +89,7 @@ class ValueDrift:
         )
         self.trust, self._misses = state_dict["trust"], state_dict["misses"].to(self._misses)
 
-    def _gradients(self, mean: States, step: Int[Tensor, " n"], path: Int[Tensor, " n"]) -> Float[Tensor, " 2 n *state"]:
+    def _gradients(self, mean: States, step: Index, path: Index) -> Float[Tensor, " 2 n *state"]:
         """sigma_k grad log h_{k+1} at the kernels' means, by both estimates, each path by the network new to it."""
         group = self.population.trajectories.group[path]
         with torch.enable_grad():
@@ -133,14 +133,14 @@ class ValueDrift:
         self.explained = (a_step * along - 0.5 * a_step.square() * size).sum().item()
 
     @torch.no_grad()
-    def target(self, state: States, step: Int[Tensor, " n"], prior_output: States, condition: Condition | None = None) -> States:
+    def target(self, state: States, step: Index, prior_output: States, condition: Condition | None = None) -> States:
         """The shift to learn at states of any path, as far as a clipped x_hat can follow."""
         return self._shift(state, step, prior_output, condition, self.soft_value.times, self.scale)
 
     def _shift(
         self,
         state: States,
-        step: Int[Tensor, " n"],
+        step: Index,
         prior_output: States,
         condition: Condition | None,
         times: float,
@@ -165,7 +165,7 @@ class ValueDrift:
         shrunk toward 1 by as much as so many paths leave open. gather: one row a process.
         """
 
-        def claimed(state: States, step: Int[Tensor, " n"], prior_output: States, condition: Condition | None) -> States:
+        def claimed(state: States, step: Index, prior_output: States, condition: Condition | None) -> States:
             return self._shift(state, step, prior_output, condition, self.alpha / held_out.alpha, 1.0)
 
         along, _, asked = held_out.moments(policy, claimed)

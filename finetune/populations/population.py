@@ -13,7 +13,7 @@ from torch import Tensor
 from ...samplers.condition import Condition
 from ...samplers.prior import Prior
 from ...samplers.resampling import systematic
-from ...samplers.shapes import AnyShape
+from ...samplers.shapes import AnyShape, Index
 from ...samplers.trajectory import Trajectories
 from ..estimators import adequate_alpha, ess
 
@@ -92,7 +92,7 @@ class Population:
         return cls(trajectories_of(state, prior))
 
 
-def temperature_within_reach(energy: Float[Tensor, " n"], alpha: float, group: Int[Tensor, " n"] | None = None) -> float:
+def temperature_within_reach(energy: Float[Tensor, " n"], alpha: float, group: Index | None = None) -> float:
     """The temperature, from ``alpha`` up, at which enough prior samples (`ENOUGH`, `FEWEST`) are effective to stand for the
     tilted law.
 
