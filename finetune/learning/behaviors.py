@@ -98,9 +98,15 @@ def draw(
     shares: dict[str, float], context: Context, count: int, generator: torch.Generator
 ) -> Iterator[tuple[str, Trajectories]]:
     """``count`` trajectories split over behaviors by their shares (which sum to 1), each drawn when it is asked for."""
-    left = count
-    for position, (name, share) in enumerate(shares.items()):
-        size = left if position == len(shares) - 1 else min(left, round(share * count))
-        left -= size
+    for name, size in sizes(shares, count).items():
         if size:
             yield name, BEHAVIORS[name](context, size, generator)
+
+
+def sizes(shares: dict[str, float], count: int) -> dict[str, int]:
+    """How many of ``count`` trajectories each behavior draws."""
+    left, found = count, dict[str, int]()
+    for position, (name, share) in enumerate(shares.items()):
+        found[name] = left if position == len(shares) - 1 else min(left, round(share * count))
+        left -= found[name]
+    return found

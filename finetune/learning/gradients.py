@@ -46,8 +46,8 @@ def objective_gradient(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " kernels _"]]:
     """Pass 1: (loss, g). ``batch`` is this process's; g are its columns of the global gradient.
 
-    log_z: one for each condition. The loss is the mean over the trajectories' conditions, each with its own
-    log Z, baseline and weights.
+    log_z: one for each condition. The loss is the mean over the conditions that have two valid
+    trajectories here, each with its own log Z, baseline and weights.
     gather: concatenates the tensors of all processes in rank order (accelerate's ``gather``). The local columns are
     multiplied by ``world_size``, since data-parallel training averages gradients. log Z's own gradient is accumulated
     into ``log_z.grad``: it is global already and the same on every process, so it must never be reduced again.
@@ -77,8 +77,8 @@ def _loss(
     if len(log_z) == 1:
         return objective.loss(batch, alpha, log_z[0], huber)
     parts = zip(log_z, batch.groups(len(log_z)), strict=True)
-    losses = [len(index) * objective.loss(batch.select(index), alpha, own, huber) for own, index in parts if len(index)]
-    return torch.stack(losses).sum() / len(batch.energy)
+    usable = [(own, index) for own, index in parts if batch.valid[index].sum() > 1]  # one alone has no baseline
+    return torch.stack([objective.loss(batch.select(index), alpha, own, huber) for own, index in usable]).mean()
 
 
 def backward_rows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 BETTER = 2.0  # standard errors above 0 from which on a policy is said to be closer than its prior
@@ -16,7 +16,8 @@ class Improvement:
     policy is of; "prior" where nothing that was tried was closer than the prior itself, which the policy then is again. reach:
     the temperature that the held-out paths stand for, over the target's: above 1 where too few prior samples are effective there
     (`temperature_within_reach`). The target's side is then continued from it, as if log h were linear. Energies are those that
-    the training sees, cut at ``max_energy``. conditions: how many of them all this is the mean over.
+    the training sees, cut at ``max_energy``. by_condition: {name: (nats, standard error)}, where there are
+    several, of which all else is the mean.
     """
 
     nats: float
@@ -24,14 +25,17 @@ class Improvement:
     gap_prior: float
     reached: str
     reach: float = 1.0
-    conditions: int = 1
+    by_condition: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
     @property
     def sentence(self) -> str:
-        """What came of it; of several conditions the mean, which may hide one of them."""
-        if self.conditions == 1:
+        """What came of it; of several conditions the mean, and which one came off worst."""
+        if not self.by_condition:
             return self._sentence
-        return f"on average over {self.conditions} conditions, which `evaluate` looks at one by one: {self._sentence}"
+        name, (nats, se) = min(self.by_condition.items(), key=lambda item: item[1][0])
+        worse = "WORSE THAN THE PRIOR" if nats < -BETTER * se else "the least"
+        count = len(self.by_condition)
+        return f"on average over {count} conditions ({worse}: {name}, {nats:+.2f} ± {se:.2f} nats): {self._sentence}"
 
     @property
     def _sentence(self) -> str:
@@ -54,4 +58,8 @@ class Improvement:
         return f"closer to the target than the prior by {self.nats:.2f} ± {self.se:.2f} nats; {own}, and {left:.2f} are left."
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "sentence": self.sentence}
+        """As run.json holds it; by condition only where there are several."""
+        values = asdict(self)
+        if not self.by_condition:
+            del values["by_condition"]
+        return {**values, "sentence": self.sentence}

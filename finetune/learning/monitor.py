@@ -7,22 +7,23 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ...samplers.condition import members
 from ...samplers.prior import Prior
 from ...samplers.rollout import rollout
 from ..distributed.processes import Processes
 from ..distributed.signals import uninterrupted
 from ..energies.evaluation import EnergyEvaluation
-from ..populations.held_out import HeldOut
+from ..populations.held_out import HeldOut, Look
 from ..populations.population import Population
 from .improvement import Improvement
 from .kept import ALIKE, Kept
 from .noise import Noise
 from .optimization import Optimization
 
-JUDGED = 256  # rollouts that show what a phase has reached
+JUDGED, EACH = 256, 16  # rollouts that show what a phase has reached: of all conditions, of each one
 
 
 class Monitor:
@@ -76,40 +77,57 @@ class Monitor:
         All policies of a run are judged by the same noise, so that of two that hardly differ neither has the luckier rollouts.
         What is the closest already, the prior itself at first, is not judged again.
         """
-        own = -self.processes.gather_valid(*self.energies.capped(population.trajectories)).double() / self.alpha
+        energy, valid = self.energies.capped(population.trajectories)
+        own = [-side / self.alpha for side in self._by_condition(energy, valid, population.trajectories.group)]
         # A tilt that is steeper by the reach has a gap that is larger by its square, if log h is linear.
-        reach, conditions = held_out.times, self.prior.num_conditions
-        gap_prior = reach**2 * (self.processes.mean(held_out.eubo) - own.mean().item() / reach)
+        reach, count = held_out.times, len(own)
+        level = sum(side.mean().item() for side in own) / count
+        gap_prior = reach**2 * (self.processes.mean(held_out.eubo) - level / reach)
         if self._is_closest():
-            self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior", reach, conditions)
+            self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior", reach)
             self._judged_at = global_step
             return
-        log_weight = self._log_weight()
-        _, gain, error = (self.processes.mean(value) for value in held_out.look(self.policy))
-        nats = gain + (log_weight.mean() - own.mean()).item()
-        nats = nats if math.isfinite(nats) else -math.inf
-        sides = [side.std().item() / math.sqrt(len(side)) for side in (log_weight, own)]
-        se = math.hypot(error / math.sqrt(self.processes.count), *sides)
+        looks, log_weights = held_out.look_by_condition(self.policy), self._log_weight()
+        each = [self._gained(*sides) for sides in zip(looks, log_weights, own, strict=True)]
+        nats, se = sum(one[0] for one in each) / count, math.hypot(*(one[1] for one in each)) / count
+        table = self.prior.condition_table
+        by_condition = {} if table is None or count == 1 else dict(zip(table.names, each, strict=True))
         with uninterrupted():  # the weights that are kept, and what is said of them, belong together
             if self.closest.offer(nats, self.optimization.weights, alike=ALIKE):
-                self.improvement = Improvement(nats, se, gap_prior, phase, reach, conditions)
+                self.improvement = Improvement(nats, se, gap_prior, phase, reach, by_condition)
             elif self.improvement is None or self.improvement.nats < nats < 0:
-                self.improvement = Improvement(nats, se, gap_prior, "prior", reach, conditions)
+                self.improvement = Improvement(nats, se, gap_prior, "prior", reach, by_condition)
             self._judged_at = global_step
+
+    def _gained(self, look: Look, log_weight: Float[Tensor, " n"], own: Float[Tensor, " m"]) -> tuple[float, float]:
+        """(nats by which the policy is closer than the prior, standard error) of one condition."""
+        gain, error = self.processes.mean(look.gain), self.processes.mean(look.error)
+        nats = gain + (log_weight.mean() - own.mean()).item()
+        sides = [side.std().item() / math.sqrt(len(side)) for side in (log_weight, own)]
+        return nats if math.isfinite(nats) else -math.inf, math.hypot(error / math.sqrt(self.processes.count), *sides)
+
+    def _by_condition(
+        self, value: Float[Tensor, " batch"], valid: Bool[Tensor, " batch"], group: Int[Tensor, " batch"]
+    ) -> list[Float[Tensor, " _"]]:
+        """The valid values of all processes, those of each condition."""
+        every, groups = self.processes.gather(value.masked_fill(~valid, math.nan)).double(), self.processes.gather(group)
+        parts = [every[index] for index in members(groups, self.prior.num_conditions)]
+        return [part[~part.isnan()] for part in parts]
 
     def _is_closest(self) -> bool:
         pairs = zip(self.optimization.weights, self.closest.weights, strict=True)
         return self.processes.mean(float(all(torch.equal(weight, kept) for weight, kept in pairs))) == 1.0
 
-    def _log_weight(self) -> Float[Tensor, " n"]:
-        """Log-weights of new rollouts of the policy, those of all processes."""
-        count = max(2, JUDGED // self.processes.count)
+    def _log_weight(self) -> list[Float[Tensor, " _"]]:
+        """Log-weights of new rollouts of the policy, those of all processes, for each condition."""
+        conditions = self.prior.num_conditions
+        count = max(2 * conditions, max(JUDGED, EACH * conditions) // self.processes.count)
         noise = self.noise.fresh("judging")
         drawn = rollout(self.prior, self.policy, count, noise, keep=False, on_step=self.processes.poll)
         drawn = self.energies.evaluate(drawn)
         assert drawn.step_log_ratio is not None
         energy, valid = self.energies.capped(drawn)
-        return self.processes.gather_valid(-energy / self.alpha - drawn.step_log_ratio.sum(0), valid).double()
+        return self._by_condition(-energy / self.alpha - drawn.step_log_ratio.sum(0), valid, drawn.group)
 
     # --- its state ---------------------------------------------------------------------------------------------------
 

@@ -68,6 +68,9 @@ class Batch:
         return self.valid.to(self.energy)
 
 
+ALONE = 1.5  # effective trajectories, below which one of them decides
+
+
 def _half_square(residual: Float[Tensor, " batch"], huber: float | None) -> Float[Tensor, " batch"]:
     """½ r², linear beyond ``huber`` nats."""
     if huber is None:
@@ -108,8 +111,8 @@ def reinforce_kl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: fl
     what was expected there: A_k = -E - alpha (sum_{j≥k} l_j + log h_k(s_k)), minus the leave-one-out mean. A baseline that
     depends on the state alone leaves the expected gradient as it is (Williams 1992), whatever its error.
 
-    Errors: ValueError where the weights' effective size falls below 10% of the batch: the estimate is then a few
-    trajectories' accident (inflated noise does this as the dimension grows).
+    Errors: ValueError where the weights' effective size falls below 10% of the batch, or hardly above one trajectory: the
+    estimate is then the accident of a few (inflated noise does this as the dimension grows).
     """
     if batch.log_behavior is None:
         raise ValueError(
@@ -119,12 +122,14 @@ def reinforce_kl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: fl
     with torch.no_grad():
         log_weight = (batch.log_ratio - batch.log_behavior).masked_fill(~batch.valid, -torch.inf)
         weight = log_weight.softmax(0)
-        effective = 1 / weight.square().sum() / batch.weight.sum()
-        if effective < 0.1:
+        number = 1 / weight.square().sum()
+        effective = number / batch.weight.sum()
+        if effective < 0.1 or number < min(ALONE, 0.5 * batch.weight.sum().item()):
             raise ValueError(
-                f"the importance weights policy/behavior keep an effective {effective.item():.1%} of the batch, below 10%;"
-                " reinforce_kl would follow a few trajectories. Lower the noise inflation, use on_policy trajectories, or"
-                " use rtb or log_variance, which need no weights."
+                f"the importance weights policy/behavior keep an effective {effective.item():.1%} of the"
+                f" {int(batch.weight.sum())} trajectories, below 10% or hardly more than one; reinforce_kl would follow a few"
+                " trajectories. Lower the noise inflation, use on_policy trajectories, or use rtb or log_variance, which need no"
+                " weights."
             )
         per_step = batch.soft_value is not None
         to_go = batch.step_log_ratio.flip(0).cumsum(0).flip(0)  # of each step and those after it

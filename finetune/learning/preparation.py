@@ -30,7 +30,7 @@ from .noise import Noise
 from .soft_value import SoftValue, fit_soft_value
 from .value_drift import ValueDrift
 
-HELD_OUT = 1000  # prior paths at most that nothing is learned from, and a quarter of the population's number
+HELD_OUT, EACH = 1000, 100  # prior paths that nothing is learned from: of all conditions, of each; a quarter of the population
 
 
 class Preparation:
@@ -109,14 +109,24 @@ class Preparation:
     def _hold_out(self, times: float) -> HeldOut | None:
         """Prior paths for watching what is learned, at ``times`` the target's temperature; None where their energies say
         nothing."""
-        size = min(HELD_OUT // self.processes.count, self.size["population_size"] // 4)
+        wanted = max(HELD_OUT, EACH * self.prior.num_conditions)
+        size = min(wanted // self.processes.count, self.size["population_size"] // 4)
         if size < 2:
             return None
         alpha, generator = self.config.alpha, self.noise.generator
         paths = Population(prior_paths(self.energies, size, "held-out samples", alpha, generator, self.bar))
         finite = torch.isfinite(paths.log_weight(alpha))
-        usable = torch.stack([finite[index].any() for index in paths.trajectories.groups]).all()
-        if not self.processes.gather(usable[None]).all():  # all have some, or none of them
+        usable = torch.stack([finite[index].any() for index in paths.trajectories.groups])
+        everyone = self.processes.gather(usable[None]).all(0)
+        if not everyone.all():  # all processes have some of every condition, or none does
+            table = self.prior.condition_table
+            if table is not None and self.processes.main:
+                without = [name for name, found in zip(table.names, everyone, strict=True) if not found]
+                warnings.warn(
+                    f"no held-out path of {', '.join(without)} has a finite energy, so nothing is held out: the run cannot say by"
+                    " how much it came closer, and ends at its last weights. A larger population_size holds out more.",
+                    stacklevel=2,
+                )
             return None
         return HeldOut.draw(self.prior, paths, alpha, times, generator)
 

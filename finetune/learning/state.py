@@ -20,6 +20,7 @@ from ..energies.cache import CachedEnergy
 from ..energies.energy import Energy
 from ..energies.error import EnergyError
 from ..energies.evaluation import EnergyEvaluation
+from .behaviors import sizes
 from .log_z import LogZ
 from .metrics_log import MetricsLog
 from .monitor import Monitor
@@ -31,7 +32,7 @@ from .step_bound import StepBound
 from .step_guard import StepGuard
 from .temperature import Temperature
 
-FORMAT = 2  # of a checkpoint's state; 1 was that of 0.3.0
+FORMAT = 3  # of a checkpoint's state; 1 was that of 0.3.0
 SHARED_SIZES = ("batch_size", "population_size", "warm_start_rows", "forward_rows")  # the processes split these
 ON_ALL = (FloatingPointError, EnergyError, ProcessError)  # errors that all processes raise at the same place
 
@@ -92,11 +93,12 @@ class TrainState:
     def _refuse_too_many_conditions(self) -> None:
         """Errors: ValueError where a condition could get fewer than two trajectories of a batch: they are compared with each
         other."""
-        count, behaviors = self.prior.num_conditions, len(self.config.shares)
-        if count > 1 and self.size["batch_size"] < 2 * count * behaviors:
+        count, drawn = self.prior.num_conditions, sizes(self.config.shares, self.size["batch_size"])
+        name, fewest = min(drawn.items(), key=lambda item: item[1])
+        if count > 1 and fewest < 2 * count:
             raise ValueError(
-                f"batch_size is {self.config.batch_size}; every behavior and process draws at least two trajectories of each of"
-                f" {count} conditions, {2 * count * behaviors * self.processes.count} in all. Name fewer labels, or raise it."
+                f"batch_size is {self.config.batch_size}, of which {name} draws {fewest} in each process; every behavior and"
+                f" process draws at least two trajectories of each of {count} conditions. Name fewer labels, or raise it."
             )
 
     # --- steps -------------------------------------------------------------------------------------------------------

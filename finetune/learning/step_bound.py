@@ -25,7 +25,7 @@ from ...samplers.shapes import AnyShape, Index, States
 from ...samplers.trajectory import Trajectories
 from .rows import step_share, stratified
 
-ROWS = 16  # states that a step is measured on
+ROWS, EACH = 16, 2  # states that a step is measured on: of all conditions, of each one
 AIM = 0.7  # share of the bound that a shortened step aims at, so that the next one, a little longer, is within it too
 GROWTH = 1.05  # of the share of the optimizer's step that is tried next
 TRIES = 12
@@ -66,10 +66,11 @@ class StepBound:
         """Measure on states of these trajectories from now on, at steps drawn by `step_share`."""
         states, device = trajectories.states, trajectories.states.device
         share = step_share(self.prior.chain).to(device)
-        row = stratified(share, ROWS, generator)
+        rows = max(ROWS, EACH * self.prior.num_conditions)
+        row = stratified(share, rows, generator)
         self.step = self.prior.chain.step_of_row(row)
-        self.weight = (1 / (ROWS * share[row])).double()
-        path = torch.randint(states.shape[1], (ROWS,), generator=generator, device=device)
+        self.weight = (1 / (rows * share[row])).double()
+        path = torch.randint(states.shape[1], (rows,), generator=generator, device=device)
         self.state, self.condition = states[self.step, path].clone(), selected(trajectories.condition, path)
 
     @torch.no_grad()

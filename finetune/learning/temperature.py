@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
+from ...samplers.condition import members
 from ..config.train import TrainConfig
 from ..distributed.processes import Processes
 from ..estimators import adequate_alpha
 from ..populations.population import Population
 from .log_z import LogZ
 from .objectives import Batch
+
+ENOUGH = 4.0  # effective trajectories of a condition, at the share that is asked for, from which on its own share counts
 
 
 class Temperature:
@@ -54,11 +59,22 @@ class Temperature:
         alpha, target = self.config.alpha, self.config.tempering_ess
         if target is None or not on_policy:
             return alpha
-        found = [alpha]
-        for index in batch.groups(self.conditions):
-            # A masked energy is a placeholder, which could outweigh every real one.
-            own = index[(index < on_policy) & batch.valid[index]]
-            found.append(adequate_alpha(batch.energy[own], alpha, target, batch.log_ratio[own].detach()))
+        ratio, energy = batch.log_ratio.detach(), batch.energy
+        # A masked energy is a placeholder, which could outweigh every real one.
+        known = batch.valid & (torch.arange(len(energy), device=energy.device) < on_policy)
+        if self.conditions == 1:
+            return adequate_alpha(energy[known], alpha, target, ratio[known])
+        gather = self.processes.gather
+        assert batch.group is not None
+        ratio, energy, known, group = (gather(each) for each in (ratio, energy, known, batch.group))
+        own = [index[known[index]] for index in members(group, self.conditions)]
+        large = [index for index in own if len(index) * target >= ENOUGH]
+        found = [adequate_alpha(energy[index], alpha, target, ratio[index]) for index in large]
+        if not large:  # taken together, each condition less its own mean: of so few, one alone is always effective
+            level = energy.clone()
+            for index in own:
+                level[index] -= energy[index].mean()
+            found = [adequate_alpha(level[known], alpha, target, ratio[known])]
         return max(found)
 
     def settle(self) -> None:

@@ -95,15 +95,12 @@ def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Traject
 def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Trajectories) -> Batch:
     """What the objective is a function of."""
     energy, valid = state.energies.capped(trajectories)
-    table = state.prior.condition_table
     known, group = state.processes.gather(valid), state.processes.gather(trajectories.group)
-    for row, index in enumerate(members(group, state.prior.num_conditions)):
-        usable = int(known[index].sum())
-        if usable < 2:
-            of = "" if table is None else f" for {table.names[row]}"
-            raise EnergyError(
-                f"only {usable} of this update's energies{of} are valid; the policy moved to where the energy is NaN or -inf."
-            )
+    usable = max(int(known[index].sum()) for index in members(group, state.prior.num_conditions))
+    if usable < 2:
+        raise EnergyError(
+            f"only {usable} of this update's energies are valid; the policy moved to where the energy is NaN or -inf."
+        )
     value = _soft_values(state, trajectories) if state.objective.takes_soft_value else None
     return Batch(_log_ratios(state, parts), energy, valid, trajectories.log_behavior, value, trajectories.group)
 

@@ -18,11 +18,13 @@ from torch import Tensor
 from ...samplers.denoiser import Denoiser
 from ...samplers.log_ratio import Target, outputs, shift_moments
 from ...samplers.prior import Prior
-from ...samplers.shapes import States
+from ...samplers.shapes import Index, States
 from ...samplers.trajectory import Trajectories
 from .population import Population, trajectories_of
 
-DRAWN = 160  # tilted paths among them that are watched: a systematic draw, so that a heavy path counts more and costs once
+# Tilted paths that are watched, of all conditions and of each one: a systematic draw, so that a heavy path counts more and costs
+# once.
+DRAWN, EACH = 160, 16
 
 
 class Look(NamedTuple):
@@ -53,12 +55,14 @@ class HeldOut:
         assert paths.energy is not None
         self.prior, self.paths, self.weight, self.alpha, self.times = prior, paths, weight, alpha, times
         self.prior_outputs = outputs(prior.chain, prior.denoiser, paths) if prior_outputs is None else prior_outputs
-        self.eubo = -(weight * paths.energy.double()).sum().item() / alpha
+        eubos = [self._eubo(*part) for part in self._weights()]
+        self.eubo = sum(eubos) / len(eubos)
 
     @classmethod
     def draw(cls, prior: Prior, population: Population, alpha: float, times: float, generator: torch.Generator) -> HeldOut:
         """Paths of the population by their weight at ``times`` the target's temperature ``alpha``."""
-        index, count = population.draw(DRAWN, times * alpha, generator).unique(return_counts=True)
+        drawn = max(DRAWN, EACH * prior.num_conditions)
+        index, count = population.draw(drawn, times * alpha, generator).unique(return_counts=True)
         return cls(prior, population.trajectories.select(index), count.double() / count.sum(), times * alpha, times)
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,8 +83,30 @@ class HeldOut:
     def look(self, policy: Denoiser) -> Look:
         """With delta the policy's shift, E<z, delta> - E ½|delta|² is what its EUBO is below the prior's. Where the paths are of
         a milder law than the target, E<z, delta> grows from there by ``times``, if log h is linear."""
+        eubos, gains, errors = zip(*self.look_by_condition(policy), strict=True)
+        count = len(eubos)
+        return Look(sum(eubos) / count, sum(gains) / count, math.hypot(*errors) / count)
+
+    def look_by_condition(self, policy: Denoiser) -> list[Look]:
+        """`look` at each condition on its own."""
         along, size = self.moments(policy)
-        eubo = self.eubo - (self.weight * (along - size)).sum().item()
-        nats = self.times * along - size
-        mean = (self.weight * nats).sum()
-        return Look(eubo, mean.item(), math.sqrt((self.weight * (nats - mean)).square().sum().item()))
+        looks: list[Look] = []
+        for index, weight in self._weights():
+            part = along[index], size[index]
+            gained = (weight * (part[0] - part[1])).sum().item()
+            nats = self.times * part[0] - part[1]
+            mean = (weight * nats).sum()
+            error = math.sqrt((weight * (nats - mean)).square().sum().item())
+            looks.append(Look(self._eubo(index, weight) - gained, mean.item(), error))
+        return looks
+
+    def _weights(self) -> list[tuple[Index, Float[Tensor, " n"]]]:
+        """The paths of each condition with their weights, of sum 1."""
+        groups = self.paths.groups
+        if len(groups) == 1:
+            return [(groups[0], self.weight)]
+        return [(index, self.weight[index] / self.weight[index].sum()) for index in groups]
+
+    def _eubo(self, index: Index, weight: Float[Tensor, " n"]) -> float:
+        assert self.paths.energy is not None
+        return -(weight * self.paths.energy[index].double()).sum().item() / self.alpha
