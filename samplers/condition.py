@@ -25,7 +25,7 @@ class ConditionTable:
     names: what each one is called ("label 3"). tensors: by name, what the network is called with, under the names of its
     own arguments ("class_labels"). strings: {name: G strings}, what only energies see ("prompts").
 
-    Errors: ValueError for a table without rows, a name that stands twice, and columns that have not G rows.
+    Errors: ValueError for a table without rows, a name that stands twice, and columns without G rows.
     """
 
     names: tuple[str, ...]
@@ -62,7 +62,7 @@ class ConditionTable:
 class Condition:
     """The conditions of trajectories. group: the row of the table that each one has.
 
-    A network reads the tensors and never the row: a policy on one of its conditions alone has a table of one row.
+    A network reads the tensors and never the row: `Policy.only` gives it a table of one row.
     """
 
     table: ConditionTable
@@ -83,6 +83,11 @@ class Condition:
         """{name: N values}: what an energy may ask for."""
         rows = integers(self.group)
         return {**self.network_inputs(), **{name: [column[row] for row in rows] for name, column in self.table.strings.items()}}
+
+
+def context_of(condition: Condition | None) -> dict[str, Any]:
+    """What an energy may ask for besides the samples; nothing where there are no conditions."""
+    return {} if condition is None else condition.context()
 
 
 def selected(condition: Condition | None, index: Index | slice) -> Condition | None:

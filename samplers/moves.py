@@ -1,8 +1,8 @@
-"""Moves of whole prior paths that leave p_prior(path) · exp(beta · reward(sample)) as it is: Metropolis on the reward alone.
+"""Moves of whole prior paths that leave p_prior(path) · exp(reward(sample)) as it is: Metropolis on the reward alone.
 
 A proposal of `crank_nicolson` is reversible for the prior's law over paths, so that it is accepted with probability
-min(1, exp(beta (reward' - reward))): no density of any step and no gradient is needed, and the acceptance does not fall with the
-dimension by itself. A move from an early step changes what a sample is, one from a late step its details, and the sizes that
+min(1, exp(reward' - reward)): no density of any step and no gradient is needed, and acceptance does not fall merely because the
+dimension grows. A move from an early step changes what a sample is, one from a late step its details, and the sizes that
 suit both differ: each part of the chain has one of its own.
 """
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .noise_paths import NoisePaths, OnStep, crank_nicolson
+from .noise_paths import NoisePaths, crank_nicolson
 from .prior import Prior
 from .trajectory import Trajectories
 from .typed import integers
@@ -44,11 +44,9 @@ class Moves:
         paths: NoisePaths,
         value: Float[Tensor, " batch"],
         reward: Reward,
-        beta: float,
         generator: torch.Generator,
         *,
         adapt: bool = True,
-        on_step: OnStep = None,
     ) -> tuple[NoisePaths, Float[Tensor, " batch"]]:
         """One move of every path from a random step of each part of the chain, in random order: `PARTS` rewards a path.
 
@@ -57,11 +55,9 @@ class Moves:
         """
         order = torch.randperm(PARTS, generator=generator, device=generator.device)
         for part in integers(order):
-            proposed = crank_nicolson(
-                prior, paths, self._step(prior, part, generator), self.size[part].item(), generator, on_step
-            )
+            proposed = crank_nicolson(prior, paths, self._step(prior, part, generator), self.size[part].item(), generator)
             theirs = reward(proposed.trajectories)
-            log_ratio = (beta * (theirs - value)).nan_to_num(nan=-math.inf)  # from zero density to zero density: stay
+            log_ratio = (theirs - value).nan_to_num(nan=-math.inf)  # from zero density to zero density: stay
             uniform = torch.rand(len(value), generator=generator, device=value.device)
             accepted = uniform.log() < log_ratio
             paths, value = paths.replaced(accepted, proposed), torch.where(accepted, theirs, value)
@@ -73,8 +69,8 @@ class Moves:
         return paths, value
 
     def _step(self, prior: Prior, part: int, generator: torch.Generator) -> int:
-        """A step of this part of the chain; short chains have several parts of the same step."""
-        steps = prior.chain.num_steps
+        """A step of this part of the chain, as far as noise follows; short chains have several parts of the same step."""
+        steps = 1 + max(k for k in range(prior.chain.num_steps) if not prior.chain.noiseless(k))
         first = part * steps // PARTS
         stop = max(first + 1, (part + 1) * steps // PARTS)
         return int(torch.randint(first, stop, (), generator=generator, device=generator.device))

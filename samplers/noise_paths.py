@@ -10,7 +10,6 @@ leaves it as it is, from any step on, for every chain: clipped ones, steps witho
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +21,6 @@ from .denoiser import evaluate
 from .prior import Prior
 from .rollout import step
 from .trajectory import Trajectories, rows_at_once
-
-OnStep = Callable[[], None] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,19 +50,6 @@ class NoisePaths:
         return NoisePaths(states, noise, self.condition)
 
 
-def draw_paths(
-    prior: Prior, count: int, generator: torch.Generator, condition: Condition | None = None, on_step: OnStep = None
-) -> NoisePaths:
-    """``count`` paths of the prior; condition: as in `rollout`."""
-    shape = (prior.chain.num_steps + 1, count, *prior.shape)
-    noise = torch.randn(shape, generator=generator, device=prior.device)
-    for k in range(prior.chain.num_steps):
-        if prior.chain.noiseless(k):
-            noise[k + 1] = 0
-    condition = prior.condition(count) if condition is None else condition
-    return follow(prior, NoisePaths(torch.zeros_like(noise), noise, condition), 0, on_step)
-
-
 def noise_of(prior: Prior, trajectories: Trajectories) -> NoisePaths:
     """Stored paths, whoever drew them, with the noise from which the prior makes them: K evaluations of its network a path."""
     chain, states = prior.chain, trajectories.states
@@ -82,10 +66,10 @@ def noise_of(prior: Prior, trajectories: Trajectories) -> NoisePaths:
 
 
 @torch.no_grad()
-def follow(prior: Prior, paths: NoisePaths, first: int, on_step: OnStep = None) -> NoisePaths:
+def follow(prior: Prior, paths: NoisePaths, first: int) -> NoisePaths:
     """The paths that the prior makes of their noise from s_first on; the states up to there stay. K - first evaluations a path.
 
-    first: 0 begins with the start's own noise. on_step: called before every step.
+    first: 0 begins with the start's own noise.
     """
     chain, states = prior.chain, paths.states.clone()
     if first == 0:
@@ -93,23 +77,21 @@ def follow(prior: Prior, paths: NoisePaths, first: int, on_step: OnStep = None) 
     for rows in torch.split(torch.arange(len(paths), device=states.device), rows_at_once(prior.shape, prior.device)):
         condition, state = selected(paths.condition, rows), states[first, rows]
         for k in range(first, chain.num_steps):
-            if on_step is not None:
-                on_step()
             noise = None if chain.noiseless(k) else paths.noise[k + 1, rows]
             state = step(prior, None, state, k, noise, condition).following
             states[k + 1, rows] = state
     return NoisePaths(states, paths.noise, paths.condition)
 
 
-def crank_nicolson(
-    prior: Prior, paths: NoisePaths, first: int, size: float, generator: torch.Generator, on_step: OnStep = None
-) -> NoisePaths:
+def crank_nicolson(prior: Prior, paths: NoisePaths, first: int, size: float, generator: torch.Generator) -> NoisePaths:
     """Proposals that keep s_first, or nothing where first is 0, and move all later noise by ``size`` in (0, 1]."""
     noise = paths.noise.clone()
     fresh = torch.randn(noise[first:].shape, generator=generator, device=noise.device)
     kept = slice(0 if first == 0 else 1, None)  # row `first` is the noise that led to s_first
     noise[first:][kept] = (1 - size**2) ** 0.5 * noise[first:][kept] + size * fresh[kept]
+    if prior.chain.start_std == 0:
+        noise[0] = 0
     for k in range(first, prior.chain.num_steps):
         if prior.chain.noiseless(k):
             noise[k + 1] = 0
-    return follow(prior, NoisePaths(paths.states, noise, paths.condition), first, on_step)
+    return follow(prior, NoisePaths(paths.states, noise, paths.condition), first)

@@ -1,7 +1,8 @@
 """Resample and move: copies that a resampling made become different samples of the same law (Gilks and Berzuini 2001).
 
 Where few proposals carry the weight, `importance_resample` hands out many copies of each. A proposal is also a path of the prior,
-by the noise from which the prior makes it, so that `Moves` at the target lead it on within the law that it stands for.
+by the noise from which the prior makes it, so that `Moves` at the target lead it on within the law that it stands for. All
+samples move alike: if one copy of each proposal stayed, those that stay would be proposals without their weights.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from .moves import PARTS, Moves
+from .moves import Moves
 from .noise_paths import NoisePaths, noise_of
 from .policy import Policy
-from .prior import Prior
 from .resampling import Resampled
 from .rollout import rollout
+from .shapes import Index
 from .trajectory import Trajectories
 
 SWEEPS = 3  # where some samples are copies of others
+NUMBERS = 2**24  # of states that move at once
 
 
 def move(
@@ -32,45 +34,47 @@ def move(
     sweeps: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[Float[Tensor, " n *data"], Bool[Tensor, " n"]]:
-    """(samples, whether each has moved) after ``sweeps`` of `Moves` on the samples of ``drawn``.
+    """(samples, whether each differs from its proposal) after ``sweeps`` of `Moves` on the samples of ``drawn``.
 
     log_potential: as it was drawn with, `PARTS` a sample and sweep. on_progress: receives the number of potentials just asked
-    for. The sizes of the moves adapt in all sweeps but the last; what that costs in exactness falls with the number of samples.
+    for. The sizes of the moves adapt in all sweeps but the last; this adds a bias of order 1 / (number of samples).
     """
-    prior, paths = policy.prior, _paths(policy, drawn)
-    value, before = drawn.log_potential[drawn.index], paths.states[-1]
+    prior = policy.prior
+    samples, moved = drawn.samples.clone(), torch.zeros_like(drawn.index, dtype=torch.bool)
+    at_once = max(1, NUMBERS // ((prior.chain.num_steps + 1) * math.prod(prior.shape)))
 
     def reward(some: Trajectories) -> Float[Tensor, " batch"]:
-        potential = log_potential(prior.to_data(some.terminal)).to(value)
+        potential = log_potential(prior.to_data(some.terminal)).to(drawn.log_potential)
         if on_progress is not None:
             on_progress(len(some))
         return potential.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
     moves = Moves()
-    for sweep in range(sweeps):
-        paths, value = moves.sweep(prior, paths, value, reward, 1.0, generator, adapt=sweep < sweeps - 1)
-    return prior.to_data(paths.states[-1]), (paths.states[-1] != before).flatten(1).any(1)
+    for part in torch.split(torch.arange(len(samples), device=samples.device), at_once):
+        paths = _paths(policy, drawn, drawn.index[part])
+        value, before = drawn.log_potential[drawn.index[part]], paths.states[-1]
+        for sweep in range(sweeps):
+            paths, value = moves.sweep(prior, paths, value, reward, generator, adapt=sweep < sweeps - 1)
+        differs = (paths.states[-1] != before).flatten(1).any(1)
+        moved[part] = differs
+        samples[part[differs]] = prior.to_data(paths.states[-1][differs])
+    return samples, moved
 
 
-def potentials_asked(count: int, sweeps: int) -> int:
-    """What `move` asks for ``count`` samples."""
-    return count * sweeps * PARTS
-
-
-def _paths(policy: Policy, drawn: Resampled) -> NoisePaths:
-    """The proposals that were chosen, rolled out again from their noise, so that the others need not be kept."""
-    prior: Prior = policy.prior
+def _paths(policy: Policy, drawn: Resampled, proposal: Index) -> NoisePaths:
+    """These proposals, rolled out again from their noise: this saves the memory of all the others."""
+    prior = policy.prior
     again = torch.Generator(device=prior.device)
     found: list[NoisePaths] = []
-    places: list[Tensor] = []
+    places: list[Index] = []
     for part, state in enumerate(drawn.noise):
-        mine = (drawn.index // drawn.batch == part).nonzero()[:, 0]
+        mine = (proposal // drawn.batch == part).nonzero()[:, 0]
         if not len(mine):
             continue
         again.set_state(state)
         first = part * drawn.batch
         paths = rollout(prior, policy, min(drawn.batch, len(drawn.log_weight) - first), again)
-        found.append(noise_of(prior, paths.select(drawn.index[mine] - first)))
+        found.append(noise_of(prior, paths.select(proposal[mine] - first)))
         places.append(mine)
     order = torch.cat(places).argsort()
     states, noise = (torch.cat([getattr(one, name) for one in found], 1)[:, order] for name in ("states", "noise"))

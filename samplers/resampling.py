@@ -28,7 +28,7 @@ class Resampled:
 
     samples: data, in random order, so that any part of them is a draw too. index: the proposal each one is. log_weight,
     log_potential: nats, -inf for zero density. batch: proposals that were drawn at once; noise: the generator's state before each
-    batch, from which their paths can be had again.
+    batch, from which the paths can be drawn again.
     """
 
     samples: Float[Tensor, " n *data"]

@@ -12,8 +12,8 @@
     _            a size that nothing else has to agree with; ... any shape
     {count}      the value of the argument ``count``
 
-A name that stands twice in one signature means that both sizes agree. Every string begins with a space, which tells tools that
-read quoted annotations as code that this one is none. Nothing is checked when a program runs. The tests check small runs of
+A name that stands twice in one signature means that both sizes agree. Every string begins with a space, which stops linters
+from parsing it as code. Nothing is checked when a program runs. The tests check small runs of
 everything, and every call with ``pytest --check-shapes``.
 """
 

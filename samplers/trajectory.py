@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .condition import Condition, members, selected
+from .condition import Condition, context_of, members, selected
 from .shapes import AnyShape, Index
 
 MOST_AT_ONCE = 2048
@@ -58,7 +58,7 @@ class Trajectories:
     @property
     def context(self) -> dict[str, Any]:
         """{name: one value for each}: what an energy may ask for besides the samples."""
-        return {} if self.condition is None else self.condition.context()
+        return context_of(self.condition)
 
     @property
     def terminal(self) -> Float[Tensor, " batch *state"]:

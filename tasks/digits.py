@@ -121,4 +121,5 @@ TASK = Task(
     metrics=metrics,
     judge=judge_run,
     picture=picture,
+    labelled_energy="own_class",
 )

@@ -28,6 +28,7 @@ class Task:
     metrics: (prior config, evidence, energy, generator) → what the truth adds to a certificate; ValueError where it adds nothing.
     judge: all metrics, those of the two sides among them → the verdict and its reasons: `judge_known` where the truth is known
     exactly, `judge_weighted` where it is the weighted prior. picture: (evidence, energy, history, metrics) → the run's picture.
+    labelled_energy: what stands in place of the recipe's energy where labels are asked for and no energy is.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Task:
     metrics: Callable[[PriorConfig, Evidence, Energy, torch.Generator], dict[str, Any]]
     judge: Callable[[dict[str, Any]], tuple[Verdict, list[str]]]
     picture: Callable[[Evidence, Energy, list[dict[str, Any]], dict[str, Any]], Figure]
+    labelled_energy: str | None = None
 
 
 TASKS = {

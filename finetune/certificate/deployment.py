@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...samplers.condition import context_of
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
 from ...samplers.rollout import in_parts
@@ -155,13 +156,13 @@ def deployment_metrics(
     value, error = weighted_mean(evidence.prior_energy, evidence.target_weight)
     first = {"sampler": "weighted prior", "steps": steps, "energy": value, "energy_se": error, "violation_rate": 0.0}
     rows = [
-        first | {f"{side}_{figure}": None for side in ("chain", "target") for figure in Reference.FIGURES},
+        first | {f"{side}_{figure}": None for side in ("chain", "target") for figure in Reference.METRICS},
         row("trained chain", steps, evidence.samples, evidence.energy, compared=False),
     ]
     for deployed in deployed_samplers(prior):
         data = prior.to_data(draw_deployed(policy, deployed, size, generator, on_progress))
         parts = data.split(rows_at_once(prior.shape, prior.device))
-        energies = torch.cat([meter(part, **_context(prior, part)) for part in parts])
+        energies = torch.cat([meter(part, **context_of(prior.condition(len(part)))) for part in parts])
         rows.append(row(deployed.name, deployed.steps, data, energies))
     return rows
 
@@ -169,7 +170,7 @@ def deployment_metrics(
 class Reference:
     """Weighted samples with their energies, cut into cells and energy bins by one half and compared by the other."""
 
-    FIGURES = ("energy_tv", "energy_tv_null", "cell_tv", "cell_tv_null")
+    METRICS = ("energy_tv", "energy_tv_null", "cell_tv", "cell_tv_null")
 
     def __init__(self, samples: Float[Tensor, " n *data"], energy: Float[Tensor, " n"], weight: Float[Tensor, " n"]) -> None:
         self.generator = torch.Generator().manual_seed(0)
@@ -188,15 +189,10 @@ class Reference:
     ) -> dict[str, float | None]:
         """Distances of an unweighted set, under names that begin with ``side``."""
         if not (self.usable and compared):
-            return {f"{side}_{figure}": None for figure in self.FIGURES}
+            return {f"{side}_{figure}": None for figure in self.METRICS}
         energies = binned_distance(filled(energy), self.energy, self.weight, self.edges, self.generator)
         cells = share_distance(nearest(_flat(samples), self.centers)[0], self.cells, self.weight, CELLS, self.generator)
-        return {f"{side}_{figure}": value for figure, value in zip(self.FIGURES, (*energies, *cells), strict=True)}
-
-
-def _context(prior: Prior, samples: Float[Tensor, " n *data"]) -> dict[str, Any]:
-    condition = prior.condition(len(samples))
-    return {} if condition is None else condition.context()
+        return {f"{side}_{figure}": value for figure, value in zip(self.METRICS, (*energies, *cells), strict=True)}
 
 
 def _flat(samples: Float[Tensor, " n *data"]) -> Float[Tensor, " n dim"]:

@@ -100,10 +100,11 @@ def context_for(energy: Callable[..., Any], context: Mapping[str, Any], count: i
         named = named[1:]  # x
     missing = [one.name for one in named if one.default is one.empty and one.name not in context]
     if missing:
+        labels = "samples of a class-conditional prior have class_labels (--labels); else " if missing == ["class_labels"] else ""
         raise EnergyError(
             f"energy {energy_name(energy)} needs {' and '.join(missing)}, which these samples do not come with"
-            f" (they have: {', '.join(context) or 'no context'}); give it a default, fix it with functools.partial, or use"
-            " from_reward(..., images=...) for a reward of the form (images, prompts, metadata) -> (scores, info)."
+            f" (they have: {', '.join(context) or 'no context'}); {labels}give it a default, fix it with functools.partial, or"
+            " use from_reward(..., images=...) for a reward of the form (images, prompts, metadata) -> (scores, info)."
         )
     names = set(context) if any(one.kind is one.VAR_KEYWORD for one in parameters) else {one.name for one in named}
     if isinstance(function, functools.partial):

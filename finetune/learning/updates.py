@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -162,7 +163,7 @@ def _metrics_of(state: TrainState, batch: Batch, on_policy: int, row: int, index
     valid, gather_valid = batch.valid[index], state.processes.gather_valid
     log_ratio, energy = batch.log_ratio[index], batch.energy[index]
     x = gather_valid(log_ratio + energy / state.temperature.alpha, valid)
-    metrics = {"residual_std": x.std().item()}
+    metrics = {"residual_std": x.std().item() if len(x) > 1 else math.nan}
     if on_policy:
         own = index < on_policy
         log_weight = gather_valid(-log_ratio[own] - energy[own] / state.config.alpha, valid[own])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from ..certificate.verdict import judge_unknown
 from ..energies.names import parse_energy
 from ..estimators import ess
 from ..strict_json import strict_json
+from .bar import progress_bar
 from .build import threads
 from .energies import absolute_term
 from .manifest import replace_file
@@ -115,7 +115,7 @@ def _draw(run: Run, energy: Energy, size: int, generator: torch.Generator, befor
     """``size`` fresh rollouts a side under a bar, and those from common starts where there is no evidence yet."""
     starts = STARTS if before is None else 0
     total = 2 * size + starts * ROLLOUTS * (run.prior.chain.start_std > 0)
-    with _bar("certificate", total, progress) as advance:
+    with progress_bar(total, "certificate", progress) as advance:
         return gather_evidence(
             run.prior,
             run.policy,
@@ -133,7 +133,7 @@ def _judge(
     run: Run, energy: Energy, evidence: Evidence, tolerance: float, generator: torch.Generator, progress: bool
 ) -> dict[str, Any]:
     """All metrics of the evidence, with the verdict of its two sides, and the task's own in its place where there is one."""
-    with _bar("judging", 2 if run.task is None else 4, progress) as advance:
+    with progress_bar(2 if run.task is None else 4, "judging", progress) as advance:
         metrics = path_metrics(evidence)
         advance(1)
         verdict, reasons, own = judge_unknown(evidence, metrics, tolerance)
@@ -165,19 +165,6 @@ def _judge(
     }
 
 
-@contextmanager
-def _bar(title: str, total: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; gives what moves it on."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=title, dynamic_ncols=True, disable=not progress) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance
-
-
 def measure_deployment(
     run: Run, certificate: dict[str, Any], evidence: Evidence, energy: Energy | None = None, *, progress: bool = True
 ) -> dict[str, Any]:
@@ -189,7 +176,7 @@ def measure_deployment(
     size = min(len(evidence.samples), DEPLOYED_SIZE)
     generator = stream("deployment", certificate["seed"], run.prior.device)
     total = size * len(deployed_samplers(run.prior))
-    with threads(run.config.threads), _bar("deployed samplers", total, progress and total > 0) as advance:
+    with threads(run.config.threads), progress_bar(total, "deployed samplers", progress and total > 0) as advance:
         deployed = deployment_metrics(run.policy, energy, evidence, generator, size, on_progress=advance)
     calls = certificate["certificate_energy_calls"] + total
     return certificate | {"deployed": deployed, "certificate_energy_calls": calls}

@@ -25,6 +25,7 @@ FILES = (
     "tracker",
     "certificate.json",
     "picture.png",
+    "pictures",
     "samples.safetensors",
     "samples.png",
 )

@@ -62,7 +62,7 @@ def record_of(
         "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
         "energy_calls": trainer.state.energies.meter.calls if alone else trainer.history[-1]["energy_calls"],
         "population_ess": trainer.state.preparation.effective,
-        "log_z": None if result is None else result.log_z,
+        "log_z": None if result is None or len(result.log_z_by_condition) > 1 else result.log_z,
         "log_z_by_condition": {} if result is None else result.log_z_by_condition,
         "improvement": None if result is None or result.improvement is None else result.improvement.to_dict(),
         "seconds": None if result is None else round(result.seconds, 1),

@@ -1,6 +1,6 @@
 """`tiltune bench`: an update over its floor, two passes against the naive graph, and the log-ratio's error in nats.
 
-Everything is a ratio of two things measured in turn in one run, so that the metrics survive a busy machine.
+Everything is a ratio of two things measured in turn in one run, so that the numbers survive a busy machine.
 """
 
 from __future__ import annotations

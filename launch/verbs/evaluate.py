@@ -64,16 +64,16 @@ def main(argv: list[str]) -> int:
     terms = options.energy or run.config.energy.terms
     chosen = {"size": options.size, "seed": options.seed, "tolerance": options.tolerance}
     judged: list[tuple[Run, dict[str, Any], Evidence]] = []
+    certificate: dict[str, Any] = {}
     for one in run.by_condition():
         with preemptible():
-            certificate, evidence = certify(one, energy, terms=terms, until_decided=options.until_decided, **chosen)
-        judged.append((one, certificate, evidence))
-        if one.condition is not None:
-            print(f"{one.condition}\n{summary(certificate, run.folder)}\n", flush=True)
-    certificate = of_run(judged)
-    with uninterrupted():
-        write_certificate(run, certificate)
-        print(summary(certificate, run.folder) if run.prior.num_conditions == 1 else verdict_line(certificate), flush=True)
+            judged.append((one, *certify(one, energy, terms=terms, until_decided=options.until_decided, **chosen)))
+        certificate = of_run(run, judged)
+        with uninterrupted():
+            write_certificate(run, certificate)
+            print("" if one.condition is None else f"{one.condition}\n", summary(judged[-1][1], run.folder), sep="", flush=True)
+    if run.prior.num_conditions > 1:
+        print(f"\nall conditions: {verdict_line(certificate)}", flush=True)
     try:
         with preemptible():
             show(options, run, judged, energy)
@@ -83,14 +83,15 @@ def main(argv: list[str]) -> int:
     return certificate["exit_status"]
 
 
-def of_run(judged: list[tuple[Run, dict[str, Any], Evidence]]) -> dict[str, Any]:
-    """The certificate of the whole run, from that of each condition."""
+def of_run(run: Run, judged: list[tuple[Run, dict[str, Any], Evidence]]) -> dict[str, Any]:
+    """The certificate of the whole run, from that of each condition that was judged so far."""
     from ...finetune.runs.verdicts import together
 
-    certificates = {one.condition: certificate for one, certificate, _ in judged}
-    if None in certificates:
-        return certificates[None]
-    return together({name: certificate for name, certificate in certificates.items() if name is not None})
+    table = run.prior.condition_table
+    if table is None or len(table) == 1:
+        return judged[0][1]
+    certificates = {name: certificate for name, (_, certificate, _) in zip(table.names, judged, strict=False)}
+    return together(certificates, table.names[len(judged) :])
 
 
 def show(options: Options, run: Run, judged: list[tuple[Run, dict[str, Any], Evidence]], energy: Energy) -> None:
@@ -99,13 +100,15 @@ def show(options: Options, run: Run, judged: list[tuple[Run, dict[str, Any], Evi
     from ...finetune.runs.evaluate import measure_deployment, write_certificate
 
     for one, certificate, evidence in judged:
-        figure_of(one, certificate, evidence, energy).savefig(run.folder / picture_name(one))
+        picture = run.folder / picture_name(one)
+        picture.parent.mkdir(exist_ok=True)
+        figure_of(one, certificate, evidence, energy).savefig(picture)
     for place, (one, certificate, evidence) in enumerate(judged):
         if not options.deployment:
             break
         judged[place] = one, measure_deployment(one, certificate, evidence, energy), evidence
         with uninterrupted():
-            write_certificate(run, of_run(judged))
+            write_certificate(run, of_run(run, judged))
         if one.condition is not None:
             print(one.condition)
         for line in deployed(judged[place][1]["deployed"]):
@@ -122,8 +125,8 @@ def figure_of(run: Run, certificate: dict[str, Any], evidence: Evidence, energy:
 
 
 def picture_name(run: Run) -> str:
-    """picture.png, with the condition in its name where the run is one of several."""
-    return "picture.png" if run.condition is None else f"picture_{run.condition.replace(' ', '_')}.png"
+    """picture.png, or one in pictures/ for each condition."""
+    return "picture.png" if run.condition is None else f"pictures/{run.condition.replace(' ', '_')}.png"
 
 
 def verdict_line(certificate: dict[str, Any]) -> str:

@@ -10,35 +10,35 @@ from torch import Tensor
 from ...finetune.certificate.criteria import MAX_PARETO_K
 from ...finetune.energies.energy import EnergyMeter
 from ...finetune.estimators import pareto_k
+from ...finetune.runs.bar import progress_bar
 from ...finetune.runs.run import Run
-from ...samplers.condition import Condition, members
+from ...samplers.condition import Condition, context_of, members
+from ...samplers.moves import PARTS
 from ...samplers.policy import Policy
-from ...samplers.resample_move import SWEEPS, move, potentials_asked
+from ...samplers.resample_move import SWEEPS, move
 from ...samplers.resampling import Resampled, importance_resample
 from ...samplers.streams import stream
-from .bar import progress_bar
 
 
 @dataclass(frozen=True, eq=False)
 class Exact:
-    """Samples of one condition ("" where there is none). moved: how many of them lie elsewhere than the proposal they were."""
+    """Samples of one condition ("" where there is none).
+
+    moved: how many differ from their proposal after ``sweeps`` of moves. energy_calls: for all of it.
+    """
 
     name: str
     samples: Tensor
     resampled: Resampled
     moved: int
+    sweeps: int
+    energy_calls: int
 
-    @property
-    def proposals(self) -> int:
-        return len(self.resampled.log_weight)
-
-    @property
-    def ess(self) -> float:
-        return self.resampled.ess
-
-    @property
-    def unique(self) -> int:
-        return self.resampled.unique
+    def told(self) -> dict[str, float]:
+        """What stands beside the samples in their file."""
+        drawn = self.resampled
+        numbers = {"proposals": len(drawn.log_weight), "ess": drawn.ess, "unique": drawn.unique, "sweeps": self.sweeps}
+        return {**numbers, "moved": self.moved, "energy_calls": self.energy_calls}
 
 
 def draw_exact(
@@ -63,18 +63,17 @@ def draw_exact(
 
     def one(name: str, policy: Policy, count: int) -> Exact:
         def log_potential(data: Tensor) -> Tensor:
-            own = policy.prior.condition(len(data))
-            return -meter(data, **({} if own is None else own.context())) / run.config.train.alpha
+            return -meter(data, **context_of(policy.prior.condition(len(data)))) / run.config.train.alpha
 
-        total = proposals if proposals is not None else max(10 * count, 1000)
+        total, before = proposals if proposals is not None else max(10 * count, 1000), meter.calls
         with progress_bar(total, "proposals") as advance:
             drawn = importance_resample(policy, log_potential, count, generator, proposals=total, on_progress=advance)
-        wanted = sweeps if sweeps is not None else SWEEPS * (drawn.unique < count)
+        wanted = SWEEPS * (drawn.unique < count) if sweeps is None else sweeps
         if not wanted:
-            return Exact(name, drawn.samples, drawn, 0)
-        with progress_bar(potentials_asked(count, wanted), "moves") as advance:
+            return Exact(name, drawn.samples, drawn, 0, 0, meter.calls - before)
+        with progress_bar(count * wanted * PARTS, "moves") as advance:
             samples, moved = move(policy, log_potential, drawn, generator, wanted, advance)
-        return Exact(name, samples, drawn, int(moved.sum()))
+        return Exact(name, samples, drawn, int(moved.sum()), wanted, meter.calls - before)
 
     return [one(*part) for part in parts]
 
@@ -84,9 +83,13 @@ def trust(exact: Exact) -> str:
     drawn, count = exact.resampled, len(exact.samples)
     tail = pareto_k(drawn.log_weight)
     head = f"{exact.name}: " if exact.name else ""
-    head += f"effective proposals: {drawn.ess:.0f} of {exact.proposals}, {drawn.unique} different ones among the {count} samples."
-    if exact.moved:
-        head += f" {exact.moved} samples then moved on within the same law."
+    head += f"effective proposals: {drawn.ess:.0f} of {len(drawn.log_weight)}, {drawn.unique} different ones among the {count}"
+    head += " samples."
+    if exact.sweeps:
+        head += (
+            f" {exact.moved} of {count} were then changed by Metropolis moves that keep the law ({exact.energy_calls:,} energy"
+        )
+        head += " calls in all)."
     if drawn.ess < 100 or tail > MAX_PARETO_K:
         why = f"the heaviest of them carries {drawn.largest_weight:.0%} of the weight, Pareto-k {tail:.2f}"
         return f"{head} Too few to trust ({why}): raise --proposals, or train further."

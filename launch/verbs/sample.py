@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...finetune.runs.bar import progress_bar
 from .. import flags
-from .bar import progress_bar
 from .tasks import open_with_task
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Options:
     proposals: int | None = None
     """Policy rollouts for --exact, of each label; ten a sample, and at least 1000, where not given."""
     sweeps: int | None = None
-    """For --exact: sweeps of moves after the resampling, each of 8 energy calls a sample, that make different samples of copies.
+    """For --exact: sweeps of moves after the resampling, which make different samples of copies, each of 8 energy calls a sample;
     3 where there are copies, else 0, where not given."""
     energy: tuple[str, ...] = ()
     """For --exact: the energy of the training, to be said again where it is code of your own."""
@@ -76,10 +76,11 @@ def main(argv: list[str]) -> int:
     if options.exact:
         drawn = draw_exact(run, condition, options.n, options.proposals, options.sweeps, options.energy, options.seed)
         samples = torch.cat([one.samples for one in drawn])
-        condition = None if condition is None else condition.select(condition.group.argsort(stable=True))
+        if condition is not None:  # in the order of the conditions again
+            samples = samples[condition.group.argsort(stable=True).argsort()]
         terms = options.energy or run.config.energy.terms
         flagged = energy_flags(run, terms)
-        told |= {name: sum(getattr(one, name) for one in drawn) for name in ("proposals", "ess", "unique", "moved")}
+        told |= drawn[0].told() if condition is None else {"conditions": {one.name: one.told() for one in drawn}}
         told |= {"energy": [absolute_term(term) for term in terms], "flags": flagged}
         print(*[trust(one) for one in drawn], *[f"flag: {flag}" for flag in flagged], sep="\n")
     else:
@@ -107,6 +108,10 @@ def targets(options: Options) -> tuple[Path, Path]:
     """
     if options.n < 1:
         raise ValueError(f"--n {options.n}: draw at least one sample.")
+    if options.proposals is not None and not options.exact:
+        raise ValueError(
+            "--proposals is the number of rollouts that --exact draws from; without --exact it would change nothing."
+        )
     if options.sweeps is not None and not (options.exact and options.sweeps >= 0):
         raise ValueError(f"--sweeps {options.sweeps}: a number of sweeps, 0 or more, for samples drawn with --exact.")
     if options.energy and not options.exact:

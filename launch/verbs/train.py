@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +55,21 @@ def main(argv: list[str]) -> int:
     options = flags.parse(flags.flags(base, Own, tuple(TASKS)), argv, "tiltune train", DESCRIPTION)
     if options.task not in (None, base.task):
         raise ValueError(f"name the task first: tiltune train {options.task} ….")
-    config = flags.with_flags(base, options)
+    config = with_labels_energy(flags.with_flags(base, options))
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
     return train(config, options.out or default_folder(config), options.overwrite, options.resume)
+
+
+def with_labels_energy(config: RunConfig) -> RunConfig:
+    """The config with the task's energy of labels, where labels are asked for and the recipe's own energy is still there."""
+    if config.task is None or config.prior.labels is None:
+        return config
+    task = load_task(config.task)
+    if task.labelled_energy is None or config.energy.terms != task.recipe().energy.terms:
+        return config
+    return replace(config, energy=replace(config.energy, terms=(task.labelled_energy,)))
 
 
 def said_again(trained: Run) -> str:

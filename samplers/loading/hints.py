@@ -24,7 +24,7 @@ def widest_variance(shape: tuple[int, ...]) -> float:
 
 
 def variance_hint(chain: Chain) -> str | None:
-    """DDPM's small variance on a short chain. The metrics are exact denoisers' ESS on random mixtures."""
+    """DDPM's small variance on a short chain. Its numbers are the ESS of exact denoisers on random mixtures."""
     if not chain.name.startswith("ddpm fixed_small") or chain.num_steps >= SHORT:
         return None
     return (

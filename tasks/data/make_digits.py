@@ -61,8 +61,8 @@ def train_prior(
 ) -> None:
     """v-prediction on the cosine schedule, mean squared error over even timesteps, averaged weights saved in float16.
 
-    labels: how many classes the network is conditioned on, None for none; `WRONG` of them are drawn anew, evenly, at every look.
-    Trailing spacing starts at the last timestep, where nothing is left of the data: a start that the chain forgets.
+    labels: how many classes the network is conditioned on, None for none; a share `WRONG` of them is replaced by random ones in
+    each batch. Trailing spacing starts at the last timestep, where nothing is left of the data: a start that the chain forgets.
     """
     from diffusers import DDPMPipeline, DDPMScheduler
 

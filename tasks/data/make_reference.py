@@ -1,6 +1,6 @@
 """Measure the reference that results are quoted against: python -m tiltune.tasks.data.make_reference [chain ...]
 
-The metrics of the exact posterior denoiser against the shipped prior on the same chain (docs/theory.md, "The reference"),
+The certificate of the exact posterior denoiser against the shipped prior on the same chain (docs/theory.md, "The reference"),
 100k rollouts a side, for the default chains; and W2 between exact sample sets. About ten minutes on one core.
 """
 

@@ -71,7 +71,7 @@ def test_every_label_has_figures_a_certificate_and_samples_of_its_own(tiltune: C
     # Of each label two sides, the common starts, and 200 of each of four deployed samplers.
     assert certificate["certificate_energy_calls"] == 2 * (2 * 200 + 128 * 8 + 200 * (len(first["deployed"]) - 2))
     assert shown.out.count("verdict: ") == 3 and all(f"{name}\n" in shown.out for name in names)
-    assert (my_run / "picture_label_0.png").exists() and (my_run / "picture_label_3.png").exists()
+    assert (my_run / "pictures" / "label_0.png").exists() and (my_run / "pictures" / "label_3.png").exists()
     assert not (my_run / "picture.png").exists()
 
     assert tiltune("sample", my_run, "--n", 5).status == 0
@@ -81,7 +81,7 @@ def test_every_label_has_figures_a_certificate_and_samples_of_its_own(tiltune: C
     assert load_file("threes.safetensors")["class_labels"].tolist() == [3, 3, 3]
     shown = tiltune("sample", my_run, "--n", 5, "--exact", "--energy", "energy.py:ink", "--out", "exact.safetensors")
     assert shown.status == 0 and shown.out.count("effective proposals") == 2 and "label 3: effective" in shown.out
-    assert load_file("exact.safetensors")["class_labels"].tolist() == [0, 0, 0, 3, 3]
+    assert load_file("exact.safetensors")["class_labels"].tolist() == [0, 3, 0, 3, 0]
     shown = tiltune("sample", my_run, "--labels", 1, "--out", "none.safetensors")
     assert shown.status == 2 and "--labels 1: the run was trained on the labels 0, 3" in shown.err
 
@@ -102,6 +102,15 @@ def test_a_label_of_many_is_judged_as_a_run_of_it_alone(tiltune: Callable[..., A
         certify(both, ink, size=120, progress=False)
 
 
+def test_the_digits_of_labels_are_tilted_toward_their_own(tiltune: Callable[..., Any], here: Path) -> None:
+    """Unless an energy is said, in which case it is that one."""
+    for energy, expected in (([], "own_class"), (["--energy", "classes(8)"], "classes(8)")):
+        shown = tiltune("train", "digits", "--labels", 0, 3, *energy, "--print-config")
+        assert shown.status == 0 and f"- {expected}\n" in shown.out and "labels:\n  - 0\n  - 3\n" in shown.out
+    shown = tiltune("train", "digits", "--energy", "own_class", "--out", "x")
+    assert shown.status == 2 and "samples of a class-conditional prior have class_labels (--labels)" in shown.err
+
+
 def test_all_labels(tiltune: Callable[..., Any], here: Path, flags: list[Any]) -> None:
     (here / "energy.py").write_text(ENERGY)
     shown = tiltune("train", *flags, "--labels", "all", "--energy", "energy.py:ink", "--out", "all")
@@ -116,7 +125,7 @@ def test_all_labels(tiltune: Callable[..., Any], here: Path, flags: list[Any]) -
         ((), r"class-conditional: give labels from 0 to 3, or all of them \(none were given\)"),
         ((4,), r"\(4 was given\)"),
         ((1, 1), "labels holds 1 twice"),
-        (("two",), "labels"),
+        (("two",), "tuple.int"),
     ],
 )
 def test_labels_that_cannot_be(

@@ -13,7 +13,7 @@ from torch import Tensor
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.condition import ConditionTable
 from tiltune.samplers.moves import PARTS, Moves
-from tiltune.samplers.noise_paths import crank_nicolson, draw_paths, follow, noise_of
+from tiltune.samplers.noise_paths import NoisePaths, crank_nicolson, follow, noise_of
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.brownian import brownian_chain
@@ -39,6 +39,10 @@ def crooked(state: Tensor, timestep: Tensor, condition: object = None) -> Tensor
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draw_paths(prior: Prior, count: int, generator: torch.Generator) -> NoisePaths:
+    return noise_of(prior, rollout(prior, None, count, generator))
 
 
 @pytest.fixture(params=CHAINS)
@@ -70,25 +74,38 @@ def test_a_proposal_keeps_what_lies_before_it(prior: Prior) -> None:
     assert torch.equal(picked.states[:, :5], small.states[:, :5]) and torch.equal(picked.noise[:, 5:], paths.noise[:, 5:])
 
 
-def test_moves_without_a_reward_leave_the_priors_law(prior: Prior) -> None:
-    """Three sweeps, all accepted: mean and covariance of samples within 5 standard errors of those of fresh ones (p < 1e-4
-    together). The control: with half of the noise they are not."""
+@pytest.mark.parametrize("size", [0.3, 0.6])
+def test_moves_without_a_reward_leave_the_priors_law(prior: Prior, size: float) -> None:
+    """Two sweeps of one size, all accepted: the noise of every step that draws some is N(0, 1) still, by mean, variance and
+    fourth moment within 5 standard errors (p < 1e-4 together), and so are the samples' mean and square beside fresh ones. The
+    controls: proposals whose old part is kept whole, or is kept by 1 - b, are not."""
     count = 4000
+    paths, moves, noise = draw_paths(prior, count, generator(3)), Moves(), generator(4)
+    start = paths
+    moves.size.fill_(size)
+    for _ in range(2):
+        paths, _ = moves.sweep(prior, paths, torch.zeros(count), lambda some: torch.zeros(len(some)), noise, adapt=False)
+    assert moves.accepted.eq(1).all() and (moves.size == size).all()
+    drawn = [row for row in range(len(paths.noise)) if paths.noise[row].any()]
+    assert normal(paths.noise[drawn]) and (paths.noise[drawn] != start.noise[drawn]).float().mean() > 0.9
+    fresh, moved = rollout(prior, None, count, generator(2)).terminal.double(), paths.states[-1].double()
+    for power in (1, 2):
+        apart = (moved**power).mean(0) - (fresh**power).mean(0)
+        error = (((moved**power).var(0) + (fresh**power).var(0)) / count).sqrt()
+        assert (apart.abs() < 5 * error).all()
+    fresh_noise = torch.randn(start.noise[drawn].shape, generator=noise)
+    for kept in (1.0, 1 - size):
+        assert not normal(kept * start.noise[drawn] + size * fresh_noise)
 
-    def moments(samples: Tensor) -> tuple[Tensor, Tensor]:
-        values = torch.cat([samples, samples.square(), samples.prod(1, keepdim=True)], 1).double()
-        return values.mean(0), values.var(0) / count
 
-    fresh, error = moments(rollout(prior, None, count, generator(2)).terminal)
-    paths, moves = draw_paths(prior, count, generator(3)), Moves()
-    for _ in range(3):
-        paths, _ = moves.sweep(prior, paths, torch.zeros(count), lambda some: torch.zeros(len(some)), 1.0, generator(4))
-    assert moves.accepted.eq(1).all() and (moves.size > 0.5).all()
-    moved, own = moments(paths.states[-1])
-    assert ((moved - fresh).abs() < 5 * (error + own).sqrt()).all()
-    shrunk = follow(prior, paths.__class__(paths.states, 0.5 * paths.noise, None), 0)
-    wrong, own = moments(shrunk.states[-1])
-    assert ((wrong - fresh).abs() > 5 * (error + own).sqrt()).any()
+def normal(noise: Tensor) -> bool:
+    """Whether numbers [rows, n, ...] have the first, second and fourth moment of N(0, 1): each row within 5 standard errors."""
+    flat = noise.double().flatten(1)
+    n = flat.shape[1]
+    return all(
+        bool(((flat**power).mean(1) - moment).abs().max() < 5 * math.sqrt(variance / n))
+        for power, moment, variance in ((1, 0.0, 1.0), (2, 1.0, 2.0), (4, 3.0, 96.0))
+    )
 
 
 def test_a_forbidden_proposal_is_never_taken_and_a_forbidden_path_is_left() -> None:
@@ -100,27 +117,39 @@ def test_a_forbidden_proposal_is_never_taken_and_a_forbidden_path_is_left() -> N
 
     value = half(paths.states[-1])
     forbidden = [int(value.isinf().sum())]
-    moves = Moves()
+    moves, noise = Moves(), generator(5)
     for _ in range(6):
-        paths, value = moves.sweep(prior, paths, value, lambda some: half(some.terminal), 1.0, generator(5))
+        paths, value = moves.sweep(prior, paths, value, lambda some: half(some.terminal), noise)
         forbidden.append(int(value.isinf().sum()))
         assert torch.equal(value, half(paths.states[-1]))
     assert forbidden == sorted(forbidden, reverse=True) and forbidden[-1] < forbidden[0] / 8
 
 
+def test_no_move_begins_where_no_noise_follows() -> None:
+    """The last step of this chain draws none: every proposal is another sample, also on a chain with a step for each part."""
+    prior = Prior(crooked, chain_from_scheduler(DDPMScheduler(clip_sample=False), 8), (2,))
+    assert prior.chain.noiseless(7)
+    paths, noise = draw_paths(prior, 50, generator(0)), generator(1)
+    moves = Moves()
+    for part in range(PARTS):
+        for _ in range(5):
+            first = moves._step(prior, part, noise)
+            assert (crank_nicolson(prior, paths, first, 0.5, noise).states[-1] != paths.states[-1]).any(1).all()
+
+
 def test_sizes_follow_what_is_accepted_and_stay_when_they_should() -> None:
     prior = Prior(crooked, CHAINS["ddpm, clipped"](), (2,))
-    paths, moves = draw_paths(prior, 600, generator(0)), Moves()
+    paths, moves, noise = draw_paths(prior, 600, generator(0)), Moves(), generator(1)
 
     def steep(some: Tensor) -> Tensor:
         return -40 * (some - 0.3).square().sum(1)
 
     value = steep(paths.states[-1])
     for _ in range(12):
-        paths, value = moves.sweep(prior, paths, value, lambda some: steep(some.terminal), 1.0, generator(1))
+        paths, value = moves.sweep(prior, paths, value, lambda some: steep(some.terminal), noise)
     assert moves.size[0] < 0.4 and 0.15 < moves.accepted[0] < 0.5
     before = moves.size.clone()
-    moves.sweep(prior, paths, value, lambda some: steep(some.terminal), 1.0, generator(2), adapt=False)
+    moves.sweep(prior, paths, value, lambda some: steep(some.terminal), noise, adapt=False)
     assert torch.equal(moves.size, before) and len(before) == PARTS
 
 
