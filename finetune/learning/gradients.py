@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Shaped
@@ -43,14 +43,14 @@ def objective_gradient(
     gather: Gather | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " kernels _"]]:
-    """Pass 1: (loss, g). ``batch`` is this process's; g are its columns of the global gradient.
+) -> tuple[Float[Tensor, ""], dict[str, AnyShape]]:
+    """Pass 1: the loss and its gradient by the named leaves that it depends on. ``batch`` is this process's.
 
-    log_z: one for each condition. The loss is the mean over the conditions that have two valid
-    trajectories here, each with its own log Z, baseline and weights.
-    gather: concatenates the tensors of all processes in rank order (accelerate's ``gather``). The local columns are
-    multiplied by ``world_size``, since data-parallel training averages gradients. log Z's own gradient is accumulated
-    into ``log_z.grad``: it is global already and the same on every process, so it must never be reduced again.
+    log_z: one for each condition. The loss is the mean over the conditions that have two valid trajectories here, each with its
+    own log Z, baseline and weights. gather: concatenates the tensors of all processes in rank order (accelerate's ``gather``).
+
+    "step_log_ratio": g [num_kernels, B], this process's columns of the global gradient times ``world_size``, since data-parallel
+    training averages gradients. "log_z": [G] global already and the same on every process, so it must never be reduced again.
     """
     local = batch.step_log_ratio.shape[1]
     if gather is not None and world_size > 1:
@@ -63,12 +63,13 @@ def objective_gradient(
             soft_value=None if value is None else gather(value.T.contiguous()).T,
             group=None if batch.group is None else gather(batch.group),
         )
-    leaf = batch.step_log_ratio.detach().requires_grad_(True)
-    loss = _loss(objective, replace(batch, step_log_ratio=leaf), alpha, log_z.reshape(-1), huber)
-    backward(loss)
-    assert leaf.grad is not None
+    values = {"step_log_ratio": batch.step_log_ratio, "log_z": log_z.reshape(-1)}
+    leaves = {name: value.detach().requires_grad_(True) for name, value in values.items()}
+    loss = _loss(objective, replace(batch, step_log_ratio=leaves["step_log_ratio"]), alpha, leaves["log_z"], huber)
+    found = cast(tuple[Tensor | None, ...], torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
+    gradients = {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
     columns = slice(rank * local, (rank + 1) * local)
-    return loss.detach(), leaf.grad[:, columns] * world_size
+    return loss.detach(), gradients | {"step_log_ratio": gradients["step_log_ratio"][:, columns] * world_size}
 
 
 def _loss(

@@ -29,10 +29,12 @@ class LogZ:
         """Along with the temperature that it belongs to."""
         self.parameter += by.to(self.parameter)
 
-    def step(self, taken: bool) -> None:
-        """Use the gradient that is there; where the policy's step was left out, drop it."""
-        if taken:
-            self._optimizer.step()
+    def step(self, gradient: Float[Tensor, " conditions"], taken: bool) -> None:
+        """One step of Adam, where the policy's own was ``taken``."""
+        if not taken:
+            return
+        self.parameter.grad = gradient
+        self._optimizer.step()
         self._optimizer.zero_grad()
 
     def values(self) -> list[float]:

@@ -48,7 +48,7 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
     batch = _batch(state, parts, trajectories)
     on_policy = len(parts["on_policy"]) if "on_policy" in parts else 0
     state.temperature.lower(batch, on_policy, progress, state.log_z, state.preparation.population)
-    loss, g = objective_gradient(
+    loss, gradients = objective_gradient(
         state.objective,
         batch,
         state.temperature.alpha,
@@ -61,11 +61,11 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
     if state.bound.state is None:  # without a population
         state.measure_steps_on(trajectories)
         state.bound.begin()
-    chunk = _backward(state, trajectories, g, chunk)
+    chunk = _backward(state, trajectories, gradients["step_log_ratio"], chunk)
     with uninterrupted():
         nats = state.optimization.step(config.step_nats)
         if state.objective.learns_log_z:
-            state.log_z.step(taken=nats is not None)
+            state.log_z.step(gradients["log_z"], taken=nats is not None)
         record: dict[str, Any] = {"loss": loss.item(), **_metrics(state, batch, on_policy), "step_nats": nats}
         if nats is None:
             record["skipped"] = True

@@ -22,9 +22,8 @@ def two_pass_update(case: Case, generator: torch.Generator, chunk: int, on_state
     assert trajectories.step_log_ratio is not None
     energy = EnergyMeter(quadratic)(case.prior.to_data(trajectories.terminal))
     batch = Batch(trajectories.step_log_ratio, energy, ~energy.isnan())
-    log_z = torch.zeros((), device=energy.device, requires_grad=True)
-    _, g = objective_gradient(OBJECTIVES["log_variance"], batch, 1.0, log_z)
-    backward_trajectories(case.policy, case.prior.chain, trajectories, g, chunk)
+    _, gradients = objective_gradient(OBJECTIVES["log_variance"], batch, 1.0, torch.zeros(1, device=energy.device))
+    backward_trajectories(case.policy, case.prior.chain, trajectories, gradients["step_log_ratio"], chunk)
 
 
 def naive_update(case: Case, generator: torch.Generator, on_states: Callable[[Tensor], None]) -> None:

@@ -72,12 +72,12 @@ def naive_gradient(name: str, prior: Prior, policy: nn.Module, trajectories: Tra
     log_z = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     batch = replace(make_batch(prior, policy, trajectories), step_log_ratio=ratio)
     OBJECTIVES[name].loss(batch, ALPHA, log_z, huber).backward()
-    return flat_gradient(policy, log_z)
+    return flat_gradient(policy, {} if log_z.grad is None else {"log_z": log_z.grad[None]})
 
 
-def flat_gradient(policy: nn.Module, log_z: Tensor) -> Tensor:
-    log_z_gradient = torch.zeros_like(log_z) if log_z.grad is None else log_z.grad
-    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None] + [log_z_gradient[None]])
+def flat_gradient(policy: nn.Module, gradients: dict[str, Tensor]) -> Tensor:
+    log_z = gradients.get("log_z", torch.zeros(1, dtype=torch.float64))
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None] + [log_z])
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -94,11 +94,11 @@ def test_two_passes_are_the_naive_gradient(name: str, chain: str) -> None:
         expected = naive_gradient(name, prior, policy, trajectories, huber)
         for chunk in (1, 7, total):
             policy.zero_grad()
-            log_z = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+            log_z = torch.tensor([0.2], dtype=torch.float64)
             batch = make_batch(prior, policy, trajectories)
-            _, g = objective_gradient(OBJECTIVES[name], batch, ALPHA, log_z, huber)
-            backward_trajectories(policy, prior.chain, trajectories, g, chunk)
-            assert relative(flat_gradient(policy, log_z), expected) <= 1e-10
+            _, gradients = objective_gradient(OBJECTIVES[name], batch, ALPHA, log_z, huber)
+            backward_trajectories(policy, prior.chain, trajectories, gradients["step_log_ratio"], chunk)
+            assert relative(flat_gradient(policy, gradients), expected) <= 1e-10
 
 
 @pytest.mark.parametrize("chain", ["clipped", "clipped, raw output kept"])
@@ -138,11 +138,11 @@ def test_two_processes_give_the_gradient_of_the_global_batch(name: str) -> None:
     losses, gradients, log_z_gradients = [], [], []
     for rank in range(2):
         policy.zero_grad()
-        log_z = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        log_z = torch.tensor([0.2], dtype=torch.float64)
         gather = Gathered(batches, rank)
-        loss, g = objective_gradient(OBJECTIVES[name], batches[rank], ALPHA, log_z, gather=gather, rank=rank, world_size=2)
-        backward_trajectories(policy, prior.chain, parts[rank], g, 4)
-        flat = flat_gradient(policy, log_z)
+        loss, found = objective_gradient(OBJECTIVES[name], batches[rank], ALPHA, log_z, gather=gather, rank=rank, world_size=2)
+        backward_trajectories(policy, prior.chain, parts[rank], found["step_log_ratio"], 4)
+        flat = flat_gradient(policy, found)
         losses.append(loss)
         gradients.append(flat[:-1])
         log_z_gradients.append(flat[-1])
@@ -157,8 +157,9 @@ def test_two_processes_give_the_gradient_of_the_global_batch(name: str) -> None:
 def test_pass_one_leaves_the_policy_alone() -> None:
     prior, policy, trajectories = make_setting(CHAINS["brownian"]())
     batch = make_batch(prior, policy, trajectories)
-    log_z = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    _, g = objective_gradient(OBJECTIVES["rtb"], batch, ALPHA, log_z)
+    _, gradients = objective_gradient(OBJECTIVES["rtb"], batch, ALPHA, torch.zeros(1, dtype=torch.float64))
+    g = gradients["step_log_ratio"]
+    assert set(gradients) == {"step_log_ratio", "log_z"}
     assert all(parameter.grad is None for parameter in policy.parameters())
     assert g.shape == batch.step_log_ratio.shape
     assert g[:, 1].eq(0).all()  # the masked trajectory

@@ -121,17 +121,18 @@ def gradient_of(
         ratio = step_log_ratio(prior.chain, prior.denoiser, policy, part)
     group = torch.arange(len(part)) % conditions
     batch = Batch(ratio, part.energy, torch.ones(len(part), dtype=torch.bool), ratio.sum(0), group=group)
-    log_z = torch.tensor([0.2, -0.3][:conditions], requires_grad=True)
+    log_z = torch.tensor([0.2, -0.3][:conditions])
     shared: dict[str, Any] = {}
     if processes is not None:
         shared = {"gather": processes.gather, "rank": processes.rank, "world_size": processes.count}
-    loss, g = objective_gradient(objective, batch, 0.7, log_z, **shared)
+    loss, gradients = objective_gradient(objective, batch, 0.7, log_z, **shared)
+    g = gradients["step_log_ratio"]
     held = {} if processes is None else {"no_sync": lambda: processes.no_sync(policy)}
     backward_trajectories(policy, prior.chain, part, g, at_once * prior.chain.num_kernels, **held)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     found = [weight.grad.full_tensor() if hasattr(weight, "full_tensor") else weight.grad.clone() for weight in trained]
     policy.zero_grad()
-    return loss.item(), [*found, torch.zeros(()) if log_z.grad is None else log_z.grad]
+    return loss.item(), [*found, gradients.get("log_z", torch.zeros(1))]
 
 
 def difference(some: list[Tensor], others: list[Tensor]) -> float:
