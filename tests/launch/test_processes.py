@@ -171,24 +171,31 @@ def assert_the_same(run: Path, other: Path) -> None:
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_stopped_on_one_process_and_hung_on_it_the_run_goes_on_bit_for_bit(folder: Path, launch: Any, whole: Path) -> None:
-    """SIGTERM on rank 1, in its ninth energy: one step is saved by both, and the status is 75. Gone on with, rank 1 sleeps in its
-    third energy. Process 0 waits for the stated time and ends; torchrun kills the other 30 s later. Gone on with once more, it is
-    the run that nobody stopped."""
+def test_stopped_on_one_process_the_run_goes_on_bit_for_bit(folder: Path, launch: Any, whole: Path) -> None:
+    """SIGTERM on rank 1, in its ninth energy: one step is saved by both, and the status is 75."""
     (folder / "stop").write_text(f"9 {int(signal.SIGTERM)}")
     stopped = launch("run")
     assert stopped.returncode == 75, stopped.stderr[-2000:]
     assert stopped.stderr.count("--resume auto goes on") == 1
     record = json.loads((folder / "run" / "run.json").read_text())
     assert record["preempted"] and record["updates"] == 2
-    (folder / "stop").write_text("3 hang")
-    hung = launch("run", "--resume", "auto", "--process-timeout", "4")
-    assert hung.returncode == 1 and "another process did not answer for 4 s" in hung.stderr, hung.stderr[-2000:]
-    assert json.loads((folder / "run" / "run.json").read_text())["stopped"].startswith("NoAnswer")
     (folder / "stop").unlink()
     resumed = launch("run", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert_the_same(folder / "run", whole)
+
+
+@pytest.mark.slow
+def test_a_hang_of_one_process_ends_the_run_in_time_and_it_goes_on_bit_for_bit(folder: Path, launch: Any, whole: Path) -> None:
+    """Rank 1 sleeps in its energy. Process 0 waits for the stated time and ends; torchrun kills the other 30 s later."""
+    (folder / "stop").write_text("9 hang")
+    hung = launch("hung", "--process-timeout", "4")
+    (folder / "stop").unlink()
+    assert hung.returncode == 1 and "another process did not answer for 4 s" in hung.stderr, hung.stderr[-2000:]
+    assert json.loads((folder / "hung" / "run.json").read_text())["stopped"].startswith("NoAnswer")
+    resumed = launch("hung", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert_the_same(folder / "hung", whole)
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def planted_policy(prior, name):
     return MixtureDenoiser(in_states(planted()[name], "ddpm"), prior.chain)
 
 
-def test_the_exact_denoiser_passes_both_verdicts(prior):
+def test_the_exact_denoiser_passes_both_verdicts(prior, quarter):
     evidence, metrics = metrics_of(prior, planted_policy(prior, "exact denoiser"))
     assert judge_known(metrics)[0] == "pass", judge_known(metrics)
     assert judge_unknown(evidence, metrics)[0] == "pass", judge_unknown(evidence, metrics)
