@@ -17,6 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .run import RunConfig
 
+RENAMED = {"train.bank_size": "train.population_size", "prior.label": "prior.labels, a list,"}  # since 0.3.0
+
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """A config as nested dicts of what YAML can hold; `from_mapping` gives it back."""
@@ -69,6 +71,8 @@ def _build(kind: type, values: dict[str, Any], base: dict[str, Any], where: str,
     hints = get_type_hints(kind)
     merged: dict[str, Any] = {}
     for key in values:
+        if _dotted(path, key) in RENAMED:
+            raise ValueError(f"{where}: {_dotted(path, key)} is called {RENAMED[_dotted(path, key)]} now.")
         if key not in hints:
             raise ValueError(f"{where}: unknown key {_dotted(path, key)}; {_nearest(kind, path, key)}.")
     for name, hint in hints.items():

@@ -202,3 +202,22 @@ def test_every_hint_of_the_tree_can_be_checked() -> None:
         return found
 
     assert all(_expected(hint) for hint in hints(RunConfig))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"train": {"bank_size": 5}}, "old.yaml: train.bank_size is called train.population_size now."),
+        ({"prior": {"label": 3}}, "old.yaml: prior.label is called prior.labels, a list, now."),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_told_its_name(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        from_mapping(values, RunConfig(), "old.yaml")
+
+
+@pytest.mark.parametrize("labels", [[0, 7], "all", None])
+def test_labels_are_a_list_or_all(labels: Any) -> None:
+    read = from_mapping({"prior": {"labels": labels}}, RunConfig(), "x.yaml")
+    assert read.prior.labels == (tuple(labels) if isinstance(labels, list) else labels)
+    assert from_mapping(to_mapping(read), RunConfig(), "again") == read
