@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Trajectories:
             return torch.zeros(len(self), dtype=torch.long, device=self.states.device)
         return self.condition.group
 
-    @property
+    @cached_property
     def groups(self) -> list[Int[Tensor, " _"]]:
         """The indices of the trajectories of each condition: each has a law of its own. One entry without conditions."""
         return members(self.group, 1 if self.condition is None else len(self.condition.table))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,11 +55,18 @@ class Population:
         return torch.nan_to_num(-self.energy / alpha, nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
 
     def weight(self, alpha: float) -> Float[Tensor, " batch"]:
-        """float64 ∝ exp(-E/alpha), of sum 1; each condition has as much of it as it has of the paths."""
+        """float64 ∝ exp(-E/alpha), of sum 1; each condition has as much of it as it has of the paths. Kept for the next draw."""
+        if alpha in self._weights:
+            return self._weights[alpha]
         weight = torch.empty(len(self), dtype=torch.float64, device=self.energy.device)
         for index in self.trajectories.groups:
             weight[index] = self.log_weight(alpha)[index].double().softmax(0) * (len(index) / len(self))
+        self._weights[alpha] = weight
         return weight
+
+    @cached_property
+    def _weights(self) -> dict[float, Float[Tensor, " batch"]]:
+        return {}
 
     def log_z(self, alpha: float) -> Float[Tensor, " conditions"]:
         """log mean exp(-E/alpha) over the valid prior samples of each condition: the forward estimate of log Z."""
