@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -29,6 +29,11 @@ def ess(log_weight: Float[Tensor, " n"]) -> float:
         return 0.0
     share = log_weight.double().softmax(0)
     return (1 / (share.square().sum() * len(share))).item()
+
+
+def effective_number(log_weight: Float[Tensor, " n"], groups: list[Int[Tensor, " _"]]) -> float:
+    """Effective samples, each of ``groups`` (indices) weighted on its own; the sum over them."""
+    return sum(ess(log_weight[index]) * len(index) for index in groups)
 
 
 def adequate_alpha(

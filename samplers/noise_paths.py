@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .condition import Condition, selected
@@ -38,10 +38,6 @@ class NoisePaths:
     def trajectories(self) -> Trajectories:
         """The same paths without their noise."""
         return Trajectories(self.states, condition=self.condition)
-
-    def select(self, index: Int[Tensor, " n"]) -> NoisePaths:
-        """The paths at ``index``."""
-        return NoisePaths(self.states[:, index], self.noise[:, index], selected(self.condition, index))
 
     def replaced(self, chosen: Bool[Tensor, " batch"], others: NoisePaths) -> NoisePaths:
         """Those of ``others`` where ``chosen``, these elsewhere."""

@@ -17,10 +17,10 @@ from torch import Tensor
 from .moves import Moves
 from .noise_paths import NoisePaths, noise_of
 from .policy import Policy
-from .resampling import Resampled
+from .resampling import Resampled, without_nan
 from .rollout import rollout
 from .shapes import Index
-from .trajectory import Trajectories
+from .trajectory import Trajectories, concatenate
 
 SWEEPS = 3  # where some samples are copies of others
 NUMBERS = 2**24  # of states that move at once
@@ -47,7 +47,7 @@ def move(
         potential = log_potential(prior.to_data(some.terminal)).to(drawn.log_potential)
         if on_progress is not None:
             on_progress(len(some))
-        return potential.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        return without_nan(potential)
 
     moves = Moves()
     for part in torch.split(torch.arange(len(samples), device=samples.device), at_once):
@@ -65,7 +65,7 @@ def _paths(policy: Policy, drawn: Resampled, proposal: Index) -> NoisePaths:
     """These proposals, rolled out again from their noise: this saves the memory of all the others."""
     prior = policy.prior
     again = torch.Generator(device=prior.device)
-    found: list[NoisePaths] = []
+    found: list[Trajectories] = []
     places: list[Index] = []
     for part, state in enumerate(drawn.noise):
         mine = (proposal // drawn.batch == part).nonzero()[:, 0]
@@ -74,8 +74,6 @@ def _paths(policy: Policy, drawn: Resampled, proposal: Index) -> NoisePaths:
         again.set_state(state)
         first = part * drawn.batch
         paths = rollout(prior, policy, min(drawn.batch, len(drawn.log_weight) - first), again)
-        found.append(noise_of(prior, paths.select(proposal[mine] - first)))
+        found.append(paths.select(proposal[mine] - first))
         places.append(mine)
-    order = torch.cat(places).argsort()
-    states, noise = (torch.cat([getattr(one, name) for one in found], 1)[:, order] for name in ("states", "noise"))
-    return NoisePaths(states, noise, prior.condition(len(order)))
+    return noise_of(prior, concatenate(found).select(torch.cat(places).argsort()))

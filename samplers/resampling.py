@@ -78,6 +78,11 @@ def systematic(weight: Float[Tensor, " n"], count: int, generator: torch.Generat
     return index[torch.randperm(count, generator=generator, device=weight.device)]
 
 
+def without_nan(potential: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """NaN is zero density, as -inf is."""
+    return potential.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
 def importance_resample(
     policy: Policy,
     log_potential: Callable[[Float[Tensor, " batch *data"]], Float[Tensor, " batch"]],
@@ -115,7 +120,7 @@ def importance_resample(
         drawn = rollout(prior, policy, min(batch, proposals - first), generator, keep=False)
         assert drawn.step_log_ratio is not None
         data.append(prior.to_data(drawn.terminal))
-        potential = log_potential(data[-1]).to(drawn.step_log_ratio).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        potential = without_nan(log_potential(data[-1]).to(drawn.step_log_ratio))
         potentials.append(potential)
         log_weights.append(potential - drawn.step_log_ratio.sum(0))
         if on_progress:

@@ -44,7 +44,7 @@ class Trajectories:
     energy: Float[Tensor, " batch"] | None = None
     condition: Condition | None = None
 
-    @property
+    @cached_property
     def group(self) -> Int[Tensor, " batch"]:
         """The row of each one's condition, 0 where there are no conditions."""
         if self.condition is None:

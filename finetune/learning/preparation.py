@@ -18,7 +18,7 @@ from ..energies.energy import energy_name
 from ..energies.error import EnergyError
 from ..energies.evaluation import EnergyEvaluation
 from ..energies.probe import probe_energy
-from ..estimators import ess
+from ..estimators import effective_number
 from ..populations.held_out import HeldOut
 from ..populations.importance import Bar, importance_population, prior_paths
 from ..populations.population import Population, temperature_within_reach
@@ -81,7 +81,7 @@ class Preparation:
         times = temperature_within_reach(energy, alpha, group) / alpha
         self.held_out = self._hold_out(times)
         weights, count = self.processes.gather(population.log_weight(alpha)), self.prior.num_conditions
-        self.effective = sum(ess(weights[index]) * len(index) for index in members(group, count))
+        self.effective = effective_number(weights, members(group, count))
         if config.soft_value_updates:
             updates = config.soft_value_updates
             with self.bar(2 * updates, "soft value, two networks") as bar:

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...samplers.condition import members
 from ...samplers.log_ratio import step_log_ratio
 from ...samplers.shapes import Index
 from ...samplers.trajectory import Trajectories, concatenate
@@ -96,14 +95,15 @@ def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Traject
 def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Trajectories) -> Batch:
     """What the objective is a function of."""
     energy, valid = state.energies.capped(trajectories)
-    known, group = state.processes.gather(valid), state.processes.gather(trajectories.group)
-    usable = max(int(known[index].sum()) for index in members(group, state.prior.num_conditions))
+    each = torch.stack([valid[index].sum() for index in trajectories.groups])
+    usable = int(state.processes.gather(each[None]).sum(0).max())
     if usable < 2:
         raise EnergyError(
             f"only {usable} of this update's energies are valid; the policy moved to where the energy is NaN or -inf."
         )
     value = _soft_values(state, trajectories) if state.objective.takes_soft_value else None
-    return Batch(_log_ratios(state, parts), energy, valid, trajectories.log_behavior, value, trajectories.group)
+    group = None if trajectories.condition is None else trajectories.group  # nothing to gather without conditions
+    return Batch(_log_ratios(state, parts), energy, valid, trajectories.log_behavior, value, group)
 
 
 def _soft_values(state: TrainState, trajectories: Trajectories) -> Float[Tensor, " kernels batch"] | None:

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...samplers.condition import Condition
+from ...samplers.condition import Condition, members
 from ...samplers.prior import Prior
 from ...samplers.resampling import systematic
 from ...samplers.shapes import AnyShape, Index
 from ...samplers.trajectory import Trajectories
-from ..estimators import adequate_alpha, ess
+from ..estimators import adequate_alpha, effective_number
 
 ENOUGH, FEWEST = 0.025, 25  # effective prior paths that can stand for a tilted law: their share, 100 of 4000; their number
 FURTHEST = 4.0  # times alpha up to which what is learned at a milder temperature may be continued from it
@@ -76,8 +76,7 @@ class Population:
 
     def ess(self, alpha: float) -> float:
         """Effective number of samples of the tilted law, over all conditions."""
-        log_weight = self.log_weight(alpha)
-        return sum(ess(log_weight[index]) * len(index) for index in self.trajectories.groups)
+        return effective_number(self.log_weight(alpha), self.trajectories.groups)
 
     def draw(self, count: int, alpha: float, generator: torch.Generator) -> Int[Tensor, " {count}"]:
         """``count`` indices drawn with probability ∝ exp(-E/alpha), systematically: least variance for given weights.
@@ -113,7 +112,5 @@ def temperature_within_reach(energy: Float[Tensor, " n"], alpha: float, group: I
         found = adequate_alpha(valid, alpha, share)
         return found if found <= FURTHEST * alpha else alpha
 
-    known = ~energy.isnan()
-    if group is None:
-        return within_reach(energy[known])
-    return max(within_reach(energy[known & (group == row)]) for row in range(int(group.max()) + 1))
+    parts = [energy] if group is None else [energy[index] for index in members(group, int(group.max()) + 1)]
+    return max(within_reach(part[~part.isnan()]) for part in parts)

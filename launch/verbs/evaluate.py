@@ -103,9 +103,9 @@ def show(options: Options, run: Run, judged: list[tuple[Run, dict[str, Any], Evi
         picture = run.folder / picture_name(one)
         picture.parent.mkdir(exist_ok=True)
         figure_of(one, certificate, evidence, energy).savefig(picture)
+    if not options.deployment:
+        return
     for place, (one, certificate, evidence) in enumerate(judged):
-        if not options.deployment:
-            break
         judged[place] = one, measure_deployment(one, certificate, evidence, energy), evidence
         with uninterrupted():
             write_certificate(run, of_run(run, judged))

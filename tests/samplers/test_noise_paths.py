@@ -162,4 +162,4 @@ def test_conditions_stay_with_their_paths() -> None:
     prior = Prior(shifted, CHAINS["ddpm, clipped"](), (2,), condition_table=table)
     drawn = rollout(prior, None, 6, generator(0))
     torch.testing.assert_close(follow(prior, noise_of(prior, drawn), 0).states, drawn.states, rtol=1e-4, atol=1e-4)
-    assert noise_of(prior, drawn).select(torch.tensor([1, 3])).condition.group.tolist() == [1, 1]  # pyright: ignore
+    assert noise_of(prior, drawn.select(torch.tensor([1, 3]))).condition.group.tolist() == [1, 1]  # pyright: ignore
