@@ -34,7 +34,7 @@ def sample_figure(images: Tensor) -> Figure:
 def run_figure(evidence: Evidence, certificate: dict[str, Any]) -> Figure:
     """Prior, policy and target (prior samples by weight) side by side, and the energies of all three."""
     evidence = on_cpu(evidence)
-    target = target_samples(evidence, min(512, len(evidence.prior_samples)))
+    target = target_samples(evidence, min(512, len(evidence.target_samples)))
     figure = new_figure(12.5, 3.4)
     axes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.2))
     _show(axes[0], evidence.prior_samples, "Prior", PRIOR)
@@ -66,7 +66,7 @@ def _energies(axes: Axes, evidence: Evidence) -> None:
     sides = (
         ("prior", evidence.prior_energy, torch.full_like(evidence.prior_energy, 1 / len(evidence.prior_energy)), PRIOR),
         ("policy", evidence.energy, torch.full_like(evidence.energy, 1 / len(evidence.energy)), POLICY),
-        ("target", evidence.prior_energy, evidence.target_weight, TARGET),
+        ("target", evidence.target_energy, evidence.target_weight, TARGET),
     )
     finite = torch.cat([energy[torch.isfinite(energy)] for _, energy, _, _ in sides]).double()
     low, high = finite.quantile(0.002).item(), finite.quantile(0.998).item()

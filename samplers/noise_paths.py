@@ -20,6 +20,7 @@ from .condition import Condition, selected
 from .denoiser import evaluate
 from .prior import Prior
 from .rollout import step
+from .shapes import Index
 from .trajectory import Trajectories, rows_at_once
 
 
@@ -38,6 +39,10 @@ class NoisePaths:
     def trajectories(self) -> Trajectories:
         """The same paths without their noise."""
         return Trajectories(self.states, condition=self.condition)
+
+    def select(self, index: Index) -> NoisePaths:
+        """The paths at ``index``."""
+        return NoisePaths(self.states[:, index], self.noise[:, index], selected(self.condition, index))
 
     def replaced(self, chosen: Bool[Tensor, " batch"], others: NoisePaths) -> NoisePaths:
         """Those of ``others`` where ``chosen``, these elsewhere."""

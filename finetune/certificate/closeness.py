@@ -34,6 +34,7 @@ class Bridge:
 
     log_z: float
     rho: float
+    design_effect: float
     policy: tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]
     target: tuple[Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, " m"]]
 
@@ -46,24 +47,28 @@ class Bridge:
         """
         total, slope = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
         parts = []
-        for label, (weight, height, steepness) in ((policy, self.policy), (target, self.target)):
+        sides = (policy, self.policy, 1.0), (target, self.target, self.design_effect)
+        for label, (weight, height, steepness), design_effect in sides:
             hot = torch.nn.functional.one_hot(label, count).double()
             own = (weight * height) @ hot
-            parts.append(weight[:, None] * (height[:, None] * hot - own / weight.sum()))
+            parts.append(design_effect**0.5 * weight[:, None] * (height[:, None] * hot - own / weight.sum()))
             total, slope = total + own, slope + (weight * steepness) @ hot
         influence = torch.cat(parts)
         influence = influence - influence.sum(1, keepdim=True) * slope / slope.sum().clamp(min=1e-300)
         return total, influence.T @ influence
 
 
-def bridge(evidence: Evidence) -> Bridge:
-    """The bridge between the two sides of ``evidence``; some prior path must have weight."""
+def bridge(evidence: Evidence, design_effect: float = 1.0) -> Bridge:
+    """The bridge between the two sides of ``evidence``; some target path must have weight.
+
+    design_effect: of the target side (`Climbed.design_effect`), whose paths then count for so many fewer.
+    """
     weight = evidence.target_weight.cpu()
     mine = evidence.log_weight.double().cpu().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    theirs = (evidence.target_log_weight - evidence.prior_log_ratio).double().cpu()
+    theirs = evidence.log_weight_on_target.double().cpu()
     theirs = theirs.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)[weight > 0]
     even = torch.full((len(mine),), 1 / len(mine), dtype=torch.float64)
-    rho = effective(weight) / len(mine)
+    rho = effective(weight) / design_effect / len(mine)
     sides = (even, mine), (rho * weight[weight > 0], theirs)
 
     def level(log_ratio: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -83,7 +88,7 @@ def bridge(evidence: Evidence) -> Bridge:
     spread = [torch.zeros(len(weight), dtype=torch.float64) for _ in second]
     for column, values in zip(spread, second, strict=True):
         column[weight > 0] = values
-    return Bridge(log_z, rho, first, (spread[0], spread[1], spread[2]))
+    return Bridge(log_z, rho, design_effect, first, (spread[0], spread[1], spread[2]))
 
 
 def effective(weight: Float[Tensor, " n"]) -> float:
@@ -115,6 +120,6 @@ def path_tv(evidence: Evidence, log_z: float) -> tuple[float, float]:
 
 def undercovered(evidence: Evidence, log_z: float, factor: float = 10.0) -> float:
     """The target's share of paths that the policy draws ``factor`` times too rarely, or more so."""
-    log_ratio = evidence.target_log_weight - evidence.prior_log_ratio - log_z
+    log_ratio = evidence.log_weight_on_target - log_z
     beyond = ~(log_ratio <= math.log(factor))  # NaN: the policy lost this path
     return evidence.target_weight[beyond & (evidence.target_weight > 0)].sum().item()

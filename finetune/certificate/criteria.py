@@ -78,7 +78,7 @@ def judge_known(metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
 
 def target_side_doubts(metrics: dict[str, Any]) -> list[str]:
     """Why the weighted prior sample cannot carry the verdict of a task or of a known truth; empty where it can."""
-    doubts = thin_target(metrics)
+    doubts = [*thin_target(metrics), *metrics.get("climb_doubts", [])]
     if metrics["target_max_weight"] > MAX_TARGET_WEIGHT:
         doubts.insert(1, f"one prior sample carries {metrics['target_max_weight']:.1%} of the target's weight")
     return doubts

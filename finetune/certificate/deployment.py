@@ -24,8 +24,9 @@ from ...samplers.shapes import States, Timestep
 from ...samplers.trajectory import rows_at_once
 from ..energies.energy import Energy, EnergyMeter
 from ..estimators import mean, weighted_mean
+from .bins import BINS, filled, weighted_quantiles
 from .evidence import Evidence
-from .partition import BINS, CELLS, binned_distance, filled, k_means, nearest, share_distance, weighted_quantiles
+from .partition import CELLS, binned_distance, k_means, nearest, share_distance
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,7 @@ def deployment_metrics(
     prior, steps = policy.prior, policy.prior.chain.num_steps
     meter = EnergyMeter(energy, max_invalid=1.0)
     even = torch.full((len(evidence.samples),), 1 / len(evidence.samples), dtype=torch.float64)
-    target = Reference(evidence.prior_samples, evidence.prior_energy, evidence.target_weight.cpu())
+    target = Reference(evidence.target_samples, evidence.target_energy, evidence.target_weight.cpu())
     chain = Reference(evidence.samples, evidence.energy, even)
 
     def row(
@@ -153,7 +154,7 @@ def deployment_metrics(
             **target.metrics("target", samples, energies),
         }
 
-    value, error = weighted_mean(evidence.prior_energy, evidence.target_weight)
+    value, error = weighted_mean(evidence.target_energy, evidence.target_weight)
     first = {"sampler": "weighted prior", "steps": steps, "energy": value, "energy_se": error, "violation_rate": 0.0}
     rows = [
         first | {f"{side}_{figure}": None for side in ("chain", "target") for figure in Reference.METRICS},

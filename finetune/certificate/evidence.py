@@ -1,7 +1,8 @@
 """How close the policy came to p_prior · exp(-E/alpha): evidence from both sides, and the metrics of paths.
 
 The policy side alone proves nothing: a policy that lost modes reports a healthy ELBO and ESS. The target side, prior
-trajectories weighted by exp(-E/alpha), sees what the policy does not visit: ELBO ≤ log Z ≤ EUBO, and the gap is the
+trajectories weighted by exp(-E/alpha), or a climb of prior trajectories where too few of them have weight (`target_side`), sees
+what the policy does not visit: ELBO ≤ log Z ≤ EUBO, and the gap is the
 symmetrised KL. Both sides are judged with the task's own energy, whatever the training used.
 """
 
@@ -22,6 +23,8 @@ from ...samplers.rollout import Drawing, in_parts, rollout
 from ...samplers.trajectory import rows_at_once
 from ..energies.energy import Energy, EnergyMeter
 from ..estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
+from .bins import BINS, filled, weighted_quantiles
+from .climbed import Climbed, climbed_side, climbs
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +32,10 @@ class Evidence:
     """Both sides' samples and log-ratios, float32.
 
     Policy side: ``samples``, ``energy``, ``log_ratio`` of policy rollouts.
-    Target side: ``prior_samples``, ``prior_energy``, ``prior_log_ratio`` (the policy's Λ on prior paths).
+    Prior side: ``prior_samples``, ``prior_energy``, ``prior_log_ratio`` (the policy's Λ on prior paths). It is the target side as
+    well (``target_samples`` and so on), unless there is a ``climbed`` one.
     step_kl: mean log-ratio of each trained step on policy rollouts. start_log_weight: of rollouts from common starts, or
-    None.
+    None. energy_calls: of all; target_calls: of them, those for prior and target.
     """
 
     alpha: float
@@ -44,6 +48,21 @@ class Evidence:
     step_kl: Float[Tensor, " kernels"]
     start_log_weight: Float[Tensor, " starts rollouts"] | None
     energy_calls: int
+    target_calls: int = 0
+    climbed: Climbed | None = None
+
+    @property
+    def target_samples(self) -> Float[Tensor, " t *data"]:
+        return self.prior_samples if self.climbed is None else self.climbed.samples
+
+    @property
+    def target_energy(self) -> Float[Tensor, " t"]:
+        return self.prior_energy if self.climbed is None else self.climbed.energy
+
+    @property
+    def target_log_ratio(self) -> Float[Tensor, " t"]:
+        """The policy's Λ on the paths of the target side."""
+        return self.prior_log_ratio if self.climbed is None else self.climbed.log_ratio
 
     @property
     def log_weight(self) -> Float[Tensor, " n"]:
@@ -51,17 +70,23 @@ class Evidence:
         return _finite_log_weight(self.energy, self.alpha) - self.log_ratio
 
     @property
-    def target_log_weight(self) -> Float[Tensor, " m"]:
-        """-E/alpha of prior trajectories: their weights toward the tilted path law."""
-        return _finite_log_weight(self.prior_energy, self.alpha)
+    def target_log_weight(self) -> Float[Tensor, " t"]:
+        """Weights of the target side toward the tilted path law: -E/alpha over what drew each path."""
+        log_weight = _finite_log_weight(self.target_energy, self.alpha)
+        return log_weight if self.climbed is None else log_weight - self.climbed.log_proposal
+
+    @property
+    def log_weight_on_target(self) -> Float[Tensor, " t"]:
+        """lw = -E/alpha - Λ of the paths of the target side."""
+        return _finite_log_weight(self.target_energy, self.alpha) - self.target_log_ratio
 
     def resampled(self, policy: Int[Tensor, " _"], target: Int[Tensor, " _"]) -> Evidence:
-        """The evidence of policy trajectories ``policy`` and prior trajectories ``target`` (indices)."""
+        """The evidence of policy trajectories ``policy`` and target trajectories ``target`` (indices)."""
+        own = replace(self, samples=self.samples[policy], energy=self.energy[policy], log_ratio=self.log_ratio[policy])
+        if self.climbed is not None:
+            return replace(own, climbed=self.climbed.select(target))
         return replace(
-            self,
-            samples=self.samples[policy],
-            energy=self.energy[policy],
-            log_ratio=self.log_ratio[policy],
+            own,
             prior_samples=self.prior_samples[target],
             prior_energy=self.prior_energy[target],
             prior_log_ratio=self.prior_log_ratio[target],
@@ -73,15 +98,21 @@ class Evidence:
         rows = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names}
         share = len(self.samples) / len(rows["samples"])
         step_kl = share * self.step_kl + (1 - share) * other.step_kl
-        return replace(self, **rows, step_kl=step_kl, energy_calls=self.energy_calls + other.energy_calls)
+        calls = {name: getattr(self, name) + getattr(other, name) for name in ("energy_calls", "target_calls")}
+        both = self.climbed is not None and other.climbed is not None
+        climbed = self.climbed.joined(other.climbed) if self.climbed is not None and other.climbed is not None else None
+        assert both or (self.climbed is None and other.climbed is None), "both have climbed, or none has"
+        return replace(self, **rows, **calls, step_kl=step_kl, climbed=climbed)
 
     def as_prior(self) -> Evidence:
-        """The evidence of the prior as its own policy, with Λ = 0; both sides are the same rollouts."""
+        """The evidence of the prior as its own policy, with Λ = 0."""
         zero = torch.zeros_like(self.prior_log_ratio)
-        return replace(self, samples=self.prior_samples, energy=self.prior_energy, log_ratio=zero, prior_log_ratio=zero)
+        climbed = None if self.climbed is None else replace(self.climbed, log_ratio=torch.zeros_like(self.climbed.log_ratio))
+        own = replace(self, samples=self.prior_samples, energy=self.prior_energy, log_ratio=zero)
+        return replace(own, prior_log_ratio=zero, climbed=climbed)
 
     @property
-    def target_weight(self) -> Float[Tensor, " m"]:
+    def target_weight(self) -> Float[Tensor, " t"]:
         """float64, sums to 1."""
         return self.target_log_weight.double().softmax(0)
 
@@ -101,12 +132,15 @@ def gather_evidence(
     size: int = 40_000,
     starts: int = 128,
     rollouts: int = 8,
+    population: str = "auto",
+    bar: Any = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evidence:
     """Fresh rollouts of policy and prior, ``size`` each, and ``starts`` x ``rollouts`` from common starts.
 
     The prior has one condition, or none (`Prior.only`): each has a law of its own. A pinned start needs no start test, nor do 0
     ``starts``. ``on_progress`` receives the number of trajectories just done, those of a batch in parts, one with every step.
+    population: what the target side is, as in `TrainConfig`; bar: a climb shows itself on a bar that this makes of its label.
     """
     assert prior.num_conditions == 1, "evidence is of one law"
     meter = EnergyMeter(energy, max_invalid=1.0)
@@ -139,6 +173,10 @@ def gather_evidence(
         start_log_weight = torch.cat(log_weights).reshape(starts, rollouts)
     samples, energies, ratios = (torch.cat(part) for part in zip(*policy_side, strict=True))
     prior_samples, prior_energies, prior_ratios = (torch.cat(part) for part in zip(*prior_side, strict=True))
+    of_policy = size + (0 if start_log_weight is None else start_log_weight.numel())
+    climbed = None
+    if climbs(prior_energies, alpha, population):
+        climbed = climbed_side(prior, policy, meter, alpha, size, generator, bar)
     return Evidence(
         alpha,
         samples,
@@ -150,6 +188,8 @@ def gather_evidence(
         step_kl,
         start_log_weight,
         meter.calls,
+        meter.calls - of_policy,
+        climbed,
     )
 
 
@@ -160,8 +200,8 @@ def path_metrics(evidence: Evidence) -> dict[str, Any]:
     """
     lw, target = evidence.log_weight, evidence.target_weight
     finite = torch.isfinite(lw)
-    target_lw = evidence.target_log_weight - evidence.prior_log_ratio
-    reverse, forward = log_mean_exp(lw), log_mean_exp(evidence.target_log_weight)
+    target_lw = evidence.log_weight_on_target
+    reverse, forward = log_mean_exp(lw), forward_log_z(evidence)
     inverse = weighted_mean((target_lw.double() - forward[0]).exp(), target)[0]
     residual = -(lw[finite] - reverse[0])
     metrics: dict[str, Any] = {
@@ -178,11 +218,13 @@ def path_metrics(evidence: Evidence) -> dict[str, Any]:
         "residual_mean": residual.mean().item() if len(residual) else math.nan,
         "residual_std": residual.std().item() if len(residual) > 1 else math.nan,
         "violation_rate": (~finite).double().mean().item(),
-        "target_ess": ess(evidence.target_log_weight) * len(target),
+        "target_ess": target_effective(evidence),
         "target_max_weight": target.max().item(),
         "target_pareto_k": pareto_k(evidence.target_log_weight),
         "kl_per_step": [round(value, 6) for value in evidence.step_kl.tolist()],
     }
+    if evidence.climbed is not None:
+        metrics |= {"climb_doubts": list(evidence.climbed.doubts)}
     if evidence.start_log_weight is None:
         metrics |= {"start_variance": 0.0, "start_variance_se": 0.0}
     else:
@@ -191,11 +233,27 @@ def path_metrics(evidence: Evidence) -> dict[str, Any]:
     return metrics
 
 
+def forward_log_z(evidence: Evidence) -> tuple[float, float]:
+    """log Z by the target side, and its standard error."""
+    return log_mean_exp(evidence.target_log_weight) if evidence.climbed is None else evidence.climbed.log_z_estimate
+
+
+def target_effective(evidence: Evidence) -> float:
+    """How many independent samples of the target the target side is worth; of a climb, by what its islands say of energies."""
+    number = ess(evidence.target_log_weight) * len(evidence.target_energy)
+    if evidence.climbed is None or number == 0:
+        return number
+    energy, weight = filled(evidence.target_energy), evidence.target_weight.cpu()
+    label = torch.bucketize(energy, weighted_quantiles(energy, weight, BINS))
+    return number / evidence.climbed.design_effect(label, weight, BINS)
+
+
 def _sandwich(evidence: Evidence) -> dict[str, float]:
     """ELBO, EUBO and the gap between them, and the mean of the finite energies."""
     lw = evidence.log_weight
     elbo = mean(lw) if bool(lw.isfinite().all()) else (-math.inf, math.inf)
-    eubo = weighted_mean(evidence.target_log_weight - evidence.prior_log_ratio, evidence.target_weight)
+    bound, weight = evidence.log_weight_on_target, evidence.target_weight
+    eubo = weighted_mean(bound, weight) if evidence.climbed is None else evidence.climbed.mean(bound, weight)
     known = evidence.energy[evidence.energy.isfinite()]
     energy = mean(known) if len(known) > 1 else (math.nan, math.nan)
     return {
@@ -213,5 +271,5 @@ def _sandwich(evidence: Evidence) -> dict[str, float]:
 def expectation(evidence: Evidence, function: Callable[[Float[Tensor, " n *data"]], Float[Tensor, " n"]]) -> dict[str, float]:
     """Self-normalized E_{p*}[f] from policy samples and from weighted prior samples, with 95% half-widths."""
     value, error = weighted_mean(function(evidence.samples), evidence.log_weight.double().softmax(0))
-    other, other_error = weighted_mean(function(evidence.prior_samples), evidence.target_weight)
+    other, other_error = weighted_mean(function(evidence.target_samples), evidence.target_weight)
     return {"policy": value, "policy_ci": 1.96 * error, "target": other, "target_ci": 1.96 * other_error}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...samplers.shapes import Index
+from .bins import BINS, filled, weighted_quantiles
 from .evidence import Evidence
 
-CELLS, BINS = 25, 10
+CELLS = 25
 FIT = 2000  # samples of each side that the cells are made from
 # What a label counts, by the figure that is made of it.
 PARTS = {"cell_tv": CELLS, "energy_tv": BINS, "distance_tv": BINS}
@@ -45,9 +45,9 @@ def partition_of(evidence: Evidence, generator: torch.Generator) -> Partition:
     weight = evidence.target_weight.cpu()
     mine = torch.randperm(len(evidence.samples), generator=generator)[:FIT]
     theirs = torch.multinomial(weight, FIT, replacement=True, generator=generator)
-    own, target = evidence.samples.cpu()[mine], evidence.prior_samples.cpu()[theirs]
+    own, target = evidence.samples.cpu()[mine], evidence.target_samples.cpu()[theirs]
     flat = torch.cat([_flat(own), _flat(target)])
-    energy = torch.cat([filled(evidence.energy)[mine], filled(evidence.prior_energy)[theirs]])
+    energy = torch.cat([filled(evidence.energy)[mine], filled(evidence.target_energy)[theirs]])
     even = torch.cat([torch.full((len(part),), 0.5 / len(part), dtype=torch.float64) for part in (own, target)])
     centers = k_means(flat, even, CELLS, generator)
     _, distance = nearest(flat, centers)
@@ -56,11 +56,6 @@ def partition_of(evidence: Evidence, generator: torch.Generator) -> Partition:
 
 def _flat(samples: Float[Tensor, " n *data"]) -> Float[Tensor, " n dim"]:
     return samples.flatten(1).float().cpu().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def filled(energy: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Energies in float64 on the CPU; invalid ones fall into the highest bin, as forbidden ones do."""
-    return energy.double().cpu().nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def k_means(
@@ -81,14 +76,6 @@ def nearest(x: Float[Tensor, " n dim"], centers: Float[Tensor, " cells dim"]) ->
     """The index of the nearest center of each row of x, and its distance."""
     found = [torch.cdist(part, centers).min(1) for part in x.split(8192)]
     return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
-
-
-def weighted_quantiles(value: Float[Tensor, " n"], weight: Float[Tensor, " n"], count: int) -> Float[Tensor, " {count-1}"]:
-    """The edges that cut a weighted sample into equal shares."""
-    ordered, order = value.sort()
-    cumulative = weight[order].cumsum(0) / weight.sum()
-    points = torch.arange(1, count, dtype=cumulative.dtype) / count
-    return ordered[torch.searchsorted(cumulative, points).clamp(max=len(value) - 1)]
 
 
 def share_distance(

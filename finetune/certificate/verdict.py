@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ...samplers.shapes import Index
 from .closeness import bridge, effective, path_tv, total_variation, undercovered, unseen
 from .criteria import MAX_PARETO_K, MIN_TARGET_ESS, Verdict, flags, thin_target, worse_than_prior
 from .evidence import Evidence
@@ -109,7 +110,7 @@ def _said(bounds: Bounds, name: str) -> str:
 
 def closeness_doubts(metrics: dict[str, Any]) -> list[str]:
     """Why a small difference may be one that the evidence cannot show."""
-    doubts = thin_target(metrics)
+    doubts = [*thin_target(metrics), *metrics.get("climb_doubts", [])]
     if metrics["pareto_k"] > MAX_PARETO_K:
         doubts.append(f"the Pareto-k of the policy's weights is {metrics['pareto_k']:.2f}, above {MAX_PARETO_K}")
     return doubts
@@ -117,9 +118,13 @@ def closeness_doubts(metrics: dict[str, Any]) -> list[str]:
 
 def _measure(evidence: Evidence, generator: torch.Generator) -> tuple[Bounds, dict[str, Any]]:
     """The differences by each partition, and all metrics beside them."""
-    partition, joined = partition_of(evidence, generator), bridge(evidence)
+    partition = partition_of(evidence, generator)
     mine = partition.labels(evidence.samples, evidence.energy)
-    theirs = partition.labels(evidence.prior_samples, evidence.prior_energy)
+    theirs = partition.labels(evidence.target_samples, evidence.target_energy)
+    weight, effect = evidence.target_weight.cpu(), 1.0
+    if evidence.climbed is not None:
+        effect = max(evidence.climbed.design_effect(theirs[name], weight, count) for name, count in PARTS.items())
+    joined = bridge(evidence, effect)
     own: dict[str, Any] = {"log_z_bridge": joined.log_z}
     found = {}
     for name, count in PARTS.items():
@@ -127,16 +132,24 @@ def _measure(evidence: Evidence, generator: torch.Generator) -> tuple[Bounds, di
         own |= {name: found[name][0], f"{name}_se": found[name][1]}
     own["path_tv"], own["path_tv_se"] = path_tv(evidence, joined.log_z)
     own["undercovered"] = undercovered(evidence, joined.log_z)
-    bounds = Bounds(found, effective(evidence.target_weight))
+    bounds = Bounds(found, effective(weight) / effect)
     own["unseen"] = bounds.unseen()
-    own["prior_cell_tv"], own["prior_cell_tv_se"] = _cell_tv_of_prior(evidence, theirs["cell_tv"], generator)
+    of_prior = partition.labels(evidence.prior_samples, evidence.prior_energy)["cell_tv"]
+    own["prior_cell_tv"], own["prior_cell_tv_se"] = _cell_tv_of_prior(evidence, of_prior, theirs["cell_tv"], effect, generator)
     return bounds, own
 
 
-def _cell_tv_of_prior(evidence: Evidence, cells: Int[Tensor, " m"], generator: torch.Generator) -> tuple[float, float]:
-    """The prior's cell difference from the target: one half of its paths as a policy's with Λ = 0, the other by weight."""
-    first, second = torch.arange(0, len(cells), 2), torch.arange(1, len(cells), 2)
-    halves = evidence.as_prior().resampled(first.to(evidence.energy.device), second.to(evidence.energy.device))
-    if not (halves.target_weight > 0).any():
+def _cell_tv_of_prior(
+    evidence: Evidence, mine: Index, theirs: Int[Tensor, " t"], design_effect: float, generator: torch.Generator
+) -> tuple[float, float]:
+    """The prior's cell difference from the target: its paths as a policy's with Λ = 0. Where they are the target side too, one
+    half of them, the other by weight."""
+    own, target = torch.arange(len(mine)), torch.arange(len(theirs))
+    if evidence.climbed is None:
+        own, target = own[::2], target[1::2]
+    device = evidence.energy.device
+    sides = evidence.as_prior().resampled(own.to(device), target.to(device))
+    if not (sides.target_weight > 0).any():
         return math.nan, math.nan
-    return total_variation(*bridge(halves).differences(cells[first], cells[second], PARTS["cell_tv"]), generator)
+    joined = bridge(sides, design_effect)
+    return total_variation(*joined.differences(mine[own], theirs[target], PARTS["cell_tv"]), generator)

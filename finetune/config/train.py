@@ -51,6 +51,9 @@ class TrainConfig:
     baseline of reinforce_kl. Worth its time on images, where the population has few effective paths. 0: none."""
     population_size: int = 80_000
     """Prior trajectories drawn once, with their energies, for the warm start and the behaviors that need them."""
+    population: Literal["auto", "importance", "smc"] = "auto"
+    """What stands for the target before the policy does. importance: prior trajectories weighted by exp(-E/alpha). smc: prior
+    trajectories that climb to the target by tempered sequential Monte Carlo. auto: smc where too few of them have weight."""
     forward_rows: int = 0
     """Transitions of the population's tilted paths whose likelihood every update raises besides: the forward KL, in the
     objective's own units, so that what the warm start has covered stays covered. Needs the soft value. 0: none."""
@@ -105,6 +108,8 @@ class TrainConfig:
             "forward_rows needs soft_value_updates: without the control variate the population's few effective paths would be"
             " learned by heart, update after update.",
         )
+        kinds = ("auto", "importance", "smc")
+        refuse(self.population not in kinds, f"population is {self.population!r}; choose one of {', '.join(kinds)}.")
         refuse(not 0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it is a share, at least 0 and below 1.")
         refuse(not 0 <= self.max_invalid <= 1, f"max_invalid is {self.max_invalid}; it is a share, between 0 and 1.")
         for name in ("updates", "warm_start_updates", "soft_value_updates", "forward_rows", "checkpoint_every", "max_skipped"):

@@ -11,6 +11,7 @@ the chain does not allow it (`forgets_given_next`), or the prior's network is to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
@@ -99,7 +100,7 @@ class ForwardKL:
     def rows(self, step: Index) -> tuple[States, States, Condition | None]:
         """(s_k, s_{k+1} or its mean given the path's end, condition) of tilted prior paths at ``step``.
 
-        A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it.
+        A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it, a little.
         """
         states = self.population.trajectories.states
         index = self.population.draw(len(step), self.config.alpha, self.generator)
@@ -107,6 +108,8 @@ class ForwardKL:
         if not self.bridged:
             return state, states[step + 1, index], condition
         assert self.bridge is not None
+        if self.population.tempering is not None:  # few distinct paths, which would be learned by heart
+            state = states_of(self.prior.chain, states, index, step, 1.0, self.generator)
         return state, self.bridge.mean(state, states[-1, index], step), condition
 
     def _condition(self, path: Index) -> Condition | None:
@@ -118,7 +121,7 @@ class ForwardKL:
         For plain rows. Controlled ones have w - h in place of w, which is 0 at E = 0, and their shift is measured
         (`measure_slope`). agreed: the mean over the processes.
         """
-        nats = agreed(bridge_bias(self.prior, self.population.trajectories))
+        nats = agreed(bridge_bias(self.prior, self.population.prior_paths))
         self.bridged = nats < UNBIASED
         return nats
 
@@ -154,8 +157,8 @@ class ForwardKL:
         narrow, learn the noise of a few hundred effective paths by heart.
         """
         chain, states = self.prior.chain, self.population.trajectories.states
-        weight = self._weight
-        mixture = 0.5 * (weight + 1)
+        weight, of_prior = (importance_weight(self.population, alpha) for alpha in (self.config.alpha, math.inf))
+        mixture = 0.5 * (weight + of_prior)
         even = torch.full((chain.num_kernels,), 1 / chain.num_kernels, device=states.device)
         all_steps = chain.step_of_row(stratified(even, count, self.generator))
         all_paths = torch.multinomial(mixture, count, replacement=True, generator=self.generator)
@@ -176,7 +179,8 @@ class ForwardKL:
             else:
                 following = states[step + 1, path]
             share = scale(factor * chain.num_kernels / (count * mixture[path]))
-            control = share * soft_value.of_paths(state, step, path, self.population.trajectories.group[path]).exp()
+            value = soft_value.of_paths(state, step, path, self.population.trajectories.group[path])
+            control = share * of_prior[path] * value.exp()
             with nullcontext() if part is parts[-1] else self.no_sync():
                 total += backward_likelihood(
                     self.policy, chain, prior_output, state, following, step, share * weight[path], control, condition
@@ -191,10 +195,6 @@ class ForwardKL:
         most = max(self.config.warm_start_rows, self.config.forward_rows)
         with self.no_sync():
             return chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, most, total=most)
-
-    @cached_property
-    def _weight(self) -> Float[Tensor, " batch"]:
-        return importance_weight(self.population, self.config.alpha)
 
     @cached_property
     def _step_probability(self) -> Float[Tensor, " kernels"]:

@@ -24,8 +24,8 @@ class MetricsLog:
         self.history: list[dict[str, Any]] = []
         self._file, self._on_record, self._writes, self._progress = file, on_record, writes, progress
 
-    def bar(self, total: int, name: str) -> Any:
-        """A tqdm bar."""
+    def bar(self, total: int | None, name: str) -> Any:
+        """A tqdm bar; without a total where nobody knows it."""
         from tqdm import tqdm
 
         quiet = not (self._progress and self._writes)

@@ -77,8 +77,9 @@ class Monitor:
         All policies of a run are judged by the same noise, so that of two that hardly differ neither has the luckier rollouts.
         What is the closest already, the prior itself at first, is not judged again.
         """
-        energy, valid = self.energies.capped(population.trajectories)
-        own = [-side / self.alpha for side in self._by_condition(energy, valid, population.trajectories.group)]
+        paths = population.prior_paths
+        energy, valid = self.energies.capped(paths)
+        own = [-side / self.alpha for side in self._by_condition(energy, valid, paths.group)]
         # A tilt that is steeper by the reach has a gap that is larger by its square, if log h is linear.
         reach, count = held_out.times, len(own)
         level = sum(side.mean().item() for side in own) / count

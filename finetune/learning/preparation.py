@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from ...samplers.condition import members
+from ...samplers.log_ratio import step_log_ratio
 from ...samplers.prior import Prior
-from ...samplers.rollout import rollout
+from ...samplers.rollout import in_parts, rollout
 from ..config.train import TrainConfig
 from ..distributed.processes import Processes
 from ..energies.energy import energy_name
@@ -21,7 +23,8 @@ from ..energies.probe import probe_energy
 from ..estimators import effective_number
 from ..populations.held_out import HeldOut
 from ..populations.importance import Bar, importance_population, prior_paths
-from ..populations.population import Population, temperature_within_reach
+from ..populations.population import Population, temperature_within_reach, too_few
+from ..populations.smc import climb
 from .behaviors import needs_population
 from .forward_kl import ForwardKL
 from .gradients import chunk_rows
@@ -30,6 +33,7 @@ from .noise import Noise
 from .soft_value import SoftValue, fit_soft_value
 from .value_drift import ValueDrift
 
+CLIMBERS = 0.25  # share of the population that climbs, where too few of it have weight
 HELD_OUT, EACH = 1000, 100  # prior paths that nothing is learned from: of all conditions, of each; a quarter of the population
 
 
@@ -59,7 +63,7 @@ class Preparation:
         self.soft_value: SoftValue | None = None
         self.forward_kl: ForwardKL | None = None
         self.value_drift: ValueDrift | None = None
-        self._settled: dict[str, Any] | None = None
+        self._settled: dict[str, Any] = {"population": None, "value_drift": None}
 
     def run(self, log_z: LogZ) -> None:
         """Probe the energy, then make what the config needs. ``log_z`` starts at the population's estimate.
@@ -71,16 +75,12 @@ class Preparation:
         self._probe()
         if not needs_population(config):
             return
-        generator = self.noise.generator
-        population = importance_population(self.energies, self.size["population_size"], alpha, generator, self.bar)
+        population, times = self._populate()
         self.population = population
         # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
         log_z.set(self.processes.mean_of(population.log_z(alpha).double()))
-        # One temperature for all processes, by all of their paths: that of the soft value and of the held-out paths.
-        energy, group = (self.processes.gather(each) for each in (population.energy, population.trajectories.group))
-        times = temperature_within_reach(energy, alpha, group) / alpha
-        self.held_out = self._hold_out(times)
         weights, count = self.processes.gather(population.log_weight(alpha)), self.prior.num_conditions
+        group, generator = self.processes.gather(population.trajectories.group), self.noise.generator
         self.effective = effective_number(weights, members(group, count))
         if config.soft_value_updates:
             updates = config.soft_value_updates
@@ -90,6 +90,47 @@ class Preparation:
                 )
         self._make_teachers(population)
         self._measure_teachers()
+
+    def _populate(self) -> tuple[Population, float]:
+        """The population, and the temperature at which it can stand for a tilted law, over the target's; sets ``held_out``."""
+        alpha, generator, wanted = self.config.alpha, self.noise.generator, self.config.population
+        population = importance_population(self.energies, self.size["population_size"], alpha, generator, self.bar)
+        # One temperature for all processes, by all of their paths: that of the soft value and of the held-out paths.
+        energy, group = (self.processes.gather(each) for each in (population.energy, population.trajectories.group))
+        if wanted == "smc" or (wanted == "auto" and too_few(energy, alpha, group)):
+            return self._climbed(population), 1.0
+        times = temperature_within_reach(energy, alpha, group) / alpha
+        self.held_out = self._hold_out(times)
+        return population, times
+
+    def _climbed(self, population: Population) -> Population:
+        """What these prior paths become on their way to the target; the last island is held out."""
+        alpha, generator = self.config.alpha, self.noise.generator
+        count = min(len(population), max(round(CLIMBERS * len(population)), EACH * self.prior.num_conditions))
+        first = population.trajectories.select(torch.arange(count, device=self.prior.device))
+        with self.bar(None, "climb to the target") as bar:
+            together, gather = self.processes.together, self.processes.gather
+            evaluate = self.energies.evaluate
+            state = climb(self.prior, first, alpha, generator, evaluate, bar=bar, together=together, gather=gather)
+        self.held_out = HeldOut.draw(self.prior, state.target(state.islands - 1, alpha), alpha, 1.0, generator)
+        return state.population(range(state.islands - 1), first, alpha)
+
+    def renew(self, policy: nn.Module) -> None:
+        """Give a population that has climbed new paths of ``policy``; nothing to do for one of the prior's own paths."""
+        population, forward = self.population, self.forward_kl
+        if population is None or population.tempering is None:
+            return
+        assert forward is not None
+        count, generator = self.size["population_size"], self.noise.generator
+        with self.bar(count, "policy samples") as bar:
+            log_ratio = step_log_ratio(self.prior.chain, self.prior.denoiser, policy, population.climbed).sum(0)
+            move = in_parts(count, self.prior.chain.num_steps, bar.update)
+            drawn = self.energies.evaluate(rollout(self.prior, policy, count, generator, on_step=lambda: self._step(move)))
+        self.population = forward.population = population.renewed(self.config.alpha, log_ratio, drawn)
+
+    def _step(self, move: Callable[[], None]) -> None:
+        self.processes.poll()
+        move()
 
     def _probe(self) -> None:
         """Four prior samples show whether the energy can be used."""
@@ -169,16 +210,17 @@ class Preparation:
 
     def settle(self) -> None:
         """A step is complete: `state_dict` is of now."""
-        self._settled = None if self.value_drift is None else self.value_drift.state_dict()
+        drift = None if self.value_drift is None else self.value_drift.state_dict()
+        self._settled = {"population": self.population, "value_drift": drift}
 
     def state_dict(self) -> dict[str, Any]:
         """Of this process: its paths, and what it learned on them."""
-        parts = {"population": self.population, "held_out": self.held_out, "soft_value": self.soft_value}
+        parts = {"population": self._settled["population"], "held_out": self.held_out, "soft_value": self.soft_value}
         return {
             "effective": self.effective,
             **{name: None if part is None else part.state_dict() for name, part in parts.items()},
             "forward_kl": None if self.forward_kl is None else self.forward_kl.state_dict(),
-            "value_drift": self._settled,
+            "value_drift": self._settled["value_drift"],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -158,7 +158,10 @@ class SoftValue:
 
 
 def importance_weight(population: Population, alpha: float) -> Float[Tensor, " batch"]:
-    """exp(-E/alpha) of the population's paths, of mean 1 within each condition."""
+    """Of the population's paths toward the tilted law, or the prior where ``alpha`` is infinite; of mean 1 within each
+    condition."""
+    if math.isinf(alpha) and population.log_proposal is None:
+        return torch.ones_like(population.energy)
     return population.weight(alpha).float() * len(population.trajectories)
 
 
@@ -168,7 +171,7 @@ def standardized(population: Population, alpha: float) -> tuple[Float[Tensor, " 
     Cut at `DEEPEST` nats below the best: a few huge penalties would otherwise be all that there is to regress on. What has no
     finite energy counts as the worst that has one.
     """
-    everything, spreads = population.log_weight(alpha), list[float]()
+    everything, spreads = population.log_tilt(alpha), list[float]()
     standard = torch.empty_like(everything)
     for index in population.trajectories.groups:
         reward = everything[index]
@@ -211,6 +214,7 @@ def fit_soft_value(
     """
     learned = times * alpha
     states, weight = population.trajectories.states, importance_weight(population, learned)
+    of_prior = importance_weight(population, math.inf)
     group = population.trajectories.group
     device, count = states.device, states.shape[1]
     half = torch.zeros(count, dtype=torch.long, device=device)
@@ -235,7 +239,7 @@ def fit_soft_value(
                 state = states_of(chain, states, path, step, fresh, generator)
                 value, mean, variance = network.heads(state, step, group[path]).unbind(1)
                 miss = reward[path] - mean
-                loss = (weight[path] * functional.softplus(-value) + functional.softplus(value)).mean()
+                loss = (weight[path] * functional.softplus(-value) + of_prior[path] * functional.softplus(value)).mean()
                 loss = loss + miss.square().mean() + VARIANCE_SHARE * (miss.detach().square() - variance).square().mean()
                 optimizer.zero_grad()
                 backward(loss)

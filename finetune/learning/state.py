@@ -116,7 +116,7 @@ class TrainState:
         self.optimization.begin(learning_rate, count)
         self.settle()
         if self.preparation.population is not None and self.global_step == first:
-            self.measure_steps_on(self.preparation.population.trajectories)
+            self.measure_steps_on(self.preparation.population.prior_paths)
         self.bound.begin()
         try:
             yield range(self.global_step - first, count)

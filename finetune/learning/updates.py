@@ -29,6 +29,8 @@ def updates(state: TrainState) -> None:
     first = config.warm_start_updates if config.warm_start != "none" else 0
     if state.global_step == first:
         state.temperature.begin()
+        if first:
+            state.preparation.renew(state.wrapped)
     chunk: int | None = None
     with (
         state.log.bar(config.updates, config.objective) as bar,

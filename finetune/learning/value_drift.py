@@ -73,7 +73,7 @@ class ValueDrift:
         self.explained: float = 0.0
         self.scale, self.trust = 1.0, 1.0
         self._misses = torch.zeros(2, dtype=torch.float64, device=prior.device)
-        self._mixture = 0.5 * (importance_weight(population, self.alpha) + 1)
+        self._mixture = 0.5 * (importance_weight(population, self.alpha) + importance_weight(population, math.inf))
         self._moves = prior.chain.sensitivity.float().to(prior.device)
         self._probability = step_share(prior.chain).to(prior.device)
 

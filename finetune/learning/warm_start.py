@@ -13,6 +13,7 @@ from .value_drift import RESCALED_AT
 
 FALLS = 2  # looks in a row at which a warm start has fallen behind its best, and ends
 WATCHES = 5  # looks at the held-out paths
+RENEWED_AT = (0.2, 0.4, 0.6, 0.8)  # shares of the warm start after which a population that has climbed is renewed by the policy
 
 
 def warm_start(state: TrainState) -> None:
@@ -36,6 +37,8 @@ def warm_start(state: TrainState) -> None:
                         break
                     if update == first > 0:
                         forward.measure_slope()
+                    if update in (round(share * total) for share in RENEWED_AT):
+                        preparation.renew(state.wrapped)
                     _update(state, bar, update, total)
     if state.global_step <= total:
         state.global_step = total

@@ -18,7 +18,7 @@ from ..energies.error import EnergyError
 from ..energies.evaluation import EnergyEvaluation
 from .population import FEWEST, Population
 
-Bar = Callable[[int, str], Any]  # (total, label) → a tqdm bar
+Bar = Callable[[int | None, str], Any]  # (total, label) → a tqdm bar
 
 
 def importance_population(

@@ -26,7 +26,7 @@ from ..certificate.verdict import judge_unknown
 from ..energies.names import parse_energy
 from ..estimators import ess
 from ..strict_json import strict_json
-from .bar import progress_bar
+from .bar import counting_bar, progress_bar
 from .build import threads
 from .energies import absolute_term
 from .manifest import replace_file
@@ -89,6 +89,11 @@ def certify(
         "exit_status": EXIT_STATUS[metrics["verdict"]],
         "energy_calls": run.record["energy_calls"],
         "certificate_energy_calls": evidence.energy_calls,
+        "certificate_energy_calls_by_side": {
+            "policy": evidence.energy_calls - evidence.target_calls,
+            "prior and target": evidence.target_calls,
+        },
+        "target_side": "importance" if evidence.climbed is None else "smc",
         "energy": [absolute_term(term) for term in terms] or None,
         "alpha": run.config.train.alpha,
         "steps": run.prior.chain.num_steps,
@@ -114,6 +119,9 @@ def _refuse(run: Run, size: int, until_decided: int | None) -> None:
 def _draw(run: Run, energy: Energy, size: int, generator: torch.Generator, before: Evidence | None, progress: bool) -> Evidence:
     """``size`` fresh rollouts a side under a bar, and those from common starts where there is no evidence yet."""
     starts = STARTS if before is None else 0
+    population = run.config.train.population
+    if before is not None:
+        population = "importance" if before.climbed is None else "smc"
     total = 2 * size + starts * ROLLOUTS * (run.prior.chain.start_std > 0)
     with progress_bar(total, "certificate", progress) as advance:
         return gather_evidence(
@@ -125,6 +133,8 @@ def _draw(run: Run, energy: Energy, size: int, generator: torch.Generator, befor
             size=size,
             starts=starts,
             rollouts=ROLLOUTS,
+            population=population,
+            bar=lambda total, label: counting_bar(total, label, progress),
             on_progress=advance,
         )
 
@@ -205,7 +215,7 @@ def _exact_metrics(run: Run, task: Task, evidence: Evidence, energy: Energy, gen
     """The task's metrics of the policy's samples resampled by their weights, as `tiltune sample --exact` draws them."""
     effective = max(1, int(ess(evidence.log_weight) * len(evidence.samples)))
     index = systematic(evidence.log_weight.double().softmax(0), effective, generator)
-    everything = torch.arange(len(evidence.prior_samples), device=index.device)
+    everything = torch.arange(len(evidence.target_energy), device=index.device)
     try:
         found = task.metrics(run.config.prior, evidence.resampled(index, everything), energy, generator)
     except ValueError as error:  # too few effective samples to say anything

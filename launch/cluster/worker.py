@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from ...finetune.distributed.signals import Preempted, preemptible
+from ...finetune.distributed.signals import Preempted, deferred, preemptible
 from .. import cli
 from .torchrun import STATUS_FOLDER, UNSAVED, end_at_once, too_late
 
@@ -18,7 +18,8 @@ def main() -> None:
     stop_with_parent()
     file = Path(os.environ[STATUS_FOLDER], os.environ["LOCAL_RANK"])
     try:
-        with preemptible():
+        # From the first moment on: the others would wait for one that left while it starts, and cannot hear while they wait.
+        with deferred() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else preemptible():
             file.touch()
             status = cli.run(sys.argv[1:])
     except SystemExit as stop:  # how tyro ends for --help and for flags that it cannot read

@@ -71,8 +71,8 @@ def image_metrics(evidence: Evidence, judge: nn.Module, generator: torch.Generat
     weight = evidence.target_weight
     basis = pixel_basis(evidence.prior_samples, BASIS_DIM)
     metrics: dict[str, Any] = {"basis_share": basis.share}
-    metrics |= w2_metrics(basis(evidence.samples), basis(evidence.prior_samples), weight, generator)
-    mine, theirs = predicted(judge, evidence.samples), predicted(judge, evidence.prior_samples)
+    metrics |= w2_metrics(basis(evidence.samples), basis(evidence.target_samples), weight, generator)
+    mine, theirs = predicted(judge, evidence.samples), predicted(judge, evidence.target_samples)
     for name, (share, error) in (
         ("", class_shares(mine, even(len(mine)), classes)),
         ("_reference", class_shares(theirs, weight, classes)),
@@ -80,7 +80,7 @@ def image_metrics(evidence: Evidence, judge: nn.Module, generator: torch.Generat
         metrics[f"class_shares{name}"] = [round(value, 5) for value in share.tolist()]
         metrics[f"class_shares{name}_se"] = [round(value, 5) for value in error.tolist()]
     metrics["class_tv"], metrics["class_tv_null"] = share_distance(mine, theirs, weight, classes, generator)
-    tv = energy_tv(evidence.energy, evidence.prior_energy, weight, generator)
+    tv = energy_tv(evidence.energy, evidence.target_energy, weight, generator)
     return metrics | {"energy_tv": tv[0], "energy_tv_null": tv[1]}
 
 
@@ -88,7 +88,7 @@ def wanted_metrics(evidence: Evidence, judge: nn.Module, wanted: tuple[int, ...]
     """Share of the ``wanted`` classes by the judge, of the policy and of the target, and the diversity within them."""
     evidence = on_cpu(evidence)
     weight = evidence.target_weight
-    labels = predicted(judge, evidence.samples), predicted(judge, evidence.prior_samples)
+    labels = predicted(judge, evidence.samples), predicted(judge, evidence.target_samples)
     inside = [torch.isin(label, torch.tensor(wanted)).long() for label in labels]
     own = class_shares(inside[0], even(len(inside[0])), 2)
     reference = class_shares(inside[1], weight, 2)
@@ -98,7 +98,7 @@ def wanted_metrics(evidence: Evidence, judge: nn.Module, wanted: tuple[int, ...]
         "share_reference": reference[0][1].item(),
         "share_reference_se": reference[1][1].item(),
     }
-    return metrics | diversity_metrics(evidence.samples, labels[0], evidence.prior_samples, labels[1], weight, wanted)
+    return metrics | diversity_metrics(evidence.samples, labels[0], evidence.target_samples, labels[1], weight, wanted)
 
 
 def inpainting_metrics(evidence: Evidence, problem: Inpainting, generator: torch.Generator) -> dict[str, float]:
@@ -109,7 +109,7 @@ def inpainting_metrics(evidence: Evidence, problem: Inpainting, generator: torch
     evidence, generator = on_cpu(evidence), generator_on_cpu(generator)
     weight = evidence.target_weight
     metrics: dict[str, float] = {}
-    sides = (("", evidence.samples, even(len(evidence.samples))), ("_reference", evidence.prior_samples, weight))
+    sides = (("", evidence.samples, even(len(evidence.samples))), ("_reference", evidence.target_samples, weight))
     for name, images, share in sides:
         value, error = weighted_mean(problem.residual(images).square().mean(1), share)
         metrics |= {f"residual{name}": math.sqrt(value), f"residual{name}_se": 0.5 * error / math.sqrt(value)}

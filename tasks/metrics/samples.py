@@ -13,7 +13,8 @@ from ...finetune.certificate.evidence import Evidence
 def on_cpu(evidence: Evidence) -> Evidence:
     """Samples and energies of both sides on the CPU, where these metrics and pictures are made."""
     names = ("samples", "energy", "prior_samples", "prior_energy")
-    return replace(evidence, **{name: getattr(evidence, name).cpu() for name in names})
+    climbed = None if evidence.climbed is None else evidence.climbed.cpu()
+    return replace(evidence, **{name: getattr(evidence, name).cpu() for name in names}, climbed=climbed)
 
 
 def generator_on_cpu(generator: torch.Generator) -> torch.Generator:

@@ -41,9 +41,9 @@ def image_grid(axes: Axes, images: Tensor, title: str) -> None:
 
 
 def target_samples(evidence: Evidence, count: int = SIDE**2) -> Tensor:
-    """``count`` samples of the tilted prior: prior samples of evidence on the CPU, drawn by their weights."""
+    """``count`` samples of the tilted prior: those of evidence on the CPU, drawn by their weights."""
     generator = torch.Generator().manual_seed(0)
-    return evidence.prior_samples[systematic(evidence.target_weight, count, generator)]
+    return evidence.target_samples[systematic(evidence.target_weight, count, generator)]
 
 
 def image_figure(evidence: Evidence, history: list[dict[str, Any]], certificate: dict[str, Any]) -> Figure:
@@ -54,7 +54,7 @@ def image_figure(evidence: Evidence, history: list[dict[str, Any]], certificate:
     axes = figure.subplots(1, len(ratios), width_ratios=ratios)
     image_grid(axes[0], evidence.prior_samples, "Prior")
     image_grid(axes[1], evidence.samples, f"Policy ({certificate['verdict']})")
-    image_grid(axes[2], target_samples(evidence), "Target: prior samples by weight")
+    image_grid(axes[2], target_samples(evidence), "Target: samples by weight")
     if history:
         log_z = certificate["log_z_forward"]
         curves(axes[3], axes[4], history, log_z)
@@ -89,7 +89,7 @@ def inpainting_figure(evidence: Evidence, problem: Inpainting, certificate: dict
     seen = torch.where(problem.measured, problem.value, torch.nan)
     shares = (even(len(evidence.samples)), evidence.target_weight)
     sides = []
-    for images, share in zip((evidence.samples, evidence.prior_samples), shares, strict=True):
+    for images, share in zip((evidence.samples, evidence.target_samples), shares, strict=True):
         mean = torch.einsum("n,nchw->hw", share, images.double())
         spread = torch.einsum("n,nchw->hw", share, (images.double() - mean).square()).sqrt()
         sides.append((mean, spread))
@@ -108,6 +108,6 @@ def inpainting_figure(evidence: Evidence, problem: Inpainting, certificate: dict
             axes.set_title(title, fontsize=9)
     image_grid(grids[0].subplots(), evidence.prior_samples, "Prior")
     image_grid(grids[1].subplots(), evidence.samples, f"Policy ({certificate['verdict']})")
-    image_grid(grids[2].subplots(), target_samples(evidence), "Target: prior samples by weight")
+    image_grid(grids[2].subplots(), target_samples(evidence), "Target: samples by weight")
     figure.suptitle(summary(certificate), fontsize=9)
     return figure

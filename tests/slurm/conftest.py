@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
@@ -163,6 +164,20 @@ class Job:
 
     def running(self) -> None:
         wait_for(lambda: self.cluster.run("squeue", "-h", "-j", self.number, "-t", "RUNNING", check=False) != "", 120, "it runs")
+
+    def listening(self) -> None:
+        """Waits until the job file catches USR1. What is sent before its shell runs, SLURM itself drops without a word."""
+
+        def caught(process: psutil.Process) -> bool:
+            try:
+                if "slurm_script" not in " ".join(process.cmdline()) or process.environ().get("SLURM_JOB_ID") != self.number:
+                    return False
+                (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+            except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                return False
+            return bool(int(mask, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+        wait_for(lambda: any(map(caught, psutil.process_iter())), 120, "the job file listens")
 
     def ended(self, seconds: float = 300) -> dict[str, str]:
         """JobState, ExitCode and Restarts, once it is over for good."""

@@ -112,7 +112,7 @@ def test_what_is_stopped_and_goes_on_ends_as_if_nobody_had_stopped_it(
 @pytest.mark.parametrize("seconds", [0, 1, 5])
 def test_a_signal_while_it_starts_is_kept_until_it_is_heard(seconds, cluster, submit, whole, tmp_path) -> None:
     job = submit(2 if seconds == 1 else 1)
-    job.running()
+    job.listening()
     time.sleep(seconds)
     job.signal("--signal=USR1", "--batch")
     assert job.ended() == {"JobState": "COMPLETED", "ExitCode": "0:0", "Restarts": "1"}, job.said
