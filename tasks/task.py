@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..finetune.certificate.criteria import Verdict
     from ..finetune.certificate.evidence import Evidence
     from ..finetune.energies.energy import Energy
+    from ..samplers.denoiser import Denoiser
     from ..samplers.prior import Prior
 
 
@@ -29,6 +30,10 @@ class Task:
     judge: all metrics, those of the two sides among them → the verdict and its reasons: `judge_known` where the truth is known
     exactly, `judge_weighted` where it is the weighted prior. picture: (evidence, energy, history, metrics) → the run's picture.
     labelled_energy: what stands in place of the recipe's energy where labels are asked for and no energy is.
+    recipe_in: dimension → the default config there, for a task that has a prior in several; None where it has one.
+    refuse: ValueError for a config of this task that does not fit together, before anything is loaded.
+    reference: (prior config, energy, alpha) → the exact denoiser of the tilted prior on its chain, None or a ValueError where it
+    is not known.
     """
 
     name: str
@@ -39,12 +44,15 @@ class Task:
     judge: Callable[[dict[str, Any]], tuple[Verdict, list[str]]]
     picture: Callable[[Evidence, Energy, list[dict[str, Any]], dict[str, Any]], Figure]
     labelled_energy: str | None = None
+    recipe_in: Callable[[int], RunConfig] | None = None
+    refuse: Callable[[RunConfig], None] | None = None
+    reference: Callable[[PriorConfig, Energy, float], Denoiser | None] | None = None
 
 
 TASKS = {
     "digits": "8 x 8 handwritten digits, drawn as one class or a set of them",
     "fashion": "16 x 16 Fashion-MNIST, inpainted from a noisy measurement, or drawn as a class",
-    "mixture": "25 equal modes in the plane, fine-tuned onto nine unequal ones of them",
+    "mixture": "25 equal modes in the plane, onto nine unequal ones of them; with --dim a random mixture, tilted",
 }
 
 

@@ -22,6 +22,7 @@ from ...samplers.rollout import Drawing, in_parts, rollout
 from ...samplers.trajectory import rows_at_once
 from ..energies.energy import Energy, EnergyMeter
 from ..estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
+from .reference import ReferencePaths, reference_metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class Evidence:
     Policy side: ``samples``, ``energy``, ``log_ratio`` of policy rollouts.
     Target side: ``prior_samples``, ``prior_energy``, ``prior_log_ratio`` (the policy's Λ on prior paths).
     step_kl: mean log-ratio of each trained step on policy rollouts. start_log_weight: of rollouts from common starts, or
-    None.
+    None. reference: paths of the target's exact denoiser, where the task knows it.
     """
 
     alpha: float
@@ -44,6 +45,7 @@ class Evidence:
     step_kl: Float[Tensor, " kernels"]
     start_log_weight: Float[Tensor, " starts rollouts"] | None
     energy_calls: int
+    reference: ReferencePaths | None = None
 
     @property
     def log_weight(self) -> Float[Tensor, " n"]:
@@ -156,7 +158,8 @@ def gather_evidence(
 def path_metrics(evidence: Evidence) -> dict[str, Any]:
     """ELBO, EUBO, log Z from both sides, ESS, Pareto-k, start dependence: every figure with its standard error (_se).
 
-    ``prior`` holds the same of the prior itself, the model that was started from.
+    ``prior`` holds the same of the prior itself, the model that was started from. EUBO and gap are by the prior's weighted paths,
+    or by those of the target's exact denoiser where there are any (`reference_metrics`).
     """
     lw, target = evidence.log_weight, evidence.target_weight
     finite = torch.isfinite(lw)
@@ -188,7 +191,7 @@ def path_metrics(evidence: Evidence) -> dict[str, Any]:
     else:
         variance, error = start_variance(evidence.start_log_weight)
         metrics |= {"start_variance": variance, "start_variance_se": error}
-    return metrics
+    return metrics if evidence.reference is None else metrics | reference_metrics(evidence.reference, metrics)
 
 
 def _sandwich(evidence: Evidence) -> dict[str, float]:
