@@ -30,7 +30,7 @@ class Task:
     judge: all metrics, those of the two sides among them → the verdict and its reasons: `judge_known` where the truth is known
     exactly, `judge_weighted` where it is the weighted prior. picture: (evidence, energy, history, metrics) → the run's picture.
     labelled_energy: what stands in place of the recipe's energy where labels are asked for and no energy is.
-    recipe_in: dimension → the default config there, for a task that has a prior in several; None where it has one.
+    recipe_in: (dimension, seed of the prior) → the default config there, for a task that has priors in several dimensions.
     refuse: ValueError for a config of this task that does not fit together, before anything is loaded.
     reference: (prior config, energy, alpha) → the exact denoiser of the tilted prior on its chain, None or a ValueError where it
     is not known.
@@ -44,7 +44,7 @@ class Task:
     judge: Callable[[dict[str, Any]], tuple[Verdict, list[str]]]
     picture: Callable[[Evidence, Energy, list[dict[str, Any]], dict[str, Any]], Figure]
     labelled_energy: str | None = None
-    recipe_in: Callable[[int], RunConfig] | None = None
+    recipe_in: Callable[[int, int], RunConfig] | None = None
     refuse: Callable[[RunConfig], None] | None = None
     reference: Callable[[PriorConfig, Energy, float], Denoiser | None] | None = None
 

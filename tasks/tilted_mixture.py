@@ -33,16 +33,17 @@ if TYPE_CHECKING:
 STEPS = 100
 CERTIFICATE_SIZE = 10_000
 ENERGIES = ("linear", "quadratic", "mixture")  # by name, in `tilts`
-STATES = 8_000_000  # numbers of one step of the population, which keeps K + 1 of them
+NUMBERS = 40_000_000  # that a population holds, 160 MB
 
 
-def recipe(dim: int) -> RunConfig:
+def recipe(dim: int, seed: int = 0) -> RunConfig:
     """A training in ``dim`` dimensions, with a linear energy that leaves .003 of the prior effective."""
-    train = TrainConfig(population_size=max(4000, min(20_000, STATES // (STEPS * dim))), warm_start_updates=400, updates=200)
+    size = max(4000, min(20_000, NUMBERS // (STEPS * max(dim, 1))))
+    train = TrainConfig(population_size=size, warm_start_updates=400, updates=200)
     return RunConfig(
         task="mixture",
-        prior=PriorConfig(steps=STEPS, dim=dim),
-        energy=EnergyConfig(("linear(ess=0.003)",)),
+        prior=PriorConfig(steps=STEPS, dim=dim, seed=seed),
+        energy=EnergyConfig((f"linear(ess=0.003, seed={seed})" if seed else "linear(ess=0.003)",)),
         train=train,
         certificate=CertificateConfig(size=CERTIFICATE_SIZE),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -43,14 +43,10 @@ class TiltEnergy:
     kind: Kind
     ess: float
     seed: int
-    __name__: str = field(default="", compare=False)
 
-    def __post_init__(self) -> None:
-        if not (isinstance(self.ess, int | float) and LEAST_ESS <= self.ess < 1):
-            raise ValueError(f"ess is {self.ess!r}; it is the share of the prior that stays effective, from {LEAST_ESS:g} to 1.")
-        if not (isinstance(self.seed, int) and self.seed >= 0):
-            raise ValueError(f"seed is {self.seed!r}; it is the prior's, a whole number from 0 on.")
-        object.__setattr__(self, "__name__", f"{self.kind}(ess={self.ess:g}, seed={self.seed})")
+    @property
+    def __name__(self) -> str:
+        return f"{self.kind}(ess={self.ess:g}, seed={self.seed})"
 
     def at(self, dim: int) -> Tilt:
         """The energy in ``dim`` dimensions."""
@@ -67,12 +63,12 @@ def linear(ess: float = 0.003, seed: int = 0) -> TiltEnergy:
 
     Errors: ValueError for a share that is not between 0 and 1.
     """
-    return TiltEnergy("linear", ess, seed)
+    return _checked("linear", ess, seed)
 
 
 def quadratic(ess: float = 0.003, seed: int = 0) -> TiltEnergy:
     """E(x) = ½ (x - a)ᵀ L (x - a) around a point between two components, with a random L; arguments as in `linear`."""
-    return TiltEnergy("quadratic", ess, seed)
+    return _checked("quadratic", ess, seed)
 
 
 def mixture(ess: float = 0.003, seed: int = 0) -> TiltEnergy:
@@ -80,7 +76,15 @@ def mixture(ess: float = 0.003, seed: int = 0) -> TiltEnergy:
 
     Arguments as in `linear`.
     """
-    return TiltEnergy("mixture", ess, seed)
+    return _checked("mixture", ess, seed)
+
+
+def _checked(kind: Kind, ess: float, seed: int) -> TiltEnergy:
+    if not (isinstance(ess, int | float) and LEAST_ESS <= ess < 1):
+        raise ValueError(f"ess is {ess!r}; it is the share of the prior that stays effective, at least {LEAST_ESS:g} and below 1")
+    if not (isinstance(seed, int) and seed >= 0):
+        raise ValueError(f"seed is {seed!r}; it is the prior's, a whole number from 0 on")
+    return TiltEnergy(kind, ess, seed)
 
 
 @cache
