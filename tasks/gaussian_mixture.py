@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..samplers.chain import Chain
-from ..samplers.condition import Condition
+from .exact_denoiser import ExactDenoiser
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,27 +117,7 @@ class GaussianMixture:
         return mixture, logits.logsumexp((0, 1))
 
 
-class MixtureDenoiser(nn.Module):
-    """The exact denoiser of a mixture on a chain, as an output that the chain turns back into x_hat = E[x | s_k].
+class MixtureDenoiser(ExactDenoiser):
+    """The exact denoiser of a `GaussianMixture` on a chain."""
 
-    Takes the chain's labels; a label that is not one of the chain's steps is an error. It has no parameters.
-    """
-
-    table: Tensor
-
-    def __init__(self, mixture: GaussianMixture, chain: Chain) -> None:
-        super().__init__()
-        self.mixture, self.chain = mixture, chain
-        if chain.input_scale.ne(1).any():
-            raise ValueError(f"{chain.name} scales its network's input; the exact denoiser is written for unscaled states.")
-        self.register_buffer("table", torch.stack([chain.timesteps, chain.p, chain.q, chain.signal[:-1], chain.noise[:-1]]))
-
-    def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
-        table = self.table.to(state)
-        label = timestep.reshape(-1).to(state.dtype)
-        step = (label[:, None] - table[0]).abs().argmin(-1)
-        if (table[0, step] - label).abs().max() > 1e-3:
-            raise ValueError("the exact denoiser was asked for a timestep that its chain does not have.")
-        p, q, signal, noise = self.table[1:, step]
-        clean = self.mixture.denoise(state, signal, noise)
-        return (clean - p.to(state)[:, None] * state) / q.to(state)[:, None]
+    law: GaussianMixture

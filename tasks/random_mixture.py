@@ -9,12 +9,10 @@ import torch
 
 from ..samplers.chain import Chain
 from ..samplers.prior import Prior
-from ..samplers.schedulers.dispatch import chain_from_scheduler
 from .gaussian_mixture import GaussianMixture, MixtureDenoiser
 
 COMPONENTS = 4
 STD = 0.5  # of a component; the means make up for the rest of the unit variance
-TIMESTEPS = 1000  # of the scheduler; a chain has at most so many steps
 
 
 @cache
@@ -33,27 +31,6 @@ def random_mixture(dim: int, seed: int = 0) -> GaussianMixture:
     means = means * math.sqrt(1 - STD**2) / (weights @ means.square()).sqrt()
     covariances = (STD**2 * torch.eye(dim, dtype=torch.float64)).expand(COMPONENTS, dim, dim)
     return GaussianMixture(weights, means, covariances)
-
-
-def cosine_chain(steps: int) -> Chain:
-    """DDPM with large variance, which is exact for data of unit variance, from pure noise: cosine, v_prediction, no clipping.
-
-    v_prediction is well-conditioned at both ends: the output is the noise where there is little, and the sample where there is
-    nothing else.
-    """
-    from diffusers import DDPMScheduler
-
-    if not 2 <= steps <= TIMESTEPS:
-        raise ValueError(f"steps is {steps}; this chain takes 2 to {TIMESTEPS} of them.")
-    scheduler = DDPMScheduler(
-        num_train_timesteps=TIMESTEPS,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        variance_type="fixed_large",
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
-    return chain_from_scheduler(scheduler, steps)
 
 
 def exact_prior(mixture: GaussianMixture, chain: Chain) -> Prior:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,9 @@ class Task:
 TASKS = {
     "digits": "8 x 8 handwritten digits, drawn as one class or a set of them",
     "fashion": "16 x 16 Fashion-MNIST, inpainted from a noisy measurement, or drawn as a class",
+    "dw4": "four particles in the plane with double-well distances, from a fitted Gaussian",
+    "funnel": "Neal's funnel in ten dimensions, from a fitted Gaussian",
+    "manywell": "2^16 wells in 32 dimensions (--dim for others), from a fitted Gaussian",
     "mixture": "25 equal modes in the plane, onto nine unequal ones of them; with --dim a random mixture, tilted",
 }
 
@@ -64,6 +67,13 @@ def load_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}, or name a prior of your own with --prior.")
     return import_module(f".{name}", __package__).TASK
+
+
+def refuse_fixed(config: PriorConfig, *free: str) -> None:
+    """Errors: ValueError where a prior whose settings other than ``free`` are fixed is asked for another one of them."""
+    fixed = [item.name for item in fields(config) if item.name not in free and getattr(config, item.name) != item.default]
+    if fixed:
+        raise ValueError(f"the prior of this task fixes {', '.join(fixed)}; choose {' and '.join(free)} alone.")
 
 
 def energy_terms(energy: Energy) -> list[Energy]:

@@ -6,7 +6,6 @@ plus a residual network, since the prior has nothing to train.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..finetune.certificate.criteria import Criterion
@@ -16,7 +15,7 @@ from ..finetune.config.prior import PriorConfig
 from ..finetune.config.run import RunConfig
 from ..finetune.config.train import TrainConfig
 from ..finetune.energies.names import EnergySpec, parse_energy
-from .task import energy_terms
+from .task import energy_terms, refuse_fixed
 
 if TYPE_CHECKING:
     import torch
@@ -74,12 +73,10 @@ def load_prior(config: PriorConfig) -> Prior:
 
     Errors: ValueError for settings that the task's chain fixes.
     """
-    from .random_mixture import cosine_chain, exact_prior
+    from .cosine_chain import cosine_chain
+    from .random_mixture import exact_prior
 
-    given, free = asdict(config), PriorConfig(steps=config.steps, dim=config.dim, seed=config.seed)
-    fixed = [name for name, value in asdict(free).items() if value != given[name]]
-    if fixed:
-        raise ValueError(f"the mixture in {config.dim} dimensions fixes {', '.join(fixed)}; choose dim, seed and steps alone.")
+    refuse_fixed(config, "dim", "seed", "steps")
     return exact_prior(_mixture(config), cosine_chain(config.steps))
 
 
@@ -119,8 +116,8 @@ def reference(config: PriorConfig, energy: Energy, alpha: float) -> Denoiser | N
     """
     if config.dim is None:
         return None
+    from .cosine_chain import cosine_chain
     from .gaussian_mixture import MixtureDenoiser
-    from .random_mixture import cosine_chain
 
     return MixtureDenoiser(tilt_of(config, energy).target(alpha)[0], cosine_chain(config.steps))
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from ...finetune.certificate.criteria import Criterion, Verdict, conclude
 from ...finetune.certificate.evidence import Evidence
 from ...finetune.certificate.reference import thin_reference
+from ...finetune.energies.energy import Energy
 from ...finetune.estimators import log_mean_exp
+from ...samplers.prior import Prior
 from .known_truth import histogram_tv
 
 BOOTSTRAPS = 20
@@ -36,6 +38,13 @@ def part_metrics(name: str, share: Tensor, exact_share: Tensor, weights: Tensor,
         f"{name}_shares": [round(value, 5) for value in share.mean(0).tolist()],
         f"{name}_weights": [round(value, 5) for value in weights.tolist()],
     }
+
+
+def refuse_other_energy(energy: Energy, own: Energy, prior: Prior) -> None:
+    """Errors: ValueError where ``energy`` differs from the task's ``own`` on points of the prior's state space."""
+    x = prior.to_data(torch.randn(64, *prior.shape, generator=torch.Generator().manual_seed(0)))
+    if not torch.allclose(energy(x).float().cpu(), own(x).float().cpu(), rtol=1e-3, atol=1e-3):
+        raise ValueError("the target of this task is known for the task's own energy alone, and this is another one")
 
 
 def energy_metrics(energy: Tensor, exact: Tensor) -> dict[str, float]:

@@ -37,10 +37,11 @@ def projection_figure(
     history: list[dict[str, Any]],
     metrics: dict[str, Any],
     shown: tuple[str, ...],
+    names: tuple[str, str] = ("first axis of the target", "second"),
 ) -> Figure:
     """Prior and policy [N, D] in ``axes`` [D, 2], on exact samples [N, D] and the target's contours where they are known.
 
-    shown: the metrics in the title, each beside the same of exact samples.
+    shown: the metrics in the title, each beside the same of exact samples. names: of the axes.
     """
     evidence = on_cpu(evidence)
     figure = new_figure(12.5, 3.4)
@@ -62,15 +63,18 @@ def projection_figure(
         elif exact is not None:
             panel.scatter(*points[2][:SHOWN].T, s=1.0, c=TARGET, alpha=0.35, linewidths=0, rasterized=True)
         panel.set(xlim=(low[0].item(), high[0].item()), ylim=(low[1].item(), high[1].item()))
-        panel.set_xlabel("first axis of the target", fontsize=8)
-        panel.set_ylabel("second", fontsize=8)
+        panel.set_xlabel(names[0], fontsize=8)
+        panel.set_ylabel(names[1], fontsize=8)
     curves(panels[2], panels[3], history, metrics["log_z_true"])
     figure.suptitle(_title(metrics, shown), fontsize=9)
     return figure
 
 
 def _title(metrics: dict[str, Any], shown: tuple[str, ...]) -> str:
-    own = [f"{name.replace('_tv', ' TV')} {metrics[name]:.3f} (exact {metrics[f'{name}_exact']:.3f})" for name in shown]
+    own = [
+        f"{name.replace('_tv', ' TV').replace('_', ' ')} {metrics[name]:.3f} (exact {metrics[f'{name}_exact']:.3f})"
+        for name in shown
+    ]
     reference = metrics.get("ess_reference")
     ess = f"ESS {metrics['ess']:.2f}" + ("" if reference is None else f" (exact denoiser {reference:.2f})")
     bounds = f"ELBO {metrics['elbo']:.2f} ≤ log Z {metrics['log_z']:.2f} ≤ EUBO {metrics['eubo']:.2f}"
