@@ -45,17 +45,24 @@ def reference_paths(
     energy: Energy,
     alpha: float,
     generator: torch.Generator,
-    size: int,
+    *,
+    size: int = 4000,
+    most: int = 40_000,
 ) -> ReferencePaths:
-    """``size`` paths of ``reference`` on the prior's chain, with their energies and the policy's log-ratio on them."""
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    """Paths of ``reference`` on the prior's chain, with their energies and the policy's log-ratio on them: ``size`` of them, and
+    as many again while too few count, up to ``most``."""
     chunk = rows_at_once(prior.shape, prior.device)
-    for first in range(0, size, chunk):
-        drawn = rollout(prior, reference, min(chunk, size - first), generator)
-        assert drawn.step_log_ratio is not None
-        target = -energy(prior.to_data(drawn.terminal), **drawn.context).float() / alpha
-        ratio = step_log_ratio(prior.chain, prior.denoiser, policy, drawn).sum(0)
-        parts.append((target - drawn.step_log_ratio.sum(0), target, ratio))
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    drawn, effective = 0, 0.0
+    while not drawn or (effective < MIN_EFFECTIVE and drawn < most):
+        for first in range(0, size, chunk):
+            paths = rollout(prior, reference, min(chunk, size - first), generator)
+            assert paths.step_log_ratio is not None
+            target = -energy(prior.to_data(paths.terminal), **paths.context).float() / alpha
+            ratio = step_log_ratio(prior.chain, prior.denoiser, policy, paths).sum(0)
+            parts.append((target - paths.step_log_ratio.sum(0), target, ratio))
+        drawn += size
+        effective = ess(torch.cat([part[0] for part in parts])) * drawn
     return ReferencePaths(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 DEPLOYED_SIZE = 1000
 # Common starts, and rollouts from each, that show what the chain remembers of its start.
 STARTS, ROLLOUTS = 128, 8
-# Paths of the target's exact denoiser, where a task knows it.
-REFERENCE_SIZE = 4000
 
 
 def certify(
@@ -146,7 +144,7 @@ def _reference(run: Run, energy: Energy, seed: int) -> ReferencePaths | None:
     if exact is None:
         return None
     generator = stream("reference", seed, run.prior.device)
-    return reference_paths(run.prior, exact, run.policy, energy, alpha, generator, REFERENCE_SIZE)
+    return reference_paths(run.prior, exact, run.policy, energy, alpha, generator)
 
 
 def _judge(
