@@ -23,9 +23,10 @@ SCALE = torch.full((DIM,), 2.2, dtype=torch.float64)  # of the fitted prior
 OFFSET = 4.0
 DATA = Path(__file__).parent / "data" / "dw4.json"
 # Orthonormal coordinates of four numbers of mean 0 (Helmert).
-BASIS = torch.tensor([[1, 1, 1], [-1, 1, 1], [0, -2, 1], [0, 0, -3]], dtype=torch.float64) / torch.tensor(
-    [2.0, 6.0, 12.0], dtype=torch.float64
-).sqrt()
+BASIS = (
+    torch.tensor([[1, 1, 1], [-1, 1, 1], [0, -2, 1], [0, 0, -3]], dtype=torch.float64)
+    / torch.tensor([2.0, 6.0, 12.0], dtype=torch.float64).sqrt()
+)
 
 
 def positions(x: Tensor) -> Tensor:
