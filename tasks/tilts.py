@@ -106,7 +106,7 @@ def tilt(kind: Kind, dim: int, ess: float, seed: int) -> Tilt:
 def _linear(prior: GaussianMixture, generator: torch.Generator) -> Callable[[float], Tilt]:
     dim = prior.means.shape[1]
     first, second = prior.means[:2]
-    direction = _unit(torch.randn(dim, generator=generator, dtype=torch.float64)) - _unit(first + second)
+    direction = 0.5 * _unit(torch.randn(dim, generator=generator, dtype=torch.float64)) - _unit(first + second)
     if dim > 1:
         direction = direction - (direction @ _unit(first - second)) * _unit(first - second)
     flat = torch.zeros(dim, dim, dtype=torch.float64)

@@ -77,7 +77,7 @@ def test_exact_denoisers_are_the_gradients_of_log_densities(signal: float, noise
         (DoubleWells(1), noised_wells, DoubleWells(1).sample(60, generator) / double_wells.prior_scale(2), 2e-3),
         (funnel_target.Funnel(), noised_funnel, funnel_target.sample(60, generator) / funnel_target.SCALE, 1e-6),
     )
-    levels = torch.tensor(signal).double(), torch.tensor(noise).double()
+    levels = torch.tensor([signal, noise], dtype=torch.float64)
     for law, log_density, x, tolerance in cases:
         state = signal * x + noise * torch.randn(x.shape, generator=generator, dtype=torch.float64)
         expected = tweedie(log_density, state, signal, noise)

