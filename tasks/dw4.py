@@ -87,14 +87,15 @@ def _histogram(name: str, value: Tensor, each: int, truth: dict[str, Any]) -> di
 
 def judge(metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
     """The verdict by the measured figures. log Z by the policy's own weights is in doubt where they have a heavy tail."""
-    criteria = [
-        Criterion("energy TV", metrics["energy_tv"], 0.05),
-        Criterion("distance TV", metrics["distance_tv"], 0.05),
+    from .metrics.exact_target import part_criteria
+
+    criteria, doubts = part_criteria(metrics, "energy", "distance")
+    criteria += [
         Criterion("|log Z error|", metrics["log_z_error"], 0.1),
         Criterion("1 - ESS", 1 - metrics["ess"], 0.8),
     ]
     heavy = metrics["pareto_k"] > MAX_PARETO_K and all(line.met for line in criteria)
-    doubts = [f"the Pareto-k of the policy's weights is {metrics['pareto_k']:.2f}, above {MAX_PARETO_K}"] if heavy else []
+    doubts += [f"the Pareto-k of the policy's weights is {metrics['pareto_k']:.2f}, above {MAX_PARETO_K}"] if heavy else []
     return conclude(criteria, doubts)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.certificate.criteria import Criterion
 from ..finetune.config.certificate import CertificateConfig
 from ..finetune.config.energy import EnergyConfig
 from ..finetune.config.prior import PriorConfig
@@ -106,9 +105,7 @@ def judge(metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
     """The verdict by the funnel's parts and its exact denoiser."""
     from .metrics.exact_target import judge_exact
 
-    return judge_exact(
-        metrics, Criterion("depth TV", metrics["depth_tv"], 0.05), Criterion("radius TV", metrics["radius_tv"], 0.05)
-    )
+    return judge_exact(metrics, ("depth", "radius"))
 
 
 def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], metrics: dict[str, Any]) -> Figure:

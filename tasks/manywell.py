@@ -111,11 +111,7 @@ def judge(metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
     """The verdict by the exact shares of the wells and the exact denoiser."""
     from .metrics.exact_target import judge_exact
 
-    return judge_exact(
-        metrics,
-        Criterion("TV of the number of deeper wells", metrics["well_tv"], 0.05),
-        Criterion("worst share of a deeper well, error", metrics["well_error"], 0.05),
-    )
+    return judge_exact(metrics, ("well",), Criterion("error of a pair's deeper well", metrics["well_error"], 0.05))
 
 
 def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], metrics: dict[str, Any]) -> Figure:

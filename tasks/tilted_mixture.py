@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..finetune.certificate.criteria import Criterion
 from ..finetune.config.certificate import CertificateConfig
 from ..finetune.config.energy import EnergyConfig
 from ..finetune.config.prior import PriorConfig
@@ -150,7 +149,7 @@ def judge(metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
     """The verdict by exact component weights and the exact denoiser."""
     from .metrics.exact_target import judge_exact
 
-    return judge_exact(metrics, Criterion("component TV", metrics["component_tv"], 0.05))
+    return judge_exact(metrics, ("component",))
 
 
 def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], metrics: dict[str, Any]) -> Figure:

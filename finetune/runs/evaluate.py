@@ -172,7 +172,8 @@ def _judge(
                 verdict, reasons = fail_gross_misses("inconclusive", reasons, metrics | sides)
             advance(1)
             metrics["exact"] = _exact_metrics(run, run.task, evidence, energy, generator)
-            more = rollouts_to_trust(metrics, len(evidence.samples)) if verdict == "inconclusive" else None
+            by_prior = verdict == "inconclusive" and evidence.reference is None
+            more = rollouts_to_trust(metrics, len(evidence.samples)) if by_prior else None
             advance(1)
     return metrics | {
         "verdict": verdict,

@@ -16,6 +16,7 @@ from ...samplers.prior import Prior
 from .known_truth import histogram_tv
 
 BOOTSTRAPS = 20
+MOST_TV = 0.05  # of any partition
 
 
 def share_tv(share: Tensor, exact: Tensor) -> float:
@@ -70,18 +71,30 @@ def log_z_metrics(evidence: Evidence, log_z: float) -> dict[str, Any]:
     }
 
 
-def judge_exact(metrics: dict[str, Any], *own: Criterion) -> tuple[Verdict, list[str]]:
-    """The verdict by a task's ``own`` criteria and the figures of the target's exact denoiser on the same chain.
+def part_criteria(metrics: dict[str, Any], *parts: str) -> tuple[list[Criterion], list[str]]:
+    """The bars of total variations by name, and the doubts where the samples are too few for them: exact ones would come near."""
+    criteria, doubts = [], []
+    for part in parts:
+        value, exact = metrics[f"{part}_tv"], metrics[f"{part}_tv_exact"]
+        criteria.append(Criterion(f"{part} TV", value, MOST_TV))
+        if exact > 0.5 * MOST_TV and value < MOST_TV + 3 * exact:
+            doubts.append(f"so few exact samples have a {part} TV of {exact:.3f} already; the bar is {MOST_TV:g}, draw more")
+    return criteria, doubts
+
+
+def judge_exact(metrics: dict[str, Any], parts: tuple[str, ...], *own: Criterion) -> tuple[Verdict, list[str]]:
+    """The verdict by the total variations of ``parts``, further criteria, and the figures of the target's exact denoiser on the
+    same chain.
 
     Nothing here uses the prior's weighted paths, so that a thin prior side is no doubt. Few effective paths of the exact
-    denoiser are one.
+    denoiser are one, and so are too few samples.
     """
     reference = metrics.get("ess_reference")
-    known = reference is not None
-    criteria = [
+    criteria, doubts = part_criteria(metrics, *parts)
+    criteria += [
         *own,
         Criterion("|log Z error|", metrics["log_z_error"], 0.1),
         Criterion("ESS below the reference's, share", 1 - metrics["ess"] / reference if reference else None, 0.2),
-        Criterion("gap - gap_reference", metrics["gap"] - metrics["gap_reference"] if known else None, 0.35),
+        Criterion("gap - gap_reference", metrics["gap"] - metrics["gap_reference"] if reference else None, 0.35),
     ]
-    return conclude(criteria, thin_reference(metrics) if known else [])
+    return conclude(criteria, [*doubts, *(thin_reference(metrics) if reference else [])])

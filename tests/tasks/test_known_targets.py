@@ -94,10 +94,16 @@ def test_the_funnel_is_normalized_and_its_parts_are_equal() -> None:
         assert ((counts - 2000).abs() < 4.5 * math.sqrt(20_000 * 0.1 * 0.9)).all()
 
 
+STEPS = 40
 CASES: dict[str, tuple[Task, Any, Any, Any]] = {
     # task, config, the law of a policy that is right, that of one that is not
-    "manywell": (MANYWELL, replace(MANYWELL.recipe().prior, dim=4), lambda: DoubleWells(2), lambda: DoubleWells(2, 1.4)),
-    "funnel": (FUNNEL, FUNNEL.recipe().prior, funnel_target.Funnel, lambda: NarrowFunnel()),
+    "manywell": (
+        MANYWELL,
+        replace(MANYWELL.recipe().prior, dim=4, steps=STEPS),
+        lambda: DoubleWells(2),
+        lambda: DoubleWells(2, 1.4),
+    ),
+    "funnel": (FUNNEL, replace(FUNNEL.recipe().prior, steps=STEPS), funnel_target.Funnel, lambda: NarrowFunnel()),
 }
 
 
@@ -116,7 +122,7 @@ def verdict(name: str, policy: Denoiser) -> tuple[str, list[str], dict[str, Any]
     exact = task.reference(config, module.energy, 1.0)
     assert exact is not None
     paths = reference_paths(prior, exact, policy, module.energy, 1.0, torch.Generator().manual_seed(1), size=600)
-    evidence = gather_evidence(prior, policy, module.energy, 1.0, generator, size=1500, starts=0)
+    evidence = gather_evidence(prior, policy, module.energy, 1.0, generator, size=2500, starts=0)
     evidence = replace(evidence, reference=paths)
     metrics = path_metrics(evidence)
     metrics |= task.metrics(config, evidence, module.energy, generator)
