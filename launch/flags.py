@@ -18,6 +18,7 @@ RunFolder = Annotated[Path, POSITIONAL, tyro.conf.arg(metavar="RUN")]
 # Where the field's own name would say too little, or is taken.
 RENAMED = {
     "prior.source": "prior",
+    "prior.seed": "prior-seed",
     "energy.terms": "energy",
     "energy.workers": "energy-workers",
     "energy.timeout": "energy-timeout",

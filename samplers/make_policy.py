@@ -11,6 +11,7 @@ from torch import nn
 
 from .denoiser import DiffusersDenoiser, ResidualDenoiser, is_diffusers
 from .lora import add_adapters, without_adapters
+from .mlp import residual_network
 from .policy import Policy, PolicyKind
 from .prior import Prior
 from .typed import forked_rng
@@ -28,7 +29,8 @@ def make_policy(
 
     rank, targets: of LoRA adapters; targets are names of layers or endings of such names ('to_q', 'resnets.0.conv1'), by
     default every linear or convolutional layer larger than its adapter (`lora.add_adapters`). The weights that start at
-    random do so from a fixed seed. gradient_checkpointing: recompute activations in the backward pass.
+    random do so from a fixed seed. full: of a prior of vectors without parameters, which leaves nothing to copy, a residual
+    network (`residual_of`). gradient_checkpointing: recompute activations in the backward pass.
 
     Errors: ValueError for a prior that this kind cannot be made of, targets that match nothing, and a network that has no
     gradient checkpointing.
@@ -38,6 +40,8 @@ def make_policy(
     if targets and kind != "lora":
         raise ValueError(f"targets name layers for LoRA adapters, and a {kind!r} policy has none; leave them out.")
     recompute = None
+    if kind == "full" and len(prior.shape) == 1 and not has_parameters(prior):
+        kind = "residual"  # a closed form or a black box on vectors: nothing to copy
     if kind == "full":
         denoiser = trainable_copy(prior)
         network = getattr(denoiser, "model", denoiser)
@@ -52,6 +56,11 @@ def make_policy(
     return Policy(prior, denoiser)
 
 
+def has_parameters(prior: Prior) -> bool:
+    """Whether the prior's denoiser has anything to train."""
+    return isinstance(prior.denoiser, nn.Module) and any(True for _ in prior.denoiser.parameters())
+
+
 def trainable_copy(prior: Prior) -> nn.Module:
     """A denoiser that starts as an exact copy of the prior and trains all its parameters.
 
@@ -59,7 +68,7 @@ def trainable_copy(prior: Prior) -> nn.Module:
 
     Errors: ValueError where the prior's denoiser has no parameters; wrap it in `ResidualDenoiser` instead.
     """
-    if not isinstance(prior.denoiser, nn.Module) or not any(True for _ in prior.denoiser.parameters()):
+    if not has_parameters(prior):
         raise ValueError(
             "this prior has no parameters to copy and train; pass policy=ResidualDenoiser(prior.denoiser, network), the"
             " frozen prior plus a network that starts at zero."
@@ -72,8 +81,16 @@ def trainable_copy(prior: Prior) -> nn.Module:
 
 
 def residual_of(prior: Prior) -> ResidualDenoiser:
-    """The frozen prior plus a network of its own kind and size, fresh weights and a zeroed last layer."""
+    """The frozen prior plus a network of its own kind and size, fresh weights and a zeroed last layer.
+
+    Where the prior has no parameters and its states are vectors, a `residual_network`.
+
+    Errors: ValueError for any other network than a diffusers model.
+    """
     base = prior.denoiser
+    if len(prior.shape) == 1 and not has_parameters(prior):
+        network = cast(nn.Module, residual_network(prior.chain, prior.shape[0]))
+        return ResidualDenoiser(base, network.to(prior.device)).eval()
     if not (isinstance(base, DiffusersDenoiser) and is_diffusers(base.model)):
         raise ValueError(
             "this prior is not a diffusers model, so there is no config to build a residual network from; pass"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .chain import Chain
 from .shapes import Index, Timestep
-from .typed import unique_with_inverse
+from .typed import forked_rng, unique_with_inverse
 
 
 class MLPDenoiser(ModelMixin, ConfigMixin):
@@ -110,7 +110,11 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         spread = (signal**2 * data_std**2 + noise**2).clamp(min=1e-6).sqrt()
         skip = signal * data_std**2 / spread**2
         scale = data_std * noise / spread
-        columns = torch.stack([1 / spread, (skip - p) / q, scale / q])
+        return self.set_tables_(timesteps, torch.stack([1 / spread, (skip - p) / q, scale / q]))
+
+    @torch.no_grad()
+    def set_tables_(self, timesteps: Float[Tensor, " n"], columns: Float[Tensor, "3 n"]) -> MLPDenoiser:
+        """Set input_scale, output_skip and output_scale at ascending ``timesteps``, interpolated to the labels between them."""
         labels = torch.arange(self.num_labels, dtype=torch.float64)
         right = torch.searchsorted(timesteps, labels).clamp(1, len(timesteps) - 1)
         left = right - 1
@@ -124,3 +128,21 @@ def precondition_for_(model: MLPDenoiser, chain: Chain, data_std: float) -> MLPD
     order = torch.argsort(chain.timesteps)
     levels = [column[: chain.num_steps][order] for column in (chain.p, chain.q, chain.signal, chain.noise)]
     return model.set_preconditioning_(chain.timesteps[order], *levels, data_std=data_std)
+
+
+def residual_network(chain: Chain, dim: int) -> MLPDenoiser:
+    """A network for the residual beside a frozen prior whose data are of about unit variance, from a fixed seed.
+
+    Where the prior is exact, so is the output that a tilt adds to it: x_hat shifts by noise² · (grad log h / signal) with the
+    soft value log h (Tweedie's formula twice). The bracket, which is what the network gives, is the tilt's own gradient where
+    there is little noise, and the shift of the mean where there is nothing else: of order one at every step.
+    """
+    with forked_rng():
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs as well
+        network = MLPDenoiser(dim, width=128 if dim <= 10 else 256, depth=3, bandwidth=1.5 / math.sqrt(dim))
+    order = torch.argsort(chain.timesteps)
+    q, signal, noise = (column[: chain.num_steps][order] for column in (chain.q, chain.signal, chain.noise))
+    if bool(torch.isfinite(signal + noise).all()):
+        spread = (signal**2 + noise**2).clamp(min=1e-6).sqrt()
+        network.set_tables_(chain.timesteps[order], torch.stack([1 / spread, torch.zeros_like(q), noise**2 / q]))
+    return network

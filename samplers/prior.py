@@ -87,6 +87,6 @@ class Prior:
     @property
     def device(self) -> torch.device:
         if isinstance(self.denoiser, nn.Module):
-            for parameter in self.denoiser.parameters():
-                return parameter.device
+            for tensor in (*self.denoiser.parameters(), *self.denoiser.buffers()):
+                return tensor.device
         return torch.device("cpu")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-Purpose = Literal["training", "samples", "resampling", "judging", "certificate", "deployment"]
+Purpose = Literal["training", "samples", "resampling", "judging", "certificate", "deployment", "reference"]
 OFFSETS: dict[Purpose, int] = {
     "training": 0,
     "samples": 2**28,
@@ -17,6 +17,7 @@ OFFSETS: dict[Purpose, int] = {
     "judging": 2**30,
     "certificate": 2**31,
     "deployment": 2**31 + 2**30,
+    "reference": 2**31 + 2**29,
 }
 
 

@@ -9,8 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..samplers.chain import Chain
-from ..samplers.condition import Condition
+from .exact_denoiser import ExactDenoiser
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +46,30 @@ class GaussianMixture:
 
     def denoise(self, state: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
         """E[x | state] for state = signal x + noise eps: sum_i r_i [m_i + signal S_i (signal² S_i + noise² I)^-1 (.)]."""
+        if self._variances is not None:
+            return self._denoise_isotropic(state, signal, noise, self._variances.to(state))
         log_density, projected, variance = self.component_log_density(state, signal, noise)
         values, vectors = (part.to(state) for part in self._spectrum)
         gain = signal.reshape(-1, 1, 1).to(state) * values / variance
         component = self.means.to(state) + torch.einsum("Nne,nde->Nnd", gain * projected, vectors)
         return torch.einsum("Nn,Nnd->Nd", log_density.softmax(-1), component)
+
+    @cached_property
+    def _variances(self) -> Tensor | None:
+        """[n] where each component is isotropic, else None."""
+        variances = self.covariances.diagonal(dim1=1, dim2=2)[:, 0]
+        isotropic = variances[:, None, None] * torch.eye(self.means.shape[1], dtype=variances.dtype)
+        return variances.clone() if torch.equal(isotropic, self.covariances) else None
+
+    def _denoise_isotropic(self, state: Tensor, signal: Tensor, noise: Tensor, variances: Tensor) -> Tensor:
+        """`denoise` without the covariances' eigenvectors, which costs a D-th of it."""
+        means, dim = self.means.to(state), self.means.shape[1]
+        signal, noise = signal.reshape(-1, 1).to(state), noise.reshape(-1, 1).to(state)
+        total = (signal**2 * variances + noise**2).clamp(min=1e-12)
+        distance = state.square().sum(1, keepdim=True) - 2 * signal * (state @ means.T) + signal**2 * means.square().sum(1)
+        share = (self.weights.log().to(state) - 0.5 * (distance / total + dim * total.log())).softmax(-1)
+        gain = share * signal * variances / total
+        return (share - gain * signal) @ means + gain.sum(1, keepdim=True) * state
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """Posterior component weights [N, n]."""
@@ -99,22 +117,7 @@ class GaussianMixture:
         return mixture, logits.logsumexp((0, 1))
 
 
-class MixtureDenoiser:
-    """The exact denoiser of a mixture on a chain, as an output that the chain turns back into x_hat = E[x | s_k].
+class MixtureDenoiser(ExactDenoiser):
+    """The exact denoiser of a `GaussianMixture` on a chain."""
 
-    Takes the chain's labels; a label that is not one of the chain's steps is an error.
-    """
-
-    def __init__(self, mixture: GaussianMixture, chain: Chain) -> None:
-        self.mixture, self.chain = mixture, chain
-        if chain.input_scale.ne(1).any():
-            raise ValueError(f"{chain.name} scales its network's input; the exact denoiser is written for unscaled states.")
-
-    def __call__(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
-        labels = self.chain.timesteps.to(state.dtype)
-        step = (timestep.reshape(-1)[:, None].to(state.dtype) - labels).abs().argmin(-1)
-        if (labels[step] - timestep.reshape(-1).to(state.dtype)).abs().max() > 1e-3:
-            raise ValueError("the exact denoiser was asked for a timestep that its chain does not have.")
-        clean = self.mixture.denoise(state, self.chain.signal[step], self.chain.noise[step])
-        p, q = (column[step].to(state)[:, None] for column in (self.chain.p, self.chain.q))
-        return (clean - p * state) / q
+    law: GaussianMixture

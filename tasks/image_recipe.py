@@ -63,8 +63,10 @@ def shipped_prior(folder: Path, config: PriorConfig) -> Prior:
     """
     from ..samplers.loading.pretrained import load_prior
 
+    if config.dim is not None or config.seed:
+        raise ValueError("this task has one prior, of images of one size; leave out dim and the prior's seed.")
     if config.chain is not None:
         raise ValueError(f"this task has one chain, its pipeline's scheduler; leave out the chain {config.chain!r}.")
     settings: dict[str, Any] = asdict(config)
-    del settings["source"], settings["chain"]
+    del settings["source"], settings["chain"], settings["dim"], settings["seed"]
     return load_prior(folder, **settings)

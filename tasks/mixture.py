@@ -1,5 +1,6 @@
 """The mixture task: 25 equal modes in the plane, fine-tuned onto nine unequal ones of them. The truth is known in closed form.
 
+With a dimension it is another problem, a random mixture of that dimension (`tilted_mixture`). Of the plane:
 `mixture_target` holds prior, target and energy, `mixture_chains` the samplers. `data/make_prior` pretrained the shipped priors,
 `data/make_reference` measured the exact posterior denoiser on each chain.
 """
@@ -15,6 +16,7 @@ from ..finetune.config.energy import EnergyConfig
 from ..finetune.config.prior import PriorConfig
 from ..finetune.config.run import RunConfig
 from ..finetune.config.train import ObjectiveName, TrainConfig
+from . import tilted_mixture
 from .mixture_chains import CHAINS, DEFAULT_STEPS, build_chain, shipped_prior, shipped_reference
 from .task import Task
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
+    from ..finetune.certificate.criteria import Verdict
     from ..finetune.certificate.evidence import Evidence
     from ..finetune.energies.energy import Energy
     from ..samplers.prior import Prior
@@ -62,10 +65,12 @@ def recipe(
 
 
 def load_prior(config: PriorConfig) -> Prior:
-    """The shipped prior of the config's chain.
+    """The shipped prior of the config's chain; the exact one of a random mixture where the config has a dimension.
 
     Errors: ValueError for an unknown chain, and for settings that the task's chains fix.
     """
+    if config.dim is not None:
+        return tilted_mixture.load_prior(config)
     given = asdict(config)
     fixed = [name for name, value in asdict(PriorConfig(steps=config.steps, chain=config.chain)).items() if value != given[name]]
     if fixed:
@@ -82,6 +87,8 @@ def metrics(config: PriorConfig, evidence: Evidence, energy: Energy, generator: 
 
     Errors: ValueError for another energy than the task's own, an alpha without closed form, or fewer than 40,000 samples.
     """
+    if config.dim is not None:
+        return tilted_mixture.metrics(config, evidence, energy, generator)
     from ..finetune.estimators import log_mean_exp
     from .metrics.known_truth import truth_metrics
     from .metrics.samples import generator_on_cpu
@@ -115,8 +122,15 @@ def _refuse_other_energy(energy: Energy) -> None:
         raise ValueError("the target of the mixture task is known for the task's own energy alone, and this is another one")
 
 
+def judge(metrics: dict[str, Any]) -> tuple[Verdict, list[str]]:
+    """The verdict by exact samples and the exact denoiser."""
+    return tilted_mixture.judge(metrics) if "component_tv" in metrics else judge_known(metrics)
+
+
 def picture(evidence: Evidence, energy: Energy, history: list[dict[str, Any]], metrics: dict[str, Any]) -> Figure:
     """Prior, policy on the target's contours, and the training curves."""
+    if "component_tv" in metrics:
+        return tilted_mixture.picture(evidence, energy, history, metrics)
     from .mixture_target import target_mixture
     from .plots.mixture import mixture_figure
 
@@ -129,6 +143,9 @@ TASK = Task(
     recipe=recipe,
     load_prior=load_prior,
     metrics=metrics,
-    judge=judge_known,
+    judge=judge,
     picture=picture,
+    recipe_in=tilted_mixture.recipe,
+    refuse=tilted_mixture.refuse,
+    reference=tilted_mixture.reference,
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .gaussian_mixture import GaussianMixture
+from .tilts import linear, mixture, quadratic  # noqa: F401 - the energies in any dimension, by name beside the plane's
 
 MODE_VARIANCE = 0.3
 TARGET_MODES = {

@@ -25,6 +25,7 @@ from ..energies.energy import Energy, EnergyMeter
 from ..estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
 from .bins import BINS, filled, weighted_quantiles
 from .climbed import Climbed, climbed_side, climbs
+from .reference import ReferencePaths, reference_metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class Evidence:
     Prior side: ``prior_samples``, ``prior_energy``, ``prior_log_ratio`` (the policy's Λ on prior paths). It is the target side as
     well (``target_samples`` and so on), unless there is a ``climbed`` one.
     step_kl: mean log-ratio of each trained step on policy rollouts. start_log_weight: of rollouts from common starts, or
-    None. energy_calls: of all; target_calls: of them, those for prior and target.
+    None. energy_calls: of all; target_calls: of them, those for prior and target. reference: paths of the target's exact denoiser,
+    where the task knows it.
     """
 
     alpha: float
@@ -50,6 +52,7 @@ class Evidence:
     energy_calls: int
     target_calls: int = 0
     climbed: Climbed | None = None
+    reference: ReferencePaths | None = None
 
     @property
     def target_samples(self) -> Float[Tensor, " t *data"]:
@@ -196,7 +199,8 @@ def gather_evidence(
 def path_metrics(evidence: Evidence) -> dict[str, Any]:
     """ELBO, EUBO, log Z from both sides, ESS, Pareto-k, start dependence: every figure with its standard error (_se).
 
-    ``prior`` holds the same of the prior itself, the model that was started from.
+    ``prior`` holds the same of the prior itself, the model that was started from. EUBO and gap are by the prior's weighted paths,
+    or by those of the target's exact denoiser where there are any (`reference_metrics`).
     """
     lw, target = evidence.log_weight, evidence.target_weight
     finite = torch.isfinite(lw)
@@ -230,7 +234,7 @@ def path_metrics(evidence: Evidence) -> dict[str, Any]:
     else:
         variance, error = start_variance(evidence.start_log_weight)
         metrics |= {"start_variance": variance, "start_variance_se": error}
-    return metrics
+    return metrics if evidence.reference is None else metrics | reference_metrics(evidence.reference, metrics)
 
 
 def forward_log_z(evidence: Evidence) -> tuple[float, float]:

@@ -19,6 +19,11 @@ class PriorConfig:
     """K, the number of denoising steps."""
     chain: str | None = None
     """Which chain of a task that ships several: ddpm, ddim, flow or brownian of the mixture. None: the task's first."""
+    dim: int | None = None
+    """Dimension of the prior, of a task that has one in several; the mixture's is then random, with an exact denoiser. None: the
+    task's own."""
+    seed: int = 0
+    """Which of the random mixtures that dim asks for. An energy of theirs takes the same one: 'linear(ess=0.003, seed=1)'."""
     eta: float = 1.0
     """DDIM's share of noise, above 0; 1 forgets the start best."""
     variance: Literal["fixed_large", "fixed_small"] | None = None
@@ -43,6 +48,12 @@ class PriorConfig:
             self.source is not None and self.chain is not None,
             f"chain is {self.chain!r}, which names a chain of a shipped task; the chain of {self.source!r} is its scheduler's.",
         )
+        refuse(
+            self.source is not None and self.dim is not None,
+            f"dim is {self.dim}, which asks for the prior of a shipped task; {self.source!r} has its own dimension.",
+        )
+        refuse(self.dim is not None and self.dim < 1, f"dim is {self.dim}; it is at least 1.")
+        refuse(self.seed < 0, f"seed is {self.seed}; it must not be negative.")
         refuse(self.steps < 1, f"steps is {self.steps}; a chain has at least one step.")
         refuse(not self.eta >= 0, f"eta is {self.eta}; it is DDIM's share of noise, above 0.")
         refuse(not self.noise_level > 0, f"noise_level is {self.noise_level}; it must be positive.")

@@ -42,8 +42,10 @@ def load_prior(config: RunConfig, task: Task | None) -> Prior:
         return prior
     from ...samplers.loading import pretrained
 
+    if config.prior.dim is not None or config.prior.seed:
+        raise ValueError(f"dim and seed choose a prior of the mixture task; {config.prior.source!r} is as it is, leave them out.")
     settings = asdict(config.prior)
-    del settings["chain"]  # of shipped tasks alone
+    del settings["chain"], settings["dim"], settings["seed"]  # of shipped tasks alone
     return pretrained.load_prior(settings.pop("source"), device=device, **settings)
 
 

@@ -22,6 +22,7 @@ from ..certificate.criteria import (
 )
 from ..certificate.deployment import deployed_samplers, deployment_metrics
 from ..certificate.evidence import gather_evidence, path_metrics
+from ..certificate.reference import reference_paths
 from ..certificate.verdict import judge_unknown
 from ..energies.names import parse_energy
 from ..estimators import ess
@@ -35,6 +36,7 @@ from .task import Task
 
 if TYPE_CHECKING:
     from ..certificate.evidence import Evidence
+    from ..certificate.reference import ReferencePaths
     from ..energies.energy import Energy
 
 # Samples of each deployed sampler: what it loses shows in a few, and there are several samplers.
@@ -73,9 +75,10 @@ def certify(
     evidence: Evidence | None = None
     wanted = config.size
     with threads(run.config.threads):
+        reference = _reference(run, energy, config.seed)
         while True:
             drawn = _draw(run, energy, wanted - (0 if evidence is None else len(evidence.samples)), generator, evidence, progress)
-            evidence = drawn if evidence is None else evidence.joined(drawn)
+            evidence = replace(drawn, reference=reference) if evidence is None else evidence.joined(drawn)
             metrics = _judge(run, energy, evidence, config.tolerance, generator, progress)
             more = metrics["rollouts_to_decide"]
             if metrics["verdict"] != "inconclusive" or more is None or until_decided is None or wanted >= until_decided:
@@ -139,6 +142,21 @@ def _draw(run: Run, energy: Energy, size: int, generator: torch.Generator, befor
         )
 
 
+def _reference(run: Run, energy: Energy, seed: int) -> ReferencePaths | None:
+    """Paths of the target's exact denoiser where the task knows it; what they cost is in no budget."""
+    if run.task is None or run.task.reference is None:
+        return None
+    alpha = run.config.train.alpha
+    try:
+        exact = run.task.reference(run.config.prior, energy, alpha)
+    except ValueError:  # the task's metrics say why
+        return None
+    if exact is None:
+        return None
+    generator = stream("reference", seed, run.prior.device)
+    return reference_paths(run.prior, exact, run.policy, energy, alpha, generator)
+
+
 def _judge(
     run: Run, energy: Energy, evidence: Evidence, tolerance: float, generator: torch.Generator, progress: bool
 ) -> dict[str, Any]:
@@ -164,7 +182,8 @@ def _judge(
                 verdict, reasons = fail_gross_misses("inconclusive", reasons, metrics | sides)
             advance(1)
             metrics["exact"] = _exact_metrics(run, run.task, evidence, energy, generator)
-            more = rollouts_to_trust(metrics, len(evidence.samples)) if verdict == "inconclusive" else None
+            by_prior = verdict == "inconclusive" and evidence.reference is None
+            more = rollouts_to_trust(metrics, len(evidence.samples)) if by_prior else None
             advance(1)
     return metrics | {
         "verdict": verdict,

@@ -61,7 +61,7 @@ def _check(policy: Policy, format: str, out: Path) -> None:
     if not possible:
         raise ValueError(
             "a residual policy is the prior plus a second network, which no class of diffusers is; sample it with tiltune, or"
-            " train a full or a LoRA policy to export."
+            " train a full or a LoRA policy of a prior that is a network to export."
         )
     if format not in possible:
         raise ValueError(f"this is a {policy.kind} policy, which cannot be exported as {format!r}; use {' or '.join(possible)}.")

@@ -25,6 +25,8 @@ def resolve(config: RunConfig, folder: Path, task: Task | None, energy: Energy |
     config = _with_absolute_places(config)
     _refuse_incomplete(config, task, energy)
     _refuse_priors_folder(folder, config)
+    if task is not None and task.refuse is not None:
+        task.refuse(config)
     return config
 
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from ...samplers.denoiser import Denoiser
     from ...samplers.prior import Prior
     from ..certificate.criteria import Verdict
     from ..certificate.evidence import Evidence
     from ..config.prior import PriorConfig
+    from ..config.run import RunConfig
     from ..energies.energy import Energy
 
 
@@ -28,3 +30,7 @@ class Task(Protocol):
     def metrics(self) -> Callable[[PriorConfig, Evidence, Energy, torch.Generator], dict[str, Any]]: ...
     @property
     def judge(self) -> Callable[[dict[str, Any]], tuple[Verdict, list[str]]]: ...
+    @property
+    def refuse(self) -> Callable[[RunConfig], None] | None: ...
+    @property
+    def reference(self) -> Callable[[PriorConfig, Energy, float], Denoiser | None] | None: ...

@@ -170,7 +170,7 @@ def task_lines(certificate: dict[str, Any]) -> list[str]:
         shown = [
             f"{name.replace('_', ' ')} {metrics[name]:.3f}"
             + (f" ({metrics[f'{name}_reference']:.3f})" if f"{name}_reference" in metrics else "")
-            for name in ("share", "diversity", "residual", "energy_tv", "w2_ratio")
+            for name in ("share", "diversity", "residual", "component_tv", "energy_tv", "w2_ratio")
             if name in metrics
         ]
         if shown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -124,8 +125,29 @@ def starting_point(argv: list[str]) -> RunConfig:
     if task is not None and named != task:
         raise ValueError(f"{file} is a config of the task {named!r}, but the task {task!r} is asked for; leave out one of them.")
     # What is no name of a task at all is refused with the other types.
-    base = load_task(named).recipe() if isinstance(named, str) else pretrained_recipe()
+    base = recipe_of(named, argv, values) if isinstance(named, str) else pretrained_recipe()
     return from_mapping(values, base, str(file))
+
+
+def recipe_of(name: str, argv: list[str], values: dict[str, Any]) -> RunConfig:
+    """The default config of a task, in the dimension that the command line or else the config ``values`` ask for.
+
+    Errors: ValueError for a dimension of a task that has one prior.
+    """
+    task = load_task(name)
+    dim = _number("--dim", "dim", argv, values)
+    if dim is None:
+        return task.recipe()
+    if task.recipe_in is None:
+        raise ValueError(f"the task {name} has one prior, of one dimension; leave out the dim {dim}.")
+    return task.recipe_in(dim, _number("--prior-seed", "seed", argv, values) or 0)
+
+
+def _number(flag: str, key: str, argv: list[str], values: dict[str, Any]) -> int | None:
+    """A whole number of the prior's section, from 0 on; anything else is None, to be refused where it is read."""
+    section = values.get("prior")
+    said = flags.given(argv, flag) or (section.get(key) if isinstance(section, dict) else None)
+    return int(str(said)) if re.fullmatch("[0-9]+", str(said)) else None
 
 
 def _config_file(argv: list[str]) -> Path | None:

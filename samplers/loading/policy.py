@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..denoiser import DiffusersDenoiser
+from ..denoiser import DiffusersDenoiser, ResidualDenoiser
 from ..lora import load_adapter
-from ..make_policy import beside, residual_of
+from ..make_policy import beside, has_parameters, residual_of
 from ..policy import Policy
 from ..prior import Prior
 from .folder import load_model, read_json
@@ -24,6 +24,8 @@ def load_policy(prior: Prior, folder: str | Path) -> Policy:
     base = prior.denoiser
     if kind not in ("full", "lora", "residual"):
         raise ValueError(f"{folder}/policy.json names the policy kind {kind!r}; full, lora and residual are known.")
+    if kind == "residual" and not has_parameters(prior) and len(prior.shape) == 1:
+        return Policy(prior, _beside_no_network(prior, folder / "residual"))
     if not isinstance(base, DiffusersDenoiser):
         raise ValueError("this prior is not a diffusers model, so no saved policy fits it.")
     if kind == "lora":
@@ -38,6 +40,16 @@ def load_policy(prior: Prior, folder: str | Path) -> Policy:
         residual.residual = denoiser
         denoiser = residual
     return Policy(prior, denoiser.requires_grad_(True))
+
+
+def _beside_no_network(prior: Prior, folder: Path) -> ResidualDenoiser:
+    """The residual network in ``folder`` beside a prior without parameters."""
+    denoiser = residual_of(prior)
+    network, _ = load_model(folder, ("MLPDenoiser",))
+    if _architecture(network) != _architecture(denoiser.residual.model):
+        raise ValueError(f"the policy in {folder.parent} is not of this prior's network: their configs differ.")
+    denoiser.residual = DiffusersDenoiser(network.to(prior.device))
+    return denoiser.requires_grad_(True).eval()
 
 
 def _architecture(model: Any) -> dict[str, Any]:

@@ -329,6 +329,7 @@ def test_a_target_beyond_the_paths_is_seen_from_a_milder_one_and_that_is_said(ta
         monkeypatch.setattr("tiltune.finetune.populations.population.ENOUGH", 0.0)
         monkeypatch.setattr("tiltune.finetune.populations.population.FEWEST", 0)
     config = replace(SMALL, warm_start="value_drift", warm_start_updates=120, soft_value_updates=100, updates=0)
+    config = replace(config, population="importance")
     trainer = Trainer(steep.prior(), steep.energy, config, policy=policy_of(steep.prior()), progress=False)
     result = trainer.train()
     said = result.improvement

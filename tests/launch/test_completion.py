@@ -44,13 +44,13 @@ def complete(tiltune: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[
 
 def test_bash_completes_verbs_tasks_flags_choices_and_files(complete: Callable[..., dict[str, list[str]]]) -> None:
     found = complete(
-        "", "tr", "train ", "train d", "train --obj", "train --objective r", "train digits --batch", "train --config ru",
+        "", "tr", "train ", "train di", "train --obj", "train --objective r", "train digits --batch", "train --config ru",
         "export --format ", "completion ", "2d --chain d", "evaluate my",
     )  # fmt: skip
     assert set(VERBS) <= set(found[""])
     assert found["tr"] == ["train"]
     assert set(TASKS) <= set(found["train "])
-    assert found["train d"] == ["digits"]
+    assert found["train di"] == ["digits"]
     assert found["train --obj"] == ["--objective"]
     assert found["train --objective r"] == ["rtb", "reinforce_kl"]
     assert found["train digits --batch"] == ["--batch-size"]

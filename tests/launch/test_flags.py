@@ -20,6 +20,8 @@ VALUES: dict[str, list[str]] = {
     "--tracker": ["wandb"],
     "--prior": ["folder"],
     "--steps": ["7"],
+    "--dim": ["5"],
+    "--prior-seed": ["2"],
     "--eta": ["0.5"],
     "--variance": ["fixed_small"],
     "--noise": ["flow_grpo"],

@@ -346,7 +346,7 @@ def test_adapters_that_cannot_be_are_refused(name: str) -> None:
 
 
 def test_policies_that_cannot_be_are_refused() -> None:
-    by_hand = Prior(lambda state, timestep, condition=None: state, CHAIN, (2,))
+    by_hand = Prior(lambda state, timestep, condition=None: state, CHAIN, (1, 8, 8))
     with pytest.raises(ValueError, match="no parameters to copy"):
         make_policy(by_hand, "full")
     with pytest.raises(ValueError, match="no config to build a residual network from"):
