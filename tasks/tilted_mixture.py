@@ -36,8 +36,7 @@ NUMBERS = 40_000_000  # that a population holds, 160 MB
 
 def recipe(dim: int, seed: int = 0) -> RunConfig:
     """A training in ``dim`` dimensions, with a linear energy that leaves .003 of the prior effective."""
-    size = max(4000, min(20_000, NUMBERS // (STEPS * max(dim, 1))))
-    train = TrainConfig(population_size=size, warm_start_updates=400, updates=200)
+    train = TrainConfig(population_size=8000, batch_size=128, updates=100, learning_rate=1e-3, checkpoint_every=500)
     return RunConfig(
         task="mixture",
         prior=PriorConfig(steps=STEPS, dim=dim, seed=seed),

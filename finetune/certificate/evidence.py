@@ -36,8 +36,8 @@ class Evidence:
     Prior side: ``prior_samples``, ``prior_energy``, ``prior_log_ratio`` (the policy's Λ on prior paths). It is the target side as
     well (``target_samples`` and so on), unless there is a ``climbed`` one.
     step_kl: mean log-ratio of each trained step on policy rollouts. start_log_weight: of rollouts from common starts, or
-    None. energy_calls: of all; target_calls: of them, those for prior and target. reference: paths of the target's exact denoiser,
-    where the task knows it.
+    None. energy_calls: of all; target_calls: of them, those for prior and target. reference: paths of the target's exact
+    denoiser, where the task knows it.
     """
 
     alpha: float
