@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from ...samplers.condition import members
 from ...samplers.log_ratio import step_log_ratio
 from ...samplers.prior import Prior
-from ...samplers.rollout import in_parts, rollout
+from ...samplers.rollout import rollout
 from ..config.train import TrainConfig
 from ..distributed.processes import Processes
 from ..energies.energy import energy_name
@@ -22,7 +21,7 @@ from ..energies.evaluation import EnergyEvaluation
 from ..energies.probe import probe_energy
 from ..estimators import effective_number
 from ..populations.held_out import HeldOut
-from ..populations.importance import Bar, importance_population, prior_paths
+from ..populations.importance import Bar, drawn_paths, importance_population, prior_paths
 from ..populations.population import Population, temperature_within_reach, too_few
 from ..populations.smc import climb
 from .behaviors import needs_population
@@ -122,15 +121,10 @@ class Preparation:
             return
         assert forward is not None
         count, generator = self.size["population_size"], self.noise.generator
+        log_ratio = step_log_ratio(self.prior.chain, self.prior.denoiser, policy, population.climbed).sum(0)
         with self.bar(count, "policy samples") as bar:
-            log_ratio = step_log_ratio(self.prior.chain, self.prior.denoiser, policy, population.climbed).sum(0)
-            move = in_parts(count, self.prior.chain.num_steps, bar.update)
-            drawn = self.energies.evaluate(rollout(self.prior, policy, count, generator, on_step=lambda: self._step(move)))
+            drawn = drawn_paths(self.energies, policy, count, "policy samples", generator, bar)
         self.population = forward.population = population.renewed(self.config.alpha, log_ratio, drawn)
-
-    def _step(self, move: Callable[[], None]) -> None:
-        self.processes.poll()
-        move()
 
     def _probe(self) -> None:
         """Four prior samples show whether the energy can be used."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...samplers.condition import selected
+from ...samplers.denoiser import Denoiser
 from ...samplers.prior import Prior
 from ...samplers.rollout import in_parts, rollout
 from ...samplers.trajectory import Trajectories, rows_at_once
@@ -53,30 +54,44 @@ def prior_paths(
     energies: EnergyEvaluation, size: int, label: str, alpha: float, generator: torch.Generator, bar: Bar
 ) -> Trajectories:
     """The same paths, whatever their energies are. A bar of this label ends with their effective number at ``alpha``."""
+    with bar(size, label) as shown:
+        paths = drawn_paths(energies, None, size, label, generator, shown)
+        # What says whether alpha is within reach.
+        shown.set_postfix(effective=f"{Population(paths).ess(alpha):,.0f}")
+    return paths
+
+
+def drawn_paths(
+    energies: EnergyEvaluation, policy: Denoiser | None, size: int, label: str, generator: torch.Generator, shown: Any
+) -> Trajectories:
+    """``size`` paths of the prior, or of ``policy`` with their log-ratios to it, with their energies. shown: a bar of ``label``.
+
+    Errors: ValueError where their states would fill more than half of the memory that is free.
+    """
     prior, processes = energies.prior, energies.processes
     shape = (prior.chain.num_steps + 1, size, *prior.shape)
     with processes.together():
         refuse_oversized(prior, shape, processes, label)
     states = torch.empty(shape, device=prior.device)
     energy = torch.empty(size, device=prior.device)
+    ratio = None if policy is None else torch.empty(prior.chain.num_kernels, size, device=prior.device)
     chunk = rows_at_once(prior.shape, prior.device)
     condition = prior.condition(size)
     parts = [slice(first, min(first + chunk, size)) for first in range(0, size, chunk)]
-    with bar(size, label) as shown:
 
-        def draw(rows: slice) -> Trajectories:
-            count, own = rows.stop - rows.start, selected(condition, rows)
-            return rollout(prior, None, count, generator, condition=own, on_step=_moving(prior, processes, shown, count // 2))
+    def draw(rows: slice) -> Trajectories:
+        count, own = rows.stop - rows.start, selected(condition, rows)
+        return rollout(prior, policy, count, generator, condition=own, on_step=_moving(prior, processes, shown, count // 2))
 
-        drawn = (("", draw(rows)) for rows in parts)
-        for rows, (_, part) in zip(parts, energies.evaluate_each(drawn), strict=True):
-            assert part.energy is not None
-            states[:, rows], energy[rows] = part.states, part.energy
-            shown.update(len(part) - len(part) // 2)  # the other half moved with the rollout
-        paths = Trajectories(states, energy=energy, condition=condition)
-        # What says whether alpha is within reach.
-        shown.set_postfix(effective=f"{Population(paths).ess(alpha):,.0f}")
-    return paths
+    drawn = (("", draw(rows)) for rows in parts)
+    for rows, (_, part) in zip(parts, energies.evaluate_each(drawn), strict=True):
+        assert part.energy is not None
+        states[:, rows], energy[rows] = part.states, part.energy
+        if ratio is not None:
+            assert part.step_log_ratio is not None
+            ratio[:, rows] = part.step_log_ratio
+        shown.update(len(part) - len(part) // 2)  # the other half moved with the rollout
+    return Trajectories(states, ratio, energy=energy, condition=condition)
 
 
 def _moving(prior: Prior, processes: Processes, bar: Any, count: int) -> Callable[[], None]:
