@@ -36,11 +36,12 @@ class ExactDenoiser(nn.Module):
         self.register_buffer("table", torch.stack(columns))
 
     def forward(self, state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
-        labels = self.table[0].to(state.dtype)
+        table = self.table.to(state.device)
+        labels = table[0].to(state.dtype)
         label = timestep.reshape(-1).to(state.dtype)
         step = (label[:, None] - labels).abs().argmin(-1)
         if (labels[step] - label).abs().max() > 1e-3:
             raise ValueError("the exact denoiser was asked for a timestep that its chain does not have.")
-        p, q, signal, noise = self.table[1:, step]
+        p, q, signal, noise = table[1:, step]
         clean = self.law.denoise(state, signal, noise)
         return (clean - p.to(state)[:, None] * state) / q.to(state)[:, None]
