@@ -122,7 +122,7 @@ def verdict(name: str, policy: Denoiser) -> tuple[str, list[str], dict[str, Any]
     exact = task.reference(config, module.energy, 1.0)
     assert exact is not None
     paths = reference_paths(prior, exact, policy, module.energy, 1.0, torch.Generator().manual_seed(1), size=600)
-    evidence = gather_evidence(prior, policy, module.energy, 1.0, generator, size=2500, starts=0)
+    evidence = gather_evidence(prior, policy, module.energy, 1.0, generator, size=2500, starts=0, population="importance")
     evidence = replace(evidence, reference=paths)
     metrics = path_metrics(evidence)
     metrics |= task.metrics(config, evidence, module.energy, generator)
@@ -145,7 +145,9 @@ def test_another_energy_is_refused(task: Task) -> None:
     config = task.recipe().prior
     prior = task.load_prior(config)
     policy = prior.denoiser
-    evidence = gather_evidence(prior, policy, lambda x: x[:, 0], 1.0, torch.Generator(), size=20, starts=0)
+    evidence = gather_evidence(
+        prior, policy, lambda x: x[:, 0], 1.0, torch.Generator(), size=20, starts=0, population="importance"
+    )
     with pytest.raises(ValueError, match="own energy alone, and this is another one"):
         task.metrics(config, evidence, lambda x: x[:, 0], torch.Generator())
 
@@ -181,7 +183,9 @@ def test_the_measured_log_z_of_four_particles_by_another_proposal() -> None:
 def test_the_prior_is_no_sampler_of_four_particles() -> None:
     config = DW4.recipe().prior
     prior, generator = DW4.load_prior(config), torch.Generator().manual_seed(0)
-    evidence = gather_evidence(prior, prior.denoiser, four_particles.energy, 1.0, generator, size=1000, starts=0)
+    evidence = gather_evidence(
+        prior, prior.denoiser, four_particles.energy, 1.0, generator, size=1000, starts=0, population="importance"
+    )
     metrics = path_metrics(evidence)
     found, reasons = DW4.judge(metrics | DW4.metrics(config, evidence, four_particles.energy, generator))
     assert found == "fail" and any("energy TV" in reason for reason in reasons)

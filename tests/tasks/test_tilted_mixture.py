@@ -34,7 +34,8 @@ def certificate(energy: TiltEnergy, law: GaussianMixture, size: int = 2000) -> t
     exact = tilted_mixture.reference(CONFIG, energy, 1.0)
     assert exact is not None
     paths = reference_paths(prior, exact, policy, energy, 1.0, torch.Generator().manual_seed(1), size=1000)
-    evidence = replace(gather_evidence(prior, policy, energy, 1.0, generator, size=size, starts=0), reference=paths)
+    drawn = gather_evidence(prior, policy, energy, 1.0, generator, size=size, starts=0, population="importance")
+    evidence = replace(drawn, reference=paths)
     metrics = path_metrics(evidence)
     return evidence, metrics | TASK.metrics(CONFIG, evidence, energy, generator)
 
