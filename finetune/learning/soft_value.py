@@ -142,7 +142,15 @@ class SoftValue:
     def of_paths(self, state: States, step: Index, path: Index, group: Index | None = None) -> Float[Tensor, " n"]:
         """The same for states of (or noised from the end of) the population's paths ``path``."""
         values = [network(state, step, group) for network in self.networks]
-        return (self.times * torch.where(self.half[path] == 0, values[1], values[0])).clamp(max=LARGEST)
+        return (self.times * self._unseen(values[0], values[1], path)).clamp(max=LARGEST)
+
+    def _unseen(
+        self, first: Float[Tensor, " n *heads"], second: Float[Tensor, " n *heads"], path: Index
+    ) -> Float[Tensor, " n *heads"]:
+        """Of the networks' answers those of the one that has not seen the path; the mean for paths that came after both."""
+        half = torch.where(path < len(self.half), self.half[path.clamp(max=len(self.half) - 1)], 2)
+        half = half.view(-1, *[1] * (first.ndim - 1))
+        return torch.where(half == 0, second, torch.where(half == 1, first, 0.5 * (first + second)))
 
     def estimates(
         self, state: States, step: Index, path: Index | None, times: float, group: Index | None = None
@@ -154,7 +162,7 @@ class SoftValue:
         first, second = (network.estimates(state, step, times, group) for network in self.networks)
         if path is None:
             return 0.5 * (first + second)
-        return torch.where((self.half[path] == 0)[:, None], second, first)
+        return self._unseen(first, second, path)
 
 
 def importance_weight(population: Population, alpha: float) -> Float[Tensor, " batch"]:

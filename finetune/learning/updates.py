@@ -17,7 +17,7 @@ from ...samplers.trajectory import Trajectories, concatenate
 from ..distributed.signals import uninterrupted
 from ..energies.error import EnergyError
 from ..estimators import ess, log_mean_exp
-from .behaviors import Context, draw
+from .behaviors import NEEDS_POPULATION, Context, draw
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
 from .objectives import Batch
 from .state import TrainState
@@ -29,7 +29,7 @@ def updates(state: TrainState) -> None:
     first = config.warm_start_updates if config.warm_start != "none" else 0
     if state.global_step == first:
         state.temperature.begin()
-        if first:
+        if first and (config.forward_rows or set(config.shares) & NEEDS_POPULATION):
             state.preparation.renew(state.wrapped)
     chunk: int | None = None
     with (

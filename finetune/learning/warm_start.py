@@ -37,7 +37,7 @@ def warm_start(state: TrainState) -> None:
                         break
                     if update == first > 0:
                         forward.measure_slope()
-                    if update in (round(share * total) for share in RENEWED_AT):
+                    if preparation.value_drift is None and update in (round(share * total) for share in RENEWED_AT):
                         preparation.renew(state.wrapped)
                     _update(state, bar, update, total)
     if state.global_step <= total:

@@ -55,6 +55,7 @@ VALUES: dict[str, list[str]] = {
     "--soft-value-updates": ["3"],
     "--forward-rows": ["5"],
     "--population-size": ["7"],
+    "--population": ["smc"],
     "--tempering-ess": ["0.5"],
     "--huber": ["5"],
     "--max-energy": ["5"],
