@@ -139,7 +139,7 @@ def residual_network(chain: Chain, dim: int) -> MLPDenoiser:
     """
     with forked_rng():
         torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs as well
-        network = MLPDenoiser(dim, width=128 if dim <= 10 else 256, depth=3, bandwidth=1.5 / math.sqrt(dim))
+        network = MLPDenoiser(dim, width=128, depth=3, bandwidth=1.5 / math.sqrt(dim))
     order = torch.argsort(chain.timesteps)
     q, signal, noise = (column[: chain.num_steps][order] for column in (chain.q, chain.signal, chain.noise))
     if bool(torch.isfinite(signal + noise).all()):

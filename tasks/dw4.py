@@ -34,7 +34,7 @@ def recipe() -> RunConfig:
         task="dw4",
         prior=PriorConfig(steps=STEPS),
         energy=EnergyConfig(("energy",)),
-        train=TrainConfig(population_size=40_000, warm_start_updates=400, updates=400),
+        train=TrainConfig(population_size=8000, batch_size=256, learning_rate=1e-3, checkpoint_every=500),
         certificate=CertificateConfig(size=10_000),
     )
 

@@ -31,7 +31,7 @@ def recipe() -> RunConfig:
         task="funnel",
         prior=PriorConfig(steps=STEPS),
         energy=EnergyConfig(("energy",)),
-        train=TrainConfig(population_size=20_000, warm_start_updates=400, updates=200),
+        train=TrainConfig(population_size=8000, batch_size=256, learning_rate=1e-3, checkpoint_every=500),
         certificate=CertificateConfig(size=10_000),
     )
 

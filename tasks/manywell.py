@@ -34,7 +34,7 @@ def recipe(dim: int = DIM, seed: int = 0) -> RunConfig:
         task="manywell",
         prior=PriorConfig(steps=STEPS, dim=dim, seed=seed),
         energy=EnergyConfig(("energy",)),
-        train=TrainConfig(population_size=10_000, warm_start_updates=400, updates=400),
+        train=TrainConfig(population_size=8000, batch_size=256, learning_rate=1e-3, checkpoint_every=500),
         certificate=CertificateConfig(size=10_000),
     )
 
