@@ -32,7 +32,7 @@ from .step_bound import StepBound
 from .step_guard import StepGuard
 from .temperature import Temperature
 
-FORMAT = 3  # of a checkpoint's state; 1 was that of 0.3.0
+FORMAT = 4  # of a checkpoint's state; 1 was that of 0.3.0
 SHARED_SIZES = ("batch_size", "population_size", "warm_start_rows", "forward_rows")  # the processes split these
 ON_ALL = (FloatingPointError, EnergyError, ProcessError)  # errors that all processes raise at the same place
 
@@ -116,7 +116,7 @@ class TrainState:
         self.optimization.begin(learning_rate, count)
         self.settle()
         if self.preparation.population is not None and self.global_step == first:
-            self.measure_steps_on(self.preparation.population.prior_paths)
+            self.measure_steps_on(self.preparation.population.trajectories)
         self.bound.begin()
         try:
             yield range(self.global_step - first, count)

@@ -180,9 +180,12 @@ class Population:
 
 
 def too_few(energy: Float[Tensor, " n"], alpha: float, group: Index) -> bool:
-    """Whether too few prior samples of some condition are effective at ``alpha`` to stand for the tilted law."""
+    """Whether too few prior samples of some condition are effective at ``alpha`` to stand for the tilted law.
+
+    False where there are hardly any samples, whatever they weigh: nothing stands for it then.
+    """
     valid = [part[~part.isnan()] for part in (energy[index] for index in members(group, int(group.max()) + 1))]
-    return any(len(part) == 0 or ess(-part / alpha) < _enough(len(part)) for part in valid)
+    return any(len(part) > FEWEST and ess(-part / alpha) < _enough(len(part)) for part in valid)
 
 
 def _enough(count: int) -> float:

@@ -163,11 +163,12 @@ def climb(
 
 
 def next_beta(log_tilt: Float[Tensor, " n"], beta: float) -> float:
-    """The largest temperature up to 1 at which a share `KEPT` of the paths stays effective."""
+    """The largest temperature up to 1 at which a share `KEPT` of the paths that have a density at all stays effective."""
+    possible = log_tilt[log_tilt.isfinite()]
 
     def kept(to: float) -> float:
-        log_weight = (to - beta) * log_tilt
-        return (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp().item() / len(log_tilt)
+        log_weight = (to - beta) * possible
+        return (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp().item() / max(1, len(possible))
 
     if kept(1.0) >= KEPT:
         return 1.0

@@ -177,6 +177,21 @@ def test_the_next_temperature_keeps_half() -> None:
     assert next_beta(0.01 * log_tilt, 0.3) == 1.0
 
 
+def test_a_hard_constraint_that_few_paths_meet_is_climbed_in_one_step() -> None:
+    """One path in eight is allowed: those are all that there is to climb with, and the share of them is Z."""
+    prior, *_ = gaussian(2)
+    found = []
+    for seed in range(20):
+        first, state = climbed(prior, lambda x: torch.where(x[:, 0] > 1.15, 0.0, math.inf), 400, seed)
+        assert state.betas == [0.0, 1.0]
+        assert (state.paths.states[-1][:, 0] > 1.15).all()
+        share = (first.terminal[:, 0] > 1.15).double().mean().item()
+        found.append((state.log_z[:, 0].exp().mean().item(), share))
+    z, share = torch.tensor(found).unbind(1)
+    assert torch.allclose(z, share, atol=1e-6)
+    assert 0.05 < z.mean() < 0.3
+
+
 def test_an_island_without_a_finite_energy_is_refused() -> None:
     prior, *_ = gaussian(2)
     forbidden = torch.where(torch.arange(8) < 2, math.inf, 0.0)
