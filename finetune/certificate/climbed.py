@@ -115,7 +115,7 @@ def climbed_side(
 ) -> Climbed:
     """A fresh climb of at most ``size`` paths of ``prior``. bar: (total, label) → a bar to show it on.
 
-    Errors: ValueError where the climb does not reach the target.
+    Errors: ClimbError where it does not reach the target.
     """
 
     def evaluate(some: Trajectories) -> Trajectories:

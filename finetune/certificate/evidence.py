@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from ...samplers.rollout import Drawing, in_parts, rollout
 from ...samplers.trajectory import rows_at_once
 from ..energies.energy import Energy, EnergyMeter
 from ..estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
+from ..populations.smc import ClimbError
 from .bins import BINS, filled, weighted_quantiles
 from .climbed import Climbed, climbed_side, climbs
 from .reference import ReferencePaths, reference_metrics
@@ -179,7 +181,8 @@ def gather_evidence(
     of_policy = size + (0 if start_log_weight is None else start_log_weight.numel())
     climbed = None
     if climbs(prior_energies, alpha, population):
-        climbed = climbed_side(prior, policy, meter, alpha, size, generator, bar)
+        with suppress(ClimbError):  # the weighted prior paths are the target side then, too thin to decide
+            climbed = climbed_side(prior, policy, meter, alpha, size, generator, bar)
     return Evidence(
         alpha,
         samples,

@@ -23,7 +23,7 @@ from ..estimators import effective_number
 from ..populations.held_out import HeldOut
 from ..populations.importance import Bar, drawn_paths, importance_population, prior_paths
 from ..populations.population import Population, temperature_within_reach, too_few
-from ..populations.smc import climb
+from ..populations.smc import ClimbError, climb
 from .behaviors import needs_population
 from .forward_kl import ForwardKL
 from .gradients import chunk_rows
@@ -97,7 +97,12 @@ class Preparation:
         # One temperature for all processes, by all of their paths: that of the soft value and of the held-out paths.
         energy, group = (self.processes.gather(each) for each in (population.energy, population.trajectories.group))
         if wanted == "smc" or (wanted == "auto" and too_few(energy, alpha, group)):
-            return self._climbed(population), 1.0
+            try:
+                return self._climbed(population), 1.0
+            except ClimbError as error:
+                if wanted == "smc" or self.processes.count > 1:  # one of several cannot fall back alone
+                    raise
+                warnings.warn(f"too few prior samples have weight, and none climbed to the target: {error}", stacklevel=2)
         times = temperature_within_reach(energy, alpha, group) / alpha
         self.held_out = self._hold_out(times)
         return population, times

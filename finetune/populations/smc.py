@@ -40,6 +40,10 @@ TEMPERATURES = 100  # at most
 SWEEPS, LAST_SWEEPS = 1, 3  # of moves at each temperature, at the target's own
 
 
+class ClimbError(ValueError):
+    """The target is out of the climb's reach."""
+
+
 @dataclass(eq=False)
 class Climb:
     """N paths on their way to the target, on islands.
@@ -73,15 +77,16 @@ class Climb:
     def resample(self, beta: float, generator: torch.Generator) -> None:
         """Go to the next temperature: its weights go into log Z, and each island is resampled by them.
 
-        Errors: ValueError where an island has no path of finite energy left.
+        Errors: ClimbError where an island has no path of finite energy left.
         """
         log_weight = (beta - self.betas[-1]) * self.log_tilt.double()
         gained, chosen = torch.zeros_like(self.log_z), torch.arange(len(log_weight), device=log_weight.device)
         for number, cells in enumerate(self.cells):
             for row, index in enumerate(cells):
                 if not log_weight[index].isfinite().any():
-                    raise ValueError(
-                        "an island of the population has no path of finite energy left; raise population_size, or alpha."
+                    raise ClimbError(
+                        "an island of the population has no path of finite energy left; raise population_size, or alpha,"
+                        " or take --population importance."
                     )
                 gained[number, row] = log_weight[index].logsumexp(0) - math.log(len(index))
                 chosen[index] = index[systematic(log_weight[index].softmax(0), len(index), generator)]
@@ -132,7 +137,7 @@ def climb(
     evaluate: gives trajectories their energies. bar: moves by the paths that moved. together, gather: of several processes
     (`Processes`), which climb at one pace, each on islands of its own.
 
-    Errors: ValueError where an island has no path of finite energy left, or `TEMPERATURES` do not suffice.
+    Errors: ClimbError where an island has no path of finite energy left, or `TEMPERATURES` do not suffice.
     """
     assert paths.energy is not None
     log_tilt = Population(paths).log_tilt(alpha)
@@ -147,7 +152,7 @@ def climb(
     while (before := state.betas[-1]) < 1:
         with together():
             if len(state.betas) > TEMPERATURES:
-                raise ValueError(f"{TEMPERATURES} temperatures have not reached the target; raise alpha, or draw more paths.")
+                raise ClimbError(f"{TEMPERATURES} temperatures have not reached the target; raise alpha, or draw more paths.")
         own = [torch.cat([cells[row] for cells in state.cells]) for row in range(len(state.cells[0]))]
         beta = min(next_beta(gather(state.log_tilt[index]).double(), before) for index in own)
         with together():

@@ -458,7 +458,7 @@ def test_every_wait_of_a_certificate_has_a_bar_that_ends_at_its_total(
             super().__init__(*args, **options)
             bars.append(self)
 
-    run = train(config, tmp_path / "run", progress=False)
+    run = train(replace(config, train=replace(config.train, population="importance")), tmp_path / "run", progress=False)
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     energy = run.energy([f"{tmp_path}/my_energy.py:ink"])
     metrics, evidence = evaluation.certify(run, energy, size=100, progress=True)
@@ -503,6 +503,8 @@ def test_a_task_judges_by_its_own_criteria(config: RunConfig, tmp_path: Path) ->
         name="toy",
         module="tiltune.tasks.mixture",
         load_prior=lambda asked: load_prior(config.prior.source or "", asked.steps),
+        reference=None,
+        refuse=None,
         metrics=metrics,
         judge=lambda metrics: judge_weighted([Criterion("brightness", metrics["brightness"], -100.0)], metrics),
     )
@@ -533,6 +535,8 @@ def test_a_gross_miss_fails_a_task_whose_target_side_is_thin(config: RunConfig, 
         name="toy",
         module="tiltune.tasks.mixture",
         load_prior=lambda asked: load_prior(config.prior.source or "", asked.steps),
+        reference=None,
+        refuse=None,
         metrics=lambda *_: {},
         judge=lambda metrics: judge_weighted([Criterion("nothing", 0.0, 1.0)], metrics),
     )
