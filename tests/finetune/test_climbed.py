@@ -73,7 +73,14 @@ def test_a_right_sampler_is_decided_where_weighted_prior_paths_decide_nothing(ta
     assert weighted.climbed is None and judged(weighted)[0] == "inconclusive"
 
 
-@pytest.mark.parametrize("fault", ["a component lost", "alpha 1.5 times too large", "the prior"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "a component lost",
+        pytest.param("alpha 1.5 times too large", marks=pytest.mark.slow),
+        pytest.param("the prior", marks=pytest.mark.slow),
+    ],
+)
 def test_planted_faults_do_not_pass(task: HeldOut, fault: str) -> None:
     wrong = {
         "a component lost": lightest_lost(task.target()),

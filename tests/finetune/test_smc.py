@@ -100,7 +100,10 @@ def estimates(case: str, seeds: int, size: int = 960) -> tuple[Tensor, Tensor, f
     return ratio, error, known
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("gaussian in 2", "gaussian in 50", "mixture in 2, ddpm, clipped", "mixture in 2, ddim eta=.5", "mixture in 2, flow")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES])
 def test_z_is_unbiased_and_its_error_is_as_stated(case: str) -> None:
     """Of 20 seeds the mean ratio to the truth is within 3 standard errors of 1 (those of both), with the error stated by the
     islands within a factor of 1.5 (the spread of 20 seeds is itself known to 16%)."""
