@@ -104,9 +104,9 @@ class Evidence:
         share = len(self.samples) / len(rows["samples"])
         step_kl = share * self.step_kl + (1 - share) * other.step_kl
         calls = {name: getattr(self, name) + getattr(other, name) for name in ("energy_calls", "target_calls")}
-        both = self.climbed is not None and other.climbed is not None
-        climbed = self.climbed.joined(other.climbed) if self.climbed is not None and other.climbed is not None else None
-        assert both or (self.climbed is None and other.climbed is None), "both have climbed, or none has"
+        climbed = self.climbed
+        if climbed is not None and other.climbed is not None:  # a second climb may have failed
+            climbed = climbed.joined(other.climbed)
         return replace(self, **rows, **calls, step_kl=step_kl, climbed=climbed)
 
     def as_prior(self) -> Evidence:

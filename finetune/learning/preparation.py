@@ -21,7 +21,7 @@ from ..energies.evaluation import EnergyEvaluation
 from ..energies.probe import probe_energy
 from ..estimators import effective_number
 from ..populations.held_out import HeldOut
-from ..populations.importance import Bar, drawn_paths, importance_population, prior_paths
+from ..populations.importance import Bar, drawn_paths, importance_population, prior_paths, refuse_oversized
 from ..populations.population import Population, temperature_within_reach, too_few
 from ..populations.smc import ClimbError, climb
 from .behaviors import needs_population
@@ -33,6 +33,7 @@ from .soft_value import SoftValue, fit_soft_value
 from .value_drift import ValueDrift
 
 CLIMBERS = 0.25  # share of the population that climbs, where too few of it have weight
+LAYERS = 12  # for which there must be memory: temperatures of a climb, and the last sweeps
 HELD_OUT, EACH = 1000, 100  # prior paths that nothing is learned from: of all conditions, of each; a quarter of the population
 
 
@@ -112,6 +113,12 @@ class Preparation:
         alpha, generator = self.config.alpha, self.noise.generator
         count = min(len(population), max(round(CLIMBERS * len(population)), EACH * self.prior.num_conditions))
         first = population.trajectories.select(torch.arange(count, device=self.prior.device))
+        shape = (self.prior.chain.num_steps + 1, LAYERS * count, *self.prior.shape)
+        with self.processes.together():
+            try:
+                refuse_oversized(self.prior, shape, self.processes, "paths of a climb")
+            except ValueError as error:
+                raise ClimbError(str(error)) from error
         with self.bar(None, "climb to the target") as bar:
             together, gather = self.processes.together, self.processes.gather
             evaluate = self.energies.evaluate
