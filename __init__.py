@@ -13,7 +13,8 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .finetune.certificate.criteria import judge_known
     from .finetune.certificate.deployment import deployment_metrics
-    from .finetune.certificate.evidence import gather_evidence, path_metrics
+    from .finetune.certificate.evidence import gather_evidence
+    from .finetune.certificate.path_metrics import path_metrics
     from .finetune.certificate.verdict import judge_unknown
     from .finetune.config.certificate import CertificateConfig
     from .finetune.config.energy import EnergyConfig
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
     from .tasks.task import load_task
 
 _HOMES = {
-    "finetune.certificate.evidence": ("gather_evidence", "path_metrics"),
+    "finetune.certificate.evidence": ("gather_evidence",),
+    "finetune.certificate.path_metrics": ("path_metrics",),
     "finetune.config.certificate": ("CertificateConfig",),
     "finetune.config.energy": ("EnergyConfig",),
     "finetune.config.policy": ("PolicyConfig",),

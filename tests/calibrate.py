@@ -19,7 +19,8 @@ from torch import Tensor
 
 import calibrate_unknown
 from tiltune.finetune.certificate.criteria import judge_known
-from tiltune.finetune.certificate.evidence import Evidence, gather_evidence, path_metrics
+from tiltune.finetune.certificate.evidence import Evidence, gather_evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.samplers.chain import Chain
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from tiltune.finetune.certificate.criteria import EXIT_STATUS
-from tiltune.finetune.certificate.evidence import Evidence, path_metrics
+from tiltune.finetune.certificate.evidence import Evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from toys.held_out_mixtures import DIMENSIONS, HeldOut, certificate, held_out, planted, rollouts
 

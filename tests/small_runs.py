@@ -12,7 +12,8 @@ from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
 from tiltune.finetune.certificate.deployment import deployment_metrics
-from tiltune.finetune.certificate.evidence import expectation, gather_evidence, path_metrics
+from tiltune.finetune.certificate.evidence import gather_evidence
+from tiltune.finetune.certificate.path_metrics import expectation, path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.estimators import ess

@@ -21,7 +21,8 @@ from ..certificate.criteria import (
     worse_than_prior,
 )
 from ..certificate.deployment import deployed_samplers, deployment_metrics
-from ..certificate.evidence import gather_evidence, path_metrics
+from ..certificate.evidence import gather_evidence
+from ..certificate.path_metrics import path_metrics
 from ..certificate.reference import reference_paths
 from ..certificate.verdict import judge_unknown
 from ..energies.names import parse_energy

@@ -11,7 +11,8 @@ import sys
 
 import torch
 
-from ...finetune.certificate.evidence import gather_evidence, path_metrics
+from ...finetune.certificate.evidence import gather_evidence
+from ...finetune.certificate.path_metrics import path_metrics
 from ...finetune.estimators import mean
 from ..gaussian_mixture import MixtureDenoiser
 from ..metrics.known_truth import W2_SIZE, w2_sets

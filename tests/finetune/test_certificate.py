@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tiltune.finetune.certificate.criteria import flags
-from tiltune.finetune.certificate.evidence import Evidence, expectation, gather_evidence, path_metrics
+from tiltune.finetune.certificate.evidence import Evidence, gather_evidence
+from tiltune.finetune.certificate.path_metrics import expectation, path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import Denoiser

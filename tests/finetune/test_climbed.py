@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tiltune.finetune.certificate.climbed import Climbed, climbs
-from tiltune.finetune.certificate.evidence import Evidence, gather_evidence, path_metrics
+from tiltune.finetune.certificate.evidence import Evidence, gather_evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.samplers.prior import Prior
 from tiltune.tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser

@@ -12,7 +12,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from tiltune.finetune.certificate.evidence import gather_evidence, path_metrics
+from tiltune.finetune.certificate.evidence import gather_evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.distributed.processes import Processes
 from tiltune.finetune.energies.error import EnergyError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from tiltune.finetune.certificate.evidence import path_metrics
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.energies.energy import EnergyMeter

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.finetune.certificate.evidence import Evidence, path_metrics
+from tiltune.finetune.certificate.evidence import Evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.certificate.verdict import Bounds, judge_unknown
 from tiltune.tasks.gaussian_mixture import GaussianMixture
 from toys.held_out_mixtures import HeldOut, certificate, held_out, planted, total_variation

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from tiltune.finetune.certificate.evidence import Evidence, path_metrics
+from tiltune.finetune.certificate.evidence import Evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.config.prior import PriorConfig
 from tiltune.finetune.energies.names import combine, load_energy
 from tiltune.samplers.loading.pretrained import load_prior

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from tiltune.finetune.certificate.evidence import gather_evidence, path_metrics
+from tiltune.finetune.certificate.evidence import gather_evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.resampling import importance_resample

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltune.finetune.certificate.evidence import gather_evidence, path_metrics
+from tiltune.finetune.certificate.evidence import gather_evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.certificate.reference import reference_paths
 from tiltune.finetune.estimators import log_mean_exp
 from tiltune.samplers.denoiser import Denoiser

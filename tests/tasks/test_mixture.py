@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tiltune.finetune.certificate.criteria import judge_known, unjudged
-from tiltune.finetune.certificate.evidence import Evidence, path_metrics
+from tiltune.finetune.certificate.evidence import Evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.config.prior import PriorConfig
 from tiltune.finetune.energies.names import combine
 from tiltune.tasks import digits

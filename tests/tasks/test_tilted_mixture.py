@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tiltune.finetune.certificate.evidence import Evidence, gather_evidence, path_metrics
+from tiltune.finetune.certificate.evidence import Evidence, gather_evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.certificate.reference import reference_paths
 from tiltune.finetune.config.energy import EnergyConfig
 from tiltune.finetune.config.prior import PriorConfig

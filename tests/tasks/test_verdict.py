@@ -12,7 +12,8 @@ import torch
 from calibrate import planted
 from calibrate_unknown import COUNTS, counted, exact_samples
 from tiltune.finetune.certificate.criteria import judge_known
-from tiltune.finetune.certificate.evidence import gather_evidence, path_metrics
+from tiltune.finetune.certificate.evidence import gather_evidence
+from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.trainer import Trainer
