@@ -1,4 +1,4 @@
-"""Does the gap between on-policy and off-policy methods widen with the dimension (the question that arXiv 2509.01632 leaves open)?
+"""Does the gap between on-policy and off-policy methods widen with the dimension (left open by arXiv 2509.01632)?
 
 Random Gaussian mixtures of a growing dimension with their exact denoiser, tilted by a linear energy that leaves the same share of
 the prior effective in each. A run is one method on one problem: it trains at each of several budgets of energy calls, from the
@@ -30,8 +30,8 @@ Size = Literal["quick", "default", "full"]
 
 @dataclass(frozen=True)
 class Settings:
-    """ess: effective shares of the prior. steps: K. updates: of an on-policy training, at each budget. samples: rollouts by which a
-    policy is measured."""
+    """ess: effective shares of the prior. steps: K. updates: of an on-policy training, at each budget. samples: rollouts by which
+    a policy is measured."""
 
     dims: tuple[int, ...] = (2, 5, 10, 50, 100)
     ess: tuple[float, ...] = (0.05,)
@@ -127,8 +127,8 @@ def perform(run: Run) -> list[Row]:
 def _trained(problem: Problem, config: TrainConfig) -> Row:
     """What the training comes to, and at what cost.
 
-    Without a warm start that is the policy of the last update: what the trainer would keep of prior and policy is not asked, since
-    on-policy trainings have no held-out paths to choose by. The recipe ends at what came closest.
+    Without a warm start that is the policy of the last update. Whether the prior was closer is not asked, since on-policy
+    trainings have no held-out paths to see it by. The recipe ends at what came closest.
     """
     policy = make_policy(problem.prior)
     network = policy.denoiser

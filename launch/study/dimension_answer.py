@@ -51,7 +51,7 @@ def meaning(found: Trend, dims: Sequence[int]) -> str:
     """The trend in a sentence."""
     on, off = METHODS[found.on_policy].label, METHODS[found.off_policy].label
     if not found.slope.sign:
-        return f"{on} against {off}: no trend with the dimension is shown, the interval of the slope holds zero ({_said(found.slope)})."
+        return f"{on} against {off}: no trend is shown, since the interval of the slope holds zero ({_said(found.slope)})."
     ends = f"from {found.lowest.mean:+.2f} nats at D = {dims[0]} to {found.highest.mean:+.2f} at D = {dims[-1]}"
     favored, other = (off, on) if found.slope.sign > 0 else (on, off)
     widens = abs(found.highest.mean) > abs(found.lowest.mean)
@@ -69,9 +69,10 @@ def answer(rows: Sequence[Row], steps: int) -> str:
     lines = [
         "# Does the gap between on-policy and off-policy methods widen with the dimension?",
         "",
-        f"Random Gaussian mixtures in {', '.join(map(str, dims))} dimensions, {steps} steps, {seeds} seeds; {budget:,} energy calls"
-        " a training. The gap of a method is EUBO - ELBO, the symmetrized KL between policy and target over paths. What is compared"
-        " is the gap of an on-policy method less that of an off-policy one, in nats: positive where off-policy is closer.",
+        f"Random Gaussian mixtures in {', '.join(map(str, dims))} dimensions, {steps} steps, {seeds} seeds;"
+        f" {budget:,} energy calls a training. The gap of a method is EUBO - ELBO, the symmetrized KL between policy and target over"
+        " paths. What is compared is the gap of an on-policy method less that of an off-policy one, in nats: positive where"
+        " off-policy is closer.",
         "Intervals are 95%, Student's t over the seeds, each on its own: of twenty that should hold zero, one does not.",
     ]
     for share in shares:
@@ -87,13 +88,13 @@ def _of_share(rows: Sequence[Row], share: float, dims: Sequence[int]) -> list[st
     head = f"## {share:g} of the prior effective"
     summary = (
         f"**{len(widening)} of {len(trends)} differences widen with the dimension: {on_ahead} toward the on-policy method,"
-        f" {len(widening) - on_ahead} toward the off-policy one. The slopes of {sum(not one.slope.sign for one in trends)} have an"
-        " interval that holds zero.**"
+        f" {len(widening) - on_ahead} toward the off-policy one. Of {sum(not one.slope.sign for one in trends)} the interval of"
+        " the slope holds zero.**"
     )
     lines = ["", head, "", summary, ""]
     lines += [
-        f"| on-policy | off-policy | slope for each tenfold D (nats) | D = {dims[-1]} less D = {dims[0]} (nats) | at D = {dims[0]}"
-        f" | at D = {dims[-1]} | slope, as shares of the prior's gap |",
+        f"| on-policy | off-policy | slope for each tenfold D (nats) | D = {dims[-1]} less D = {dims[0]} (nats)"
+        f" | at D = {dims[0]} | at D = {dims[-1]} | slope, in shares of the prior's gap |",
         "|---" * 7 + "|",
     ]
     for one in trends:
@@ -107,10 +108,10 @@ def _limits(rows: Sequence[Row], dims: Sequence[int]) -> list[str]:
     """How much farther the prior is from the target in many dimensions, which the nats do not leave out."""
     prior = {dim: statistics.fmean(row["gap_prior"] for row in rows if row["dim"] == dim) for dim in (dims[0], dims[-1])}
     return [
-        f"The share of the prior that is effective is the same in all dimensions, but the prior's own gap is not:"
-        f" {prior[dims[0]]:.1f} nats at D = {dims[0]} and {prior[dims[-1]]:.1f} at D = {dims[-1]}. Slopes in nats grow with it; those in"
-        " shares of the prior's gap do not. All methods have the same updates, batch size and learning rate, none a warm start"
-        " or a temperature above the target's; the default recipe, which has both, is in the tables and the figure alone.",
+        "The share of the prior that is effective is the same in all dimensions, but the prior's own gap is not:"
+        f" {prior[dims[0]]:.1f} nats at D = {dims[0]} and {prior[dims[-1]]:.1f} at D = {dims[-1]}. Slopes in nats grow with it;"
+        " those in shares of the prior's gap do not. All methods have the same updates, batch size and learning rate, none a warm"
+        " start or a temperature above the target's; the default recipe, which has both, is in the tables and the figure alone.",
     ]
 
 

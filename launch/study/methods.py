@@ -14,9 +14,10 @@ from ...tasks import tilted_mixture
 from .problem import Problem
 
 PROBE = 12  # calls with which every training examines its energy
-SMALLEST = 40  # prior paths from which a population may climb: ten climb, two on each island
+SMALLEST = 10  # prior paths from which a population may climb: two on each island
 LEARNING_RATE, LOG_Z_LEARNING_RATE = 3e-3, 0.3
 WARM_START_UPDATES, WARM_START_ROWS = 4, 1024  # updates of the warm start for each one that an on-policy training has
+TRIALS = 8  # of the size of a population that climbs
 UNSPENT = 0.01  # share of the calls that a climb may leave without another trial of its size
 
 
@@ -105,22 +106,26 @@ def importance_size(calls: int) -> int:
 
 
 def _climbing_size(problem: Problem, config: TrainConfig, calls: int) -> int:
-    """The largest population whose climb takes at most so many calls: by trials, which are not counted.
+    """The population whose climb takes the most calls up to this number, of `TRIALS`, which are not counted themselves.
 
-    Errors: ValueError where not even the smallest one does.
+    Errors: ValueError where all of them take more.
     """
-    enough, tried, too_many = 0, SMALLEST, calls
-    while True:
-        needed = _climbing_calls(problem, replace(config, population_size=tried))
-        if needed > calls:
-            too_many = tried
-        else:
-            enough = tried
-        if not enough:
-            raise ValueError(f"a population that climbs takes {needed} energy calls at least, and the budget is {calls}.")
-        if too_many - enough == 1 or 0 <= calls - needed <= UNSPENT * calls:
-            return enough
-        tried = min(max(tried * calls // needed, enough + 1), too_many - 1)
+    needed: dict[int, int] = {}
+    size = SMALLEST
+    for _ in range(TRIALS):
+        needed[size] = _climbing_calls(problem, replace(config, population_size=size))
+        if 0 <= calls - needed[size] <= UNSPENT * calls:
+            break
+        # In proportion; one temperature more or less, and the next one is beside it.
+        size = max(SMALLEST, size * calls // needed[size])
+        while size in needed and size > SMALLEST:
+            size -= 1
+        if size in needed:
+            break
+    fitting = [size for size in needed if needed[size] <= calls]
+    if not fitting:
+        raise ValueError(f"a population that climbs takes {min(needed.values()):,} energy calls, and the budget is {calls:,}.")
+    return max(fitting, key=lambda size: needed[size])
 
 
 def _climbing_calls(problem: Problem, config: TrainConfig) -> int:

@@ -27,9 +27,9 @@ class Problem:
     """A prior, an energy, and the truth about their tilted law at the temperature 1.
 
     exact: paths of the target's exact denoiser, weighted so that they stand for the target on this chain; they measure the EUBO
-    of any policy. log_z: of the chain, nats. gap_prior, gap_exact: EUBO - ELBO of the prior and of the exact denoiser, nats: where
-    every training begins, and what is left by the size of the chain's steps. ess_exact: effective share of the exact denoiser's
-    paths. samples: rollouts of a policy that is measured.
+    of any policy. log_z: of the chain, nats. gap_prior, gap_exact: EUBO - ELBO of the prior and of the exact denoiser, nats:
+    where every training begins, and what the size of the chain's steps leaves. ess_exact: effective share of the exact
+    denoiser's paths. samples: rollouts of a policy that is measured.
     """
 
     prior: Prior

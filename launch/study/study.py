@@ -33,8 +33,8 @@ class Study:
 
     settings: all that the numbers depend on, plain values. runs: {name, which is a file's: its settings, which another process
     can be given}, in the order of the rows. perform: does one run; a function of a module. keys: the columns of a row that say
-    what it is a measurement of, but for the seed; metrics: {column: how tables write it}, averaged over the seeds. answer, figure:
-    made of all rows; the answer in Markdown.
+    what it is a measurement of, but for the seed; metrics: {column: how tables write it}, averaged over the seeds. answer,
+    figure: made of all rows; the answer in Markdown.
     """
 
     name: str

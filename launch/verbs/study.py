@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 Name = Literal["dimension"]
 
-DESCRIPTION = """Answer a question by many trainings, and write the answer with its tables and a figure into --out. A folder of the
-same study and settings is gone on with: runs that are finished are kept. Any other folder is refused. Exit status: 0 the study is
-finished, 130 interrupted, 75 told to stop by SIGTERM or SIGUSR1 after new runs were saved, 76 before that, 2 bad input.
+DESCRIPTION = """Answer a question by many trainings, and write the answer with its tables and a figure into --out. The same
+command goes on with a study that was stopped: runs that are finished are kept. A folder of anything else is refused. Exit status:
+0 the study is finished, 130 interrupted, 75 told to stop by SIGTERM or SIGUSR1 after new runs were saved, 76 before that, 2 bad
+input.
 
 dimension: does the gap between on-policy and off-policy methods widen with the dimension?
 
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     from ...finetune.runs.loading import loading
 
     with loading("torch"):
-        module = import_module(f"...study.{options.name}", __package__)
+        module = import_module(f"..study.{options.name}", __package__)
     return _carried_out(module.study(size, options.seeds), out, options.jobs)
 
 
