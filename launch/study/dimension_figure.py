@@ -59,14 +59,14 @@ def _title(rows: Sequence[Row], share: float) -> str:
 def _against_calls(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> None:
     """A row of panels for each metric, a column for each dimension."""
     panels = part.subplots(len(PANELS), len(dims), squeeze=False, sharex=True, sharey="row")
-    means = averaged(rows, ("dim", "method", "budget"), tuple(PANELS))
+    means = averaged(rows, ("dim", "budget", "method"), tuple(PANELS))
     budgets = sorted({row["budget"] for row in rows})
     for line, (column, (label, scale)) in zip(panels, PANELS.items(), strict=True):
         for axes, dim in zip(line, dims, strict=True):
             for name in METHODS:
                 own = [mean for mean in means if mean["dim"] == dim and mean["method"] == name]
                 _curve(axes, name, [mean["budget"] for mean in own], own, column)
-            _finish(axes, scale)
+            _finish(axes, scale, [mean[column] for mean in means])
             axes.set_xscale("log", base=2)
             axes.set_xticks(budgets, [f"{budget / 1000:.1f}k" for budget in budgets])
             axes.minorticks_off()
@@ -81,7 +81,7 @@ def _against_dimension(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> N
     """At the largest budget: the gaps, and by how much the on-policy ones are larger."""
     budget = max(row["budget"] for row in rows)
     last = [row for row in rows if row["budget"] == budget]
-    means = averaged(last, ("method", "dim"), ("gap", "gap_prior", "gap_exact"))
+    means = averaged(last, ("dim", "method"), ("gap", "gap_prior", "gap_exact"))
     left, *right = part.subplots(1, 1 + len(ON_POLICY))
     for name in METHODS:
         own = [mean for mean in means if mean["method"] == name]
@@ -89,19 +89,20 @@ def _against_dimension(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> N
     known = [mean for mean in means if mean["method"] == next(iter(METHODS))]
     for column, text in (("gap_prior", "prior"), ("gap_exact", "exact denoiser")):
         value = [mean[column] for mean in known]
-        left.plot(dims, value, color="#444444", linewidth=0.8, linestyle=(0, (1, 1)))
-        left.annotate(text, (dims[-1], value[-1]), (3, 0), textcoords="offset points", fontsize=6.5, va="center", clip_on=False)
+        left.plot(dims, value, color="#444444", linewidth=1.0, linestyle=(0, (1, 1)))
+        left.annotate(text, (dims[0], value[0]), (0, 4), textcoords="offset points", fontsize=7)
     left.set_title(f"gap at {budget:,} calls (nats)", fontsize=9)
-    _finish(left, "log")
+    _finish(left, "log", [mean[column] for mean in means for column in ("gap", "gap_prior", "gap_exact")])
     for axes, on_policy in zip(right, ON_POLICY, strict=True):
         axes.axhline(0, color="black", linewidth=0.8)
+        shown: list[float] = []
         for name in OFF_POLICY:
-            by_dim = differences(last, on_policy, name)
-            found = [interval(values) for values in by_dim.values()]
+            found = [interval(values) for values in differences(last, [on_policy], [name]).values()]
             own = [{"gap": one.mean, "gap_low": one.low, "gap_high": one.high} for one in found]
             _curve(axes, name, dims, own, "gap")
+            shown += [one.mean for one in found]
         axes.set_title(f"gap of {METHODS[on_policy].label},\nless that of off-policy (nats)", fontsize=9)
-        _finish(axes, "symlog")
+        _finish(axes, "symlog", shown)
     for axes in (left, *right):
         axes.set_xscale("log")
         axes.set_xticks(dims, [str(dim) for dim in dims])
@@ -129,12 +130,16 @@ def _curve(axes: Axes, name: str, x: Sequence[float], means: Sequence[Row], colu
     )
 
 
-def _finish(axes: Axes, scale: str) -> None:
+def _finish(axes: Axes, scale: str, means: Sequence[float]) -> None:
+    """Scale and limits by the means: of few seeds, the intervals of some go far beyond."""
+    low, high = min(means), max(means)
     if scale == "log":
         axes.set_yscale("log", nonpositive="clip")
+        axes.set_ylim(max(0.4 * low, 1e-3), 2.5 * high)
     elif scale == "symlog":
         axes.set_yscale("symlog", linthresh=1.0)
+        axes.set_ylim(min(2.5 * low, -1.0), max(2.5 * high, 1.0))
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, min(1.5 * high, 1.15))
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.tick_params(labelsize=7)

@@ -13,13 +13,13 @@ Row = dict[str, Any]
 
 
 def averaged(rows: Sequence[Row], keys: Sequence[str], metrics: Sequence[str]) -> list[Row]:
-    """A row for each combination of the ``keys``, in the order of their first appearance: the number of its rows (seeds), and
-    NAME, NAME_low and NAME_high of each metric: its mean and the 95% interval."""
+    """A row for each combination of the ``keys``: the number of its rows (seeds), and NAME, NAME_low and NAME_high of each
+    metric: its mean and the 95% interval. Sorted by the keys; the last one in the order of its first appearance."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     means: list[Row] = []
-    for values, group in groups.items():
+    for values, group in sorted(groups.items(), key=lambda item: item[0][:-1]):
         mean: Row = dict(zip(keys, values, strict=True)) | {"seeds": len(group)}
         for name in metrics:
             found = interval([row[name] for row in group])
@@ -57,6 +57,6 @@ def as_markdown(means: Sequence[Row], keys: Sequence[str], metrics: Mapping[str,
 
 def _cell(row: Row, name: str) -> str:
     mean, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
-    if low == mean == high:
-        return f"{mean:,.4g}"
-    return f"{mean:,.3g} ({low:,.3g} to {high:,.3g})"
+    if mean >= 1000 or low == high:  # counts
+        return f"{mean:,.0f}"
+    return f"{mean:.3g} ({low:.3g} to {high:.3g})"
