@@ -2,7 +2,8 @@
 
 Random Gaussian mixtures of a growing dimension with their exact denoiser, tilted by a linear energy that leaves the same share of
 the prior effective in each. A run is one method on one problem: it trains at each of several budgets of energy calls, from the
-prior on, and each of these trainings is measured at its end, with its schedule complete. The seed changes problem and training.
+prior on, and each of these trainings is measured at its end, with its schedule complete. What is measured where no call is spent
+is the prior. The seed changes problem and training.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ...samplers.denoiser import ResidualDenoiser
 from ...samplers.make_policy import make_policy
 from .dimension_answer import answer
 from .dimension_figure import figure
-from .methods import METHODS, PROBE, train_config
+from .methods import METHODS, PRIOR, PROBE, train_config
 from .problem import Problem, measure, problem_of
 from .study import Study
 from .table import Row
@@ -36,16 +37,16 @@ class Settings:
     dims: tuple[int, ...] = (2, 5, 10, 50, 100)
     ess: tuple[float, ...] = (0.05,)
     steps: int = 50
-    batch_size: int = 50
-    updates: tuple[int, ...] = (16, 32, 64)
-    samples: int = 1000
+    batch_size: int = 80
+    updates: tuple[int, ...] = (10, 30)
+    samples: int = 500
     seeds: int = 5
 
 
 SIZES: dict[Size, Settings] = {
-    "quick": Settings(dims=(2, 10), steps=20, updates=(16, 32), seeds=2),
+    "quick": Settings(dims=(2, 10), steps=20, updates=(10, 20), seeds=2),
     "default": Settings(),
-    "full": Settings(ess=(0.05, 0.003), updates=(32, 64, 128, 256), samples=4000, seeds=10),
+    "full": Settings(ess=(0.05, 0.003), updates=(10, 20, 40, 80, 160), samples=2000, seeds=10),
 }
 KEYS = ("ess", "dim", "budget", "method")
 METRICS = {
@@ -61,7 +62,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One method on one problem, at all budgets."""
+    """One method on one problem, at all budgets; the prior itself, at none."""
 
     method: str
     dim: int
@@ -92,7 +93,7 @@ def study_of(settings: Settings) -> Study:
         for seed in range(settings.seeds)
         for ess in settings.ess
         for dim in settings.dims
-        for method in METHODS
+        for method in (PRIOR, *METHODS)
     }
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
     said = partial(answer, steps=settings.steps)
@@ -102,26 +103,18 @@ def study_of(settings: Settings) -> Study:
 def perform(run: Run) -> list[Row]:
     """A row for each budget."""
     problem = problem_of(run.dim, run.ess, run.seed, run.steps, run.samples)
-    rows: list[Row] = []
-    for updates in run.updates:
-        config = train_config(METHODS[run.method], problem, updates, run.batch_size)
-        measured = _trained(problem, config)
-        rows.append(
-            {
-                "ess": run.ess,
-                "dim": run.dim,
-                "budget": PROBE + updates * run.batch_size,
-                "method": run.method,
-                "seed": run.seed,
-                **measured,
-                "gap_left": measured["gap"] / problem.gap_prior,
-                "gap_prior": problem.gap_prior,
-                "gap_exact": problem.gap_exact,
-                "ess_exact": problem.ess_exact,
-                "log_z": problem.log_z,
-            }
-        )
-    return rows
+
+    def row(budget: int, measured: Row) -> Row:
+        own = {"ess": run.ess, "dim": run.dim, "budget": budget, "method": run.method, "seed": run.seed}
+        known = {name: getattr(problem, name) for name in ("gap_prior", "gap_exact", "ess_exact", "log_z")}
+        return {**own, **measured, "gap_left": measured["gap"] / problem.gap_prior, **known}
+
+    if run.method == PRIOR:
+        return [row(0, {"calls": 0, "network_evaluations": 0, **measure(problem, problem.prior.denoiser)})]
+    method = METHODS[run.method]
+    configs = [train_config(method, problem, updates, run.batch_size) for updates in run.updates]
+    budgets = [PROBE + updates * run.batch_size for updates in run.updates]
+    return [row(budget, _trained(problem, config)) for budget, config in zip(budgets, configs, strict=True)]
 
 
 def _trained(problem: Problem, config: TrainConfig) -> Row:

@@ -109,8 +109,8 @@ def _of_share(rows: Sequence[Row], dims: Sequence[int]) -> list[str]:
     heads = ["on-policy", "off-policy", "slope for each tenfold D", f"D = {dims[-1]} less D = {dims[0]}"]
     heads += [f"D = {dims[0]}", f"D = {dims[-1]}", "slope, in shares of the prior's gap"]
     lines = [
-        f"**{meaning(trends[0], dims)}** Of {len(pairs)} pairs of methods the difference widens in favor of on-policy in {to_on} and"
-        f" in favor of off-policy in {to_off}; the interval of the slope holds zero in {unknown}.",
+        f"**{meaning(trends[0], dims)}** Of {len(pairs)} pairs of methods the difference widens in favor of on-policy in {to_on}"
+        f" and in favor of off-policy in {to_off}; the interval of the slope holds zero in {unknown}.",
         "",
         "| " + " | ".join(heads) + " |",
         "|---" * len(heads) + "|",
@@ -127,9 +127,9 @@ def _limits(rows: Sequence[Row], dims: Sequence[int]) -> str:
     return (
         "The share of the prior that is effective is the same in all dimensions, but the prior's own gap is not:"
         f" {prior[dims[0]]:.1f} nats at D = {dims[0]} and {prior[dims[-1]]:.1f} at D = {dims[-1]}. Slopes in nats grow with it;"
-        " those in shares of the prior's gap do not. All methods have the same number of updates, batch size and learning rate, which"
-        " were not tuned for each, and none has a warm start or a temperature above the target's. The default recipe, which has"
-        " both, is in the tables and the figure alone."
+        " those in shares of the prior's gap do not. All methods have the same number of updates, batch size and learning"
+        " rate, which were not tuned for each, and none has a warm start or a temperature above the target's. The default recipe,"
+        " which has both, is in the tables and the figure alone."
     )
 
 

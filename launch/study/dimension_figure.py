@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...tasks.plots.curves import new_figure
 from .dimension_answer import differences
 from .intervals import interval
-from .methods import METHODS, OFF_POLICY, ON_POLICY
+from .methods import METHODS, OFF_POLICY, ON_POLICY, PRIOR
 from .table import Row, averaged
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ PANELS: dict[str, tuple[str, str]] = {  # column: (label, scale)
     "log_z_error": ("|log Z error| (nats)", "log"),
     "ess_share": ("ESS over the exact\ndenoiser's", "linear"),
 }
-SPREAD = 0.012  # of the decades of an axis, by which methods stand beside each other, so that their intervals are seen
+SPREAD = 0.012  # of an axis, by which methods stand beside each other, so that their intervals are seen
 
 
 def figure(rows: Sequence[Row]) -> Figure:
@@ -57,19 +57,19 @@ def _title(rows: Sequence[Row], share: float) -> str:
 
 
 def _against_calls(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> None:
-    """A row of panels for each metric, a column for each dimension."""
+    """A row of panels for each metric, a column for each dimension. All curves begin at the prior."""
     panels = part.subplots(len(PANELS), len(dims), squeeze=False, sharex=True, sharey="row")
     means = averaged(rows, ("dim", "budget", "method"), tuple(PANELS))
     budgets = sorted({row["budget"] for row in rows})
+    ticks = [budget for budget in budgets if not 0 < budget < budgets[-1] / 4]  # of many budgets, the lowest stand too close
     for line, (column, (label, scale)) in zip(panels, PANELS.items(), strict=True):
         for axes, dim in zip(line, dims, strict=True):
             for name in METHODS:
-                own = [mean for mean in means if mean["dim"] == dim and mean["method"] == name]
-                _curve(axes, name, [mean["budget"] for mean in own], own, column)
+                own = [mean for mean in means if mean["dim"] == dim and mean["method"] in (PRIOR, name)]
+                aside = SPREAD * budgets[-1] * _place(name)
+                _curve(axes, name, [mean["budget"] + aside for mean in own], own, column)
             _finish(axes, scale, [mean[column] for mean in means])
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(budgets, [f"{budget / 1000:.1f}k" for budget in budgets])
-            axes.minorticks_off()
+            axes.set_xticks(ticks, [f"{budget / 1000:.1f}k" if budget else "prior" for budget in ticks])
         line[0].set_ylabel(label, fontsize=8)
     for axes, dim in zip(panels[0], dims, strict=True):
         axes.set_title(f"D = {dim}", fontsize=9)
@@ -85,12 +85,12 @@ def _against_dimension(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> N
     left, *right = part.subplots(1, 1 + len(ON_POLICY))
     for name in METHODS:
         own = [mean for mean in means if mean["method"] == name]
-        _curve(left, name, dims, own, "gap")
+        _curve(left, name, _beside(dims, name), own, "gap")
     known = [mean for mean in means if mean["method"] == next(iter(METHODS))]
-    for column, text in (("gap_prior", "prior"), ("gap_exact", "exact denoiser")):
+    for column, text, above in (("gap_prior", "prior", 4), ("gap_exact", "exact denoiser", -10)):
         value = [mean[column] for mean in known]
         left.plot(dims, value, color="#444444", linewidth=1.0, linestyle=(0, (1, 1)))
-        left.annotate(text, (dims[0], value[0]), (0, 4), textcoords="offset points", fontsize=7)
+        left.annotate(text, (dims[0], value[0]), (0, above), textcoords="offset points", fontsize=7)
     left.set_title(f"gap at {budget:,} calls (nats)", fontsize=9)
     _finish(left, "log", [mean[column] for mean in means for column in ("gap", "gap_prior", "gap_exact")])
     for axes, on_policy in zip(right, ON_POLICY, strict=True):
@@ -99,7 +99,7 @@ def _against_dimension(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> N
         for name in OFF_POLICY:
             found = [interval(values) for values in differences(last, [on_policy], [name]).values()]
             own = [{"gap": one.mean, "gap_low": one.low, "gap_high": one.high} for one in found]
-            _curve(axes, name, dims, own, "gap")
+            _curve(axes, name, _beside(dims, name), own, "gap")
             shown += [one.mean for one in found]
         axes.set_title(f"gap of {METHODS[on_policy].label},\nless that of off-policy (nats)", fontsize=9)
         _finish(axes, "symlog", shown)
@@ -110,14 +110,23 @@ def _against_dimension(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> N
         axes.set_xlabel("dimension D", fontsize=8)
 
 
+def _place(name: str) -> float:
+    """Of a method, beside the others."""
+    return list(METHODS).index(name) - 0.5 * (len(METHODS) - 1)
+
+
+def _beside(dims: Sequence[int], name: str) -> list[float]:
+    """The dimensions on a logarithmic axis, a little aside."""
+    return [dim * (dims[-1] / dims[0]) ** (SPREAD * _place(name)) for dim in dims]
+
+
 def _curve(axes: Axes, name: str, x: Sequence[float], means: Sequence[Row], column: str) -> None:
-    """Means with their intervals, each method a little aside."""
+    """Means with their intervals."""
     color, marker, line = STYLES[name]
-    aside = (max(x) / min(x)) ** (SPREAD * (list(METHODS).index(name) - 0.5 * (len(METHODS) - 1)))
     value = [mean[column] for mean in means]
     error = [[mean[column] - mean[f"{column}_low"] for mean in means], [mean[f"{column}_high"] - mean[column] for mean in means]]
     axes.errorbar(
-        [aside * each for each in x],
+        x,
         value,
         error,
         color=color,
@@ -135,9 +144,11 @@ def _finish(axes: Axes, scale: str, means: Sequence[float]) -> None:
     low, high = min(means), max(means)
     if scale == "log":
         axes.set_yscale("log", nonpositive="clip")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylim(max(0.4 * low, 1e-3), 2.5 * high)
     elif scale == "symlog":
         axes.set_yscale("symlog", linthresh=1.0)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylim(min(2.5 * low, -1.0), max(2.5 * high, 1.0))
     else:
         axes.set_ylim(0, min(1.5 * high, 1.15))

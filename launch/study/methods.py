@@ -44,6 +44,7 @@ OFF_POLICY = {
 }
 RECIPE = {"recipe": Method("default recipe", "log_variance", None)}
 METHODS = ON_POLICY | OFF_POLICY | RECIPE
+PRIOR = "prior"  # what all of them begin at
 
 
 def train_config(method: Method, problem: Problem, updates: int, batch_size: int) -> TrainConfig:
