@@ -60,14 +60,17 @@ def _against_calls(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> None:
     """A row of panels for each metric, a column for each dimension. All curves begin at the prior."""
     panels = part.subplots(len(PANELS), len(dims), squeeze=False, sharex=True, sharey="row")
     means = averaged(rows, ("dim", "budget", "method"), tuple(PANELS))
+    start = {mean["dim"]: mean for mean in means if mean["method"] == PRIOR}
     budgets = sorted({row["budget"] for row in rows})
     ticks = [budget for budget in budgets if not 0 < budget < budgets[-1] / 4]  # of many budgets, the lowest stand too close
     for line, (column, (label, scale)) in zip(panels, PANELS.items(), strict=True):
         for axes, dim in zip(line, dims, strict=True):
             for name in METHODS:
-                own = [mean for mean in means if mean["dim"] == dim and mean["method"] in (PRIOR, name)]
+                own = [mean for mean in means if mean["dim"] == dim and mean["method"] == name]
                 aside = SPREAD * budgets[-1] * _place(name)
                 _curve(axes, name, [mean["budget"] + aside for mean in own], own, column)
+                _from_prior(axes, name, own[0]["budget"] + aside, start[dim][column], own[0][column])
+            axes.plot(0, start[dim][column], marker="o", markersize=4, color="#444444", markerfacecolor="white", zorder=3)
             _finish(axes, scale, [mean[column] for mean in means])
             axes.set_xticks(ticks, [f"{budget / 1000:.1f}k" if budget else "prior" for budget in ticks])
         line[0].set_ylabel(label, fontsize=8)
@@ -137,6 +140,12 @@ def _curve(axes: Axes, name: str, x: Sequence[float], means: Sequence[Row], colu
         elinewidth=0.7,
         label=METHODS[name].label,
     )
+
+
+def _from_prior(axes: Axes, name: str, budget: float, before: float, after: float) -> None:
+    """The stretch of a curve before its first training."""
+    color, _, line = STYLES[name]
+    axes.plot([0, budget], [before, after], color=color, linestyle=line, linewidth=0.6, alpha=0.6)
 
 
 def _finish(axes: Axes, scale: str, means: Sequence[float]) -> None:
