@@ -23,6 +23,7 @@ VERBS = {
     "doctor": ("doctor", "say what is installed, whether processes reach each other, and what is wrong"),
     "tasks": ("tasks", "list the shipped tasks"),
     "2d": ("two_d", "fine-tune the shipped 2D prior onto a known target and certify the result"),
+    "study": ("study", "answer a question by many trainings: tables, a figure, an answer in words"),
     "bench": ("bench", "measure update time over its floor, memory, and the log-ratio's error"),
     "completion": ("completion", "print a completion script: source <(tiltune completion bash)"),
 }

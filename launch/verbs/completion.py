@@ -12,7 +12,7 @@ from typing import Annotated, Literal, get_args
 from ...tasks.task import TASKS
 from .. import flags
 from ..cli import VERBS
-from . import checkpoint
+from . import checkpoint, study
 
 Shell = Literal["bash", "zsh", "fish"]
 
@@ -47,7 +47,8 @@ def script(shell: str) -> str:
         tyro.extras.subcommand_cli_from_dict(verbs, args=arguments, prog="tiltune", config=(tyro.conf.OmitArgPrefixes,))
     text = printed.getvalue().replace("complete -F", "complete -o default -F")
     # Positional choices are missing from tyro's table; one completes like a flag that takes no value.
-    positional = {"train": tuple(TASKS), "checkpoint": get_args(checkpoint.Action), "completion": get_args(Shell)}
+    positional = {"train": tuple(TASKS), "checkpoint": get_args(checkpoint.Action)}
+    positional |= {"study": get_args(study.Name), "completion": get_args(Shell)}
     for verb, choices in positional.items():
         added = "".join(f"{{'flags': ['{name}'], 'description': '{verb} {name}', 'type': 'flag'}}, " for name in choices)
         text = re.sub(

@@ -1,0 +1,163 @@
+"""Does the gap between on-policy and off-policy methods widen with the dimension (left open by arXiv 2509.01632)?
+
+Random Gaussian mixtures of a growing dimension with their exact denoiser, tilted by a linear energy that leaves the same share of
+the prior effective in each. A run is one method on one problem: it trains at each of several budgets of energy calls, from the
+prior on, and each of these trainings is measured at its end, with its schedule complete. What is measured where no call is spent
+is the prior. The seed changes problem and training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ...finetune.config.train import TrainConfig
+from ...finetune.distributed.signals import Preempted
+from ...finetune.learning.trainer import Trainer
+from ...samplers.denoiser import ResidualDenoiser
+from ...samplers.make_policy import make_policy
+from .dimension_answer import answer
+from .dimension_figure import figure
+from .methods import METHODS, PRIOR, PROBE, train_config
+from .problem import Problem, measure, problem_of
+from .study import Study
+from .table import Row
+
+Size = Literal["quick", "default", "full"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """ess: effective shares of the prior. steps: K. updates: of an on-policy training, at each budget. samples: rollouts by which
+    a policy is measured."""
+
+    dims: tuple[int, ...] = (2, 5, 10, 50, 100)
+    ess: tuple[float, ...] = (0.05,)
+    steps: int = 50
+    batch_size: int = 80
+    updates: tuple[int, ...] = (10, 30)
+    samples: int = 500
+    seeds: int = 5
+
+
+SIZES: dict[Size, Settings] = {
+    "quick": Settings(dims=(2, 10), steps=20, updates=(10, 20), seeds=2),
+    "default": Settings(),
+    "full": Settings(ess=(0.05, 0.003), updates=(10, 20, 40, 80, 160), samples=2000, seeds=10),
+}
+KEYS = ("ess", "dim", "budget", "method")
+METRICS = {
+    "component_tv": "component TV",
+    "gap": "gap (nats)",
+    "log_z_error": "abs. log Z error (nats)",
+    "ess_share": "ESS over the exact denoiser's",
+    "gap_left": "gap over the prior's",
+    "calls": "energy calls",
+    "network_evaluations": "network evaluations",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one problem, at all budgets; the prior itself, at none."""
+
+    method: str
+    dim: int
+    ess: float
+    seed: int
+    steps: int
+    batch_size: int
+    updates: tuple[int, ...]
+    samples: int
+
+
+def study(size: Size, seeds: int | None) -> Study:
+    """The study at this size, with other ``seeds`` than the size has where they are given.
+
+    Errors: ValueError for fewer than two seeds, which have no interval.
+    """
+    settings = SIZES[size] if seeds is None else replace(SIZES[size], seeds=seeds)
+    if settings.seeds < 2:
+        raise ValueError(f"seeds is {settings.seeds}; an interval takes 2 at least.")
+    return study_of(settings)
+
+
+def study_of(settings: Settings) -> Study:
+    """The study with these settings."""
+    shared = settings.steps, settings.batch_size, settings.updates, settings.samples
+    runs = {
+        f"ess{ess:g}-D{dim:03d}-seed{seed:02d}-{method}": Run(method, dim, ess, seed, *shared)
+        for seed in range(settings.seeds)
+        for ess in settings.ess
+        for dim in settings.dims
+        for method in (PRIOR, *METHODS)
+    }
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+    said = partial(answer, steps=settings.steps)
+    return Study("dimension", plain, runs, perform, KEYS, METRICS, said, figure)
+
+
+def perform(run: Run) -> list[Row]:
+    """A row for each budget."""
+    problem = problem_of(run.dim, run.ess, run.seed, run.steps, run.samples)
+
+    def row(budget: int, measured: Row) -> Row:
+        own = {"ess": run.ess, "dim": run.dim, "budget": budget, "method": run.method, "seed": run.seed}
+        known = {name: getattr(problem, name) for name in ("gap_prior", "gap_exact", "ess_exact", "log_z")}
+        return {**own, **measured, "gap_left": measured["gap"] / problem.gap_prior, **known}
+
+    if run.method == PRIOR:
+        return [row(0, {"calls": 0, "network_evaluations": 0, **measure(problem, problem.prior.denoiser)})]
+    method = METHODS[run.method]
+    configs = [train_config(method, problem, updates, run.batch_size) for updates in run.updates]
+    budgets = [PROBE + updates * run.batch_size for updates in run.updates]
+    return [row(budget, _trained(problem, config)) for budget, config in zip(budgets, configs, strict=True)]
+
+
+def _trained(problem: Problem, config: TrainConfig) -> Row:
+    """What the training comes to, and at what cost.
+
+    Without a warm start that is the policy of the last update. Whether the prior was closer is not asked, since on-policy
+    trainings have no held-out paths to see it by. The recipe ends at what came closest.
+    """
+    policy = make_policy(problem.prior)
+    network = policy.denoiser
+    assert isinstance(network, ResidualDenoiser) and isinstance(problem.prior.denoiser, nn.Module)
+    meter = Evaluations(network.residual, problem.prior.denoiser)
+    found: Row = {}
+
+    def look(calls: int) -> None:
+        found.update(calls=calls, network_evaluations=meter.count, **measure(problem, policy))
+
+    def on_record(step: int, line: dict[str, Any]) -> None:
+        if config.warm_start == "none" and line["phase"] == config.objective and line["update"] == config.updates - 1:
+            look(line["energy_calls"])
+
+    with meter:
+        result = Trainer(problem.prior, problem.energy, config, policy=policy, progress=False, on_record=on_record).train()
+        if result.interrupted:  # the trainer keeps what is trained; half of a run is none
+            raise Preempted if result.preempted else KeyboardInterrupt
+        if config.warm_start != "none":
+            look(result.energy_calls)
+    return found
+
+
+class Evaluations:
+    """Counts states that networks are called with, within its block; count: so far, of all of them."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        self._networks, self.count = networks, 0
+
+    def _note(self, network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.count += len(inputs[0])
+
+    def __enter__(self) -> Evaluations:
+        self._hooks = [network.register_forward_hook(self._note) for network in self._networks]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,103 @@
+"""A random mixture with a linear energy, and how close a policy has come to its target; what is known of it is exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ...finetune.config.prior import PriorConfig
+from ...finetune.energies.energy import Energy
+from ...finetune.estimators import ess, log_mean_exp
+from ...finetune.populations.held_out import HeldOut
+from ...samplers.denoiser import Denoiser
+from ...samplers.prior import Prior
+from ...samplers.rollout import rollout
+from ...samplers.streams import stream
+from ...samplers.trajectory import Trajectories
+from ...tasks import tilted_mixture
+from ...tasks.gaussian_mixture import GaussianMixture
+from ...tasks.metrics.exact_target import share_tv
+from ...tasks.tilts import linear
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A prior, an energy, and the truth about their tilted law at the temperature 1.
+
+    exact: paths of the target's exact denoiser, weighted so that they stand for the target on this chain; they measure the EUBO
+    of any policy. log_z: of the chain, nats. gap_prior, gap_exact: EUBO - ELBO of the prior and of the exact denoiser, nats:
+    where every training begins, and what the size of the chain's steps leaves. ess_exact: effective share of the exact
+    denoiser's paths. samples: rollouts of a policy that is measured.
+    """
+
+    prior: Prior
+    energy: Energy
+    target: GaussianMixture
+    exact: HeldOut
+    log_z: float
+    gap_prior: float
+    gap_exact: float
+    ess_exact: float
+    samples: int
+    seed: int
+
+
+@lru_cache(maxsize=1)  # a process takes the runs of one problem in a row
+@torch.no_grad()
+def problem_of(dim: int, ess_prior: float, seed: int, steps: int, samples: int) -> Problem:
+    """The random mixture of this dimension and seed, on ``steps`` steps, with a linear energy that leaves the share ``ess_prior``
+    of the prior effective."""
+    config, energy = PriorConfig(steps=steps, dim=dim, seed=seed), linear(ess_prior, seed)
+    prior, reference = tilted_mixture.load_prior(config), tilted_mixture.reference(config, energy, 1.0)
+    generator = stream("reference", seed)
+    paths, log_weight = _weighted(prior, reference, energy, samples, generator)
+    exact = HeldOut(prior, paths, log_weight.double().softmax(0), 1.0)
+    eubo_exact = (exact.weight * log_weight.double()).sum().item()
+    _, prior_log_weight = _weighted(prior, None, energy, samples, generator)
+    return Problem(
+        prior,
+        energy,
+        energy.at(dim).target(1.0)[0],
+        exact,
+        log_mean_exp(log_weight)[0],
+        exact.eubo - prior_log_weight.mean().item(),
+        eubo_exact - log_weight.mean().item(),
+        ess(log_weight),
+        samples,
+        seed,
+    )
+
+
+@torch.no_grad()
+def measure(problem: Problem, policy: Denoiser) -> dict[str, float]:
+    """How far a policy is from the target, by new rollouts and the exact denoiser's paths; no energy call of the training.
+
+    component_tv: between the target's component weights and the mean responsibilities of the policy's samples. gap: EUBO - ELBO,
+    nats. log_z_error: |log Z of the policy's weights - log Z of the chain|, nats. ess_share: effective share of the policy's
+    paths, over that of the exact denoiser's. All policies of a problem are measured by the same noise.
+    """
+    generator = stream("certificate", problem.seed)
+    paths, log_weight = _weighted(problem.prior, policy, problem.energy, problem.samples, generator)
+    shares = problem.target.responsibilities(problem.prior.to_data(paths.terminal).double())
+    elbo, eubo = log_weight.double().mean().item(), problem.exact.look(policy).eubo
+    return {
+        "component_tv": share_tv(shares, problem.target.weights),
+        "gap": eubo - elbo,
+        "log_z_error": abs(log_mean_exp(log_weight)[0] - problem.log_z),
+        "ess_share": ess(log_weight) / problem.ess_exact,
+        "elbo": elbo,
+        "eubo": eubo,
+    }
+
+
+def _weighted(
+    prior: Prior, policy: Denoiser | None, energy: Energy, count: int, generator: torch.Generator
+) -> tuple[Trajectories, torch.Tensor]:
+    """Paths of ``policy`` (of the prior where None) with their energies, and their log-weights to the target, nats."""
+    paths = rollout(prior, policy, count, generator)
+    paths = paths.with_(energy=energy(prior.to_data(paths.terminal)).float())
+    assert paths.energy is not None
+    ratio = 0.0 if paths.step_log_ratio is None else paths.step_log_ratio.sum(0)
+    return paths, -paths.energy - ratio
