@@ -321,7 +321,8 @@ def test_the_next_samples_are_drawn_while_the_energy_works(task: LinearGaussian,
                 met.append(drawn.wait_for(lambda: count[0] > before, 5))
         return task.energy(x)
 
-    config = replace(SIZES, updates=1, objective="rtb", behavior={"on_policy": 0.5, "prior": 0.5})
+    config = replace(SIZES, updates=1, objective="rtb", population="importance")
+    config = replace(config, behavior={"on_policy": 0.5, "prior": 0.5})
     with Held(energy, 2) as pool:
         trained(task, pool, config)
     assert len(held) == 15 and len(met) >= 6 and all(met)

@@ -50,7 +50,7 @@ def test_the_certificate_draws_by_other_noise_than_the_population(apart: bool, m
     if not apart:
         monkeypatch.setitem(OFFSETS, "certificate", 0)
     task = LinearGaussian(brownian_chain(4), torch.zeros(SIZE).double(), torch.ones(SIZE).double())
-    config = TrainConfig(population_size=COUNT, warm_start_updates=1, updates=0, soft_value_updates=0)
+    config = TrainConfig(population_size=COUNT, population="importance", warm_start_updates=1, updates=0, soft_value_updates=0)
     policy = ResidualDenoiser(task.prior().denoiser, MLPDenoiser(dim=SIZE, width=4, depth=1, fourier_features=1))
     trainer = Trainer(task.prior(), task.energy, config, policy=policy, progress=False)
     trainer.train()

@@ -97,6 +97,17 @@ def tiltune(capfd: pytest.CaptureFixture[str]) -> Callable[..., Shown]:
 @pytest.fixture
 def small(prior: Path) -> list[Any]:
     """Flags of a training that takes a moment."""
-    sizes = ["--population-size", 8, "--warm-start-updates", 2, "--warm-start-rows", 4, "--soft-value-updates", 1]
+    sizes = [
+        "--population-size",
+        8,
+        "--population",
+        "importance",
+        "--warm-start-updates",
+        2,
+        "--warm-start-rows",
+        4,
+        "--soft-value-updates",
+        1,
+    ]
     slow = ["--learning-rate", 1e-5, "--warm-start-learning-rate", 1e-5]
     return ["--prior", prior, "--steps", 3, "--updates", 2, "--batch-size", 4, *sizes, *slow, "--device", "cpu"]

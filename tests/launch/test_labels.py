@@ -42,7 +42,18 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def flags(labelled: Path) -> list[Any]:
-    sizes = ["--population-size", 120, "--warm-start-updates", 2, "--warm-start-rows", 6, "--soft-value-updates", 1]
+    sizes = [
+        "--population-size",
+        120,
+        "--population",
+        "importance",
+        "--warm-start-updates",
+        2,
+        "--warm-start-rows",
+        6,
+        "--soft-value-updates",
+        1,
+    ]
     slow = ["--learning-rate", 1e-5, "--warm-start-learning-rate", 1e-5]
     return ["--prior", labelled, "--steps", 3, "--updates", 2, "--batch-size", 16, *sizes, *slow, "--device", "cpu"]
 

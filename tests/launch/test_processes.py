@@ -28,7 +28,8 @@ def ink(x):
 CONFIG = """
 prior: {{source: {prior}, steps: 4}}
 energy: {{terms: ["{folder}/ink.py:ink"]}}
-train: {{objective: log_variance, behavior: {{on_policy: 1.0}}, population_size: 32, warm_start_updates: 4, warm_start_rows: 16,
+train: {{objective: log_variance, behavior: {{on_policy: 1.0}}, population_size: 32, population: importance,
+         warm_start_updates: 4, warm_start_rows: 16,
          updates: 6, batch_size: 8, ema_decay: 0.9, checkpoint_every: 3}}
 device: cpu
 """

@@ -44,6 +44,7 @@ CONFIG = TrainConfig(
     soft_value_updates=2,
     forward_rows=8,
     population_size=40,
+    population="importance",
     warm_start_updates=4,
     warm_start_rows=16,
     updates=4,
