@@ -57,7 +57,7 @@ def test_python_yaml_and_flags_make_the_same_run_bit_for_bit(
         f"prior: {{source: {prior}, steps: 3}}\n"
         "energy:\n  terms: ['my_energy.py:ink', '0.5*my_energy.py:scaled(3)']\n"
         "train: {alpha: .5, huber: null, updates: 2, batch_size: 4, learning_rate: 1e-5, warm_start_learning_rate: 1e-5,\n"
-        "        population_size: 8, warm_start_updates: 2, warm_start_rows: 4, soft_value_updates: 1}\n"
+        "        population_size: 8, population: importance, warm_start_updates: 2, warm_start_rows: 4, soft_value_updates: 1}\n"
         "device: cpu\n"
     )
     assert tiltune("train", "--config=hand.yaml", "--out", "hand").status == 0
@@ -65,7 +65,7 @@ def test_python_yaml_and_flags_make_the_same_run_bit_for_bit(
     base = pretrained_recipe()
     sizes = {"population_size": 8, "warm_start_updates": 2, "warm_start_rows": 4, "soft_value_updates": 1}
     training = replace(base.train, alpha=0.5, huber=None, updates=2, batch_size=4, learning_rate=1e-5, **sizes)
-    training = replace(training, warm_start_learning_rate=1e-5)
+    training = replace(training, warm_start_learning_rate=1e-5, population="importance")
     config = RunConfig(
         prior=PriorConfig(str(prior), 3),
         energy=EnergyConfig(("my_energy.py:ink", "0.5*my_energy.py:scaled(3)")),
