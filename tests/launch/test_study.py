@@ -57,7 +57,7 @@ def test_a_study_leaves_rows_tables_a_figure_and_an_answer(whole: Path) -> None:
     assert (whole / "figure.png").read_bytes().startswith(b"\x89PNG") and (whole / "figure.pdf").read_bytes().startswith(b"%PDF")
     assert (whole / "figure.png").stat().st_size > 50_000
     answer = (whole / "answer.md").read_text()
-    assert "all on-policy methods less all off-policy methods" in answer and "D = 3 less D = 1" in answer
+    assert "The gap of all on-policy methods, less that of all off-policy methods:" in answer and "D = 3 less D = 1" in answer
     assert not [path.name for path in whole.iterdir() if path.name.startswith(".")]
 
 
