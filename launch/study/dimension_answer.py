@@ -71,7 +71,7 @@ def meaning(found: Trend, dims: Sequence[int]) -> str:
     """The trend in a sentence."""
     ends = f"{found.lowest.mean:+.2f} nats at D = {dims[0]}, {found.highest.mean:+.2f} at D = {dims[-1]}"
     by = f"{_said(found.slope)} for each tenfold dimension"
-    names = f"{found.on_policy} less {found.off_policy}"
+    names = f"The gap of {found.on_policy}, less that of {found.off_policy}"
     if not found.slope.sign:
         return f"{names}: no trend is shown, since the interval of the slope holds zero ({ends}; {by})."
     how = "the difference widens" if found.widens else "the difference narrows or changes its sign"

@@ -26,7 +26,7 @@ from tiltune.samplers.make_policy import make_policy
 from tiltune.tasks import tilted_mixture
 from tiltune.tasks.plots.curves import new_figure
 
-TINY = dimension.Settings(dims=(1, 3), ess=(0.3,), steps=6, batch_size=200, updates=(4,), samples=200, seeds=2)
+TINY = dimension.Settings(dims=(1, 3), ess=(0.3,), steps=4, batch_size=200, updates=(4,), samples=200, seeds=2)
 REPORT = ("rows.csv", "table.csv", "table.md", "answer.md")
 
 
@@ -57,7 +57,7 @@ def test_a_study_leaves_rows_tables_a_figure_and_an_answer(whole: Path) -> None:
     assert (whole / "figure.png").read_bytes().startswith(b"\x89PNG") and (whole / "figure.pdf").read_bytes().startswith(b"%PDF")
     assert (whole / "figure.png").stat().st_size > 50_000
     answer = (whole / "answer.md").read_text()
-    assert "all on-policy methods less all off-policy methods" in answer and "D = 3 less D = 1" in answer
+    assert "The gap of all on-policy methods, less that of all off-policy methods:" in answer and "D = 3 less D = 1" in answer
     assert not [path.name for path in whole.iterdir() if path.name.startswith(".")]
 
 
@@ -75,7 +75,7 @@ def test_equal_budgets_are_equal_to_the_call(whole: Path) -> None:
             assert calls in (budget, budget - methods.JUDGED)
         else:
             assert calls == budget, row["method"]
-        assert int(row["network_evaluations"]) > 6 * 200 * 4
+        assert int(row["network_evaluations"]) > 4 * 200 * 4
 
 
 def test_what_is_measured_depends_on_the_method_and_the_seed(whole: Path) -> None:
@@ -158,9 +158,8 @@ def test_runs_side_by_side_are_those_of_one_process() -> None:
     runs = {f"run{number}": ({"number": number},) for number in range(4)}
     alone, beside = ({name: rows for name, rows, _ in perform_all(list, runs, jobs)} for jobs in (1, 2))
     assert alone == beside == {f"run{number}": [{"number": number}] for number in range(4)}
-    for jobs, bad in ((1, {"bad": "rows"}), (2, {"good": "7", "bad": "rows"})):
-        with pytest.raises(ValueError, match="the run bad: invalid literal"):
-            list(perform_all(int, bad, jobs))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="the run bad: invalid literal"):
+        list(perform_all(int, {"bad": "rows"}, 1))  # pyright: ignore[reportArgumentType]
 
 
 def test_intervals_against_a_case_by_hand() -> None:
