@@ -17,11 +17,16 @@ from .chain import Chain
 from .shapes import Index, Timestep
 from .typed import forked_rng, unique_with_inverse
 
+OWN_FREQUENCIES = 4  # of a residual network: waves down to a length of 1.6 standard deviations
+
 
 class MLPDenoiser(ModelMixin, ConfigMixin):
     """Residual MLP on random Fourier features of the scaled state, preconditioned as in EDM (arXiv 2206.00364, eq. 7).
 
         output = output_skip(t) · s + output_scale(t) · F(input_scale(t) · s, t)
+
+    Where ``own_frequencies`` is positive, F has a second part, a sum over Fourier features of each coordinate alone, with weights
+    that depend on t: what a product of one-dimensional laws needs, learned from far fewer samples than by the MLP.
 
     The three functions of the timestep are tables of ``num_labels`` entries, interpolated linearly and stored with the
     weights (`set_preconditioning_`); as built they are 1, 0 and 1. The Fourier features (width ``bandwidth``) let a small
@@ -39,6 +44,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         fourier_features: int = 64,
         bandwidth: float = 5.0,
         num_labels: int = 1001,
+        own_frequencies: int = 0,
     ) -> None:
         super().__init__()
         self.num_labels = num_labels
@@ -54,6 +60,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         self.outward = nn.Linear(width, dim)
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
+        self.own = OwnWaves(dim, own_frequencies) if own_frequencies else None
 
     def forward(
         self,
@@ -72,8 +79,8 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         low = low.long()
         table = torch.lerp(self.preconditioning[:, low], self.preconditioning[:, low + 1], fraction)
         phase = label[:, None] * self.time_frequencies
-        scaled = label[:, None] / (self.num_labels - 1)
-        shifts = self.time(torch.cat([scaled, phase.sin(), phase.cos()], 1))
+        embedded = torch.cat([label[:, None] / (self.num_labels - 1), phase.sin(), phase.cos()], 1)
+        shifts = self.time(embedded)
         if len(label) > 1:
             shifts, table = shifts[inverse], table[:, inverse]
         input_scale, output_skip, output_scale = table[..., None]
@@ -84,7 +91,10 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         hidden = nn.functional.silu(self.inward(torch.cat([state, angles.sin(), angles.cos()], 1)) + first)
         for layer, shift in zip(self.hidden, rest, strict=True):
             hidden = hidden + nn.functional.silu(layer(hidden) + shift)
-        return (output_skip * sample + output_scale * self.outward(hidden),)
+        output = self.outward(hidden)
+        if self.own is not None:
+            output = output + self.own(state, embedded, inverse)
+        return (output_skip * sample + output_scale * output,)
 
     @torch.no_grad()
     def zero_output_(self) -> None:
@@ -92,6 +102,8 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         self.preconditioning[1].zero_()
         self.outward.weight.zero_()
         self.outward.bias.zero_()
+        if self.own is not None:
+            self.own.zero_output_()
 
     @torch.no_grad()
     def set_preconditioning_(
@@ -123,6 +135,36 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         return self
 
 
+class OwnWaves(nn.Module):
+    """Of each coordinate a function of itself: a line, and sines and cosines of the frequencies 1 to ``count`` per unit, with
+    weights that follow from the timestep; zero at the start."""
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(13, 64), nn.Linear(64, dim * (2 * count + 1))
+        self.zero_output_()
+
+    def forward(
+        self, state: Float[Tensor, " n dim"], embedded: Float[Tensor, " labels 13"], inverse: Index
+    ) -> Float[Tensor, " n dim"]:
+        """embedded: of the distinct timesteps; inverse: which of them each state has."""
+        weights = self.outward(nn.functional.silu(self.inward(embedded)))
+        if len(weights) > 1:
+            weights = weights[inverse]
+        line, *waves = weights.reshape(len(weights), -1, state.shape[1]).unbind(1)
+        total = line * state
+        for number, (sine, cosine) in enumerate(zip(waves[::2], waves[1::2], strict=True), start=1):
+            angle = number * state
+            total = total + sine * angle.sin() + cosine * angle.cos()
+        return total
+
+    @torch.no_grad()
+    def zero_output_(self) -> None:
+        """Make the output zero."""
+        self.outward.weight.zero_()
+        self.outward.bias.zero_()
+
+
 def precondition_for_(model: MLPDenoiser, chain: Chain, data_std: float) -> MLPDenoiser:
     """Set a network's tables from a (finely spaced) chain's own levels, in place."""
     order = torch.argsort(chain.timesteps)
@@ -139,7 +181,8 @@ def residual_network(chain: Chain, dim: int) -> MLPDenoiser:
     """
     with forked_rng():
         torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs as well
-        network = MLPDenoiser(dim, width=128, depth=3, bandwidth=1.5 / math.sqrt(dim))
+        bandwidth = 1.5 / math.sqrt(dim)
+        network = MLPDenoiser(dim, width=128, depth=3, bandwidth=bandwidth, own_frequencies=OWN_FREQUENCIES)
     order = torch.argsort(chain.timesteps)
     q, signal, noise = (column[: chain.num_steps][order] for column in (chain.q, chain.signal, chain.noise))
     if bool(torch.isfinite(signal + noise).all()):

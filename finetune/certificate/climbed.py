@@ -26,12 +26,11 @@ from ...samplers.trajectory import Trajectories
 from ..energies.energy import EnergyMeter
 from ..estimators import weighted_mean
 from ..populations.population import too_few
-from ..populations.smc import Climb, climb
+from ..populations.smc import APART, Climb, climb
 
 CLIMBERS, ISLANDS = 2000, 8  # paths that climb, at most; independent islands of them
 FEW_ANCESTORS = 5  # of an island, below which all that it knows comes from too few prior paths
 FROZEN = 0.02  # share of moves that are accepted, below which a part of the chain does not move
-APART = 1.0  # nats of standard deviation between the islands' log Z, above which they have not seen the same law
 
 
 @dataclass(frozen=True, eq=False)

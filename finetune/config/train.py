@@ -49,7 +49,7 @@ class TrainConfig:
     soft_value_updates: int = 0
     """Updates of a learned soft value, log E_prior[exp(-E/alpha) | state]: it takes variance out of the warm start and is the
     baseline of reinforce_kl. Worth its time on images, where the population has few effective paths. 0: none."""
-    population_size: int = 80_000
+    population_size: int = 14_000
     """Prior trajectories drawn once, with their energies, for the warm start and the behaviors that need them."""
     population: Literal["auto", "importance", "smc"] = "auto"
     """What stands for the target before the policy does. importance: prior trajectories weighted by exp(-E/alpha). smc: prior

@@ -1,8 +1,8 @@
-"""Whether a path's own end may stand in for its next state: what the prior's own paths say at E = 0.
+"""Whether a path's end may stand in for its next state: what the prior's own paths say at E = 0.
 
 The mean of s_{k+1} given s_k and the path's end, c s_k + d x, has the kernel's own mean on average only as far as the network is
-the exact denoiser of the chain's ends. Where it is not, a likelihood of such next states moves the policy away from the prior
-even at E = 0, where it should stay.
+the exact denoiser of the chain's ends; for an s_k noised anew from the end, also as far as the chain reverses its noising. Where
+it has not, a likelihood of such next states moves the policy away from the prior even at E = 0, where it should stay.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import Trajectories, rows_at_once
 from ...samplers.typed import symmetric_pinv
+from .soft_value import states_of
 
 PATHS = 400  # prior paths that are asked
 
 
 @torch.no_grad()
-def bridge_bias(prior: Prior, paths: Trajectories) -> float:
+def bridge_bias(prior: Prior, paths: Trajectories, fresh: float, generator: torch.Generator) -> float:
     """Nats of KL(prior || policy) by which bridged next states are sure to move a policy at E = 0; about 0 where none do.
+
+    fresh: share of the states that are noised anew from their path's end.
 
     z = (c s_k + d x - mu) / sigma should be 0 on average at every state. At each step it is regressed on x_hat, on the state and
     on a constant, on each half of ``paths``; sum_k E[<r, z> - ½ |r|²] of that regression r on the other half is the gain in
@@ -39,8 +42,9 @@ def bridge_bias(prior: Prior, paths: Trajectories) -> float:
         residuals: list[Tensor] = []
         for first in range(0, count, rows):
             some = slice(first, first + rows)
-            state, end = states[k, some], states[-1, some]
-            step = torch.full((len(state),), k, device=state.device)
+            path = torch.arange(count, device=states.device)[some]
+            step = torch.full_like(path, k)
+            state, end = states_of(chain, states, path, step, fresh, generator), states[-1, some]
             output = evaluate(prior.denoiser, chain, state, step, selected(condition, some))
             sigma = chain.kernel.std(step, state)
             residuals.append((bridge.mean(state, end, step) - chain.kernel.mean(state, step, output)) / sigma)

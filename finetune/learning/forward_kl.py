@@ -44,7 +44,9 @@ class ForwardKL:
 
     no_sync: goes around a forward and backward of the policy that another one will follow, before its gradients are used.
     slope, by trained step: the share of a bridged shift that controlled rows learn; ones until `measure_slope`.
+    alpha: the temperature whose tilted paths plain rows are of: the target's, or a higher one on the way there.
     bridged: whether plain rows take the mean of s_{k+1} given the path's end; until `check_bridge`, wherever the chain allows it.
+    fresh: the share of bridged states that are noised anew from the path's end.
     """
 
     def __init__(
@@ -59,17 +61,20 @@ class ForwardKL:
     ) -> None:
         self.prior, self.policy, self.population, self.soft_value = prior, policy, population, soft_value
         self.config, self.generator, self.no_sync = config, generator, no_sync
+        self.alpha = config.alpha
         self.slope = torch.ones(prior.chain.num_kernels, device=population.trajectories.states.device)
         # Only then may a path's end stand in for its next state at all.
         self.bridge = bridge_of(prior.chain) if forgets_given_next(prior.chain) else None
-        self.bridged = self.bridge is not None
+        self.bridged, self.fresh = self.bridge is not None, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured."""
-        return {"slope": self.slope, "bridged": self.bridged, "step_probability": self.__dict__.get("_step_probability")}
+        measured = {"slope": self.slope, "bridged": self.bridged, "step_probability": self.__dict__.get("_step_probability")}
+        return {**measured, "fresh": self.fresh, "alpha": self.alpha}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.slope, self.bridged = state_dict["slope"].to(self.slope), state_dict["bridged"]
+        self.fresh, self.alpha = state_dict["fresh"], state_dict["alpha"]
         if state_dict["step_probability"] is not None:
             self._step_probability = state_dict["step_probability"].to(self.slope)
 
@@ -100,29 +105,33 @@ class ForwardKL:
     def rows(self, step: Index) -> tuple[States, States, Condition | None]:
         """(s_k, s_{k+1} or its mean given the path's end, condition) of tilted prior paths at ``step``.
 
-        A state and an end of the *same* path keep the chain's own spread; an end noised back afresh would compound it, a little.
+        Where they may be, bridged states are noised anew from the path's end, so that few paths are not learned by heart.
         """
         states = self.population.trajectories.states
-        index = self.population.draw(len(step), self.config.alpha, self.generator)
-        state, condition = states[step, index], self._condition(index)
+        index = self.population.draw(len(step), self.alpha, self.generator)
+        condition = self._condition(index)
         if not self.bridged:
-            return state, states[step + 1, index], condition
+            return states[step, index], states[step + 1, index], condition
         assert self.bridge is not None
-        if self.population.tempering is not None:  # few distinct paths, which would be learned by heart
-            state = states_of(self.prior.chain, states, index, step, 1.0, self.generator)
+        state = states_of(self.prior.chain, states, index, step, self.fresh, self.generator)
         return state, self.bridge.mean(state, states[-1, index], step), condition
 
     def _condition(self, path: Index) -> Condition | None:
         return selected(self.population.trajectories.condition, path)
 
     def check_bridge(self, agreed: Callable[[float], float]) -> float:
-        """Use bridged next states only where the population's paths at E = 0 show that they may be; returns `bridge_bias`, nats.
+        """Use bridged next states, and fresh states before them, only where the population's paths at E = 0 show that they may
+        be; returns `bridge_bias` of what is used, or of stored states where nothing may be, nats.
 
         For plain rows. Controlled ones have w - h in place of w, which is 0 at E = 0, and their shift is measured
         (`measure_slope`). agreed: the mean over the processes.
         """
-        nats = agreed(bridge_bias(self.prior, self.population.prior_paths))
-        self.bridged = nats < UNBIASED
+        nats = math.inf
+        for self.fresh in (1.0, 0.0):
+            nats = agreed(bridge_bias(self.prior, self.population.prior_paths, self.fresh, self.generator))
+            self.bridged = nats < UNBIASED
+            if self.bridged:
+                break
         return nats
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import partial
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import nn
 
 from ...samplers.condition import members
-from ...samplers.log_ratio import step_log_ratio
 from ...samplers.prior import Prior
 from ...samplers.rollout import rollout
 from ..config.train import TrainConfig
@@ -20,10 +20,11 @@ from ..energies.error import EnergyError
 from ..energies.evaluation import EnergyEvaluation
 from ..energies.probe import probe_energy
 from ..estimators import effective_number
+from ..populations.climbing import climbed, renewed, temperature_for_all
 from ..populations.held_out import HeldOut
-from ..populations.importance import Bar, drawn_paths, importance_population, prior_paths, refuse_oversized
+from ..populations.importance import Bar, importance_population, prior_paths
 from ..populations.population import Population, temperature_within_reach, too_few
-from ..populations.smc import ClimbError, climb
+from ..populations.smc import ClimbError
 from .behaviors import needs_population
 from .forward_kl import ForwardKL
 from .gradients import chunk_rows
@@ -32,8 +33,7 @@ from .noise import Noise
 from .soft_value import SoftValue, fit_soft_value
 from .value_drift import ValueDrift
 
-CLIMBERS = 0.25  # share of the population that climbs, where too few of it have weight
-LAYERS = 12  # for which there must be memory: temperatures of a climb, and the last sweeps
+FOLLOWED = 0.1  # of as many as the population has of the prior: the effective paths whose law a policy may follow
 HELD_OUT, EACH = 1000, 100  # prior paths that nothing is learned from: of all conditions, of each; a quarter of the population
 
 
@@ -98,8 +98,10 @@ class Preparation:
         # One temperature for all processes, by all of their paths: that of the soft value and of the held-out paths.
         energy, group = (self.processes.gather(each) for each in (population.energy, population.trajectories.group))
         if wanted == "smc" or (wanted == "auto" and too_few(energy, alpha, group)):
+            cools = self.config.warm_start == "tlm" and not self.config.soft_value_updates
             try:
-                return self._climbed(population), 1.0
+                climb, self.held_out = climbed(self.energies, population, alpha, generator, self.bar, cools=cools)
+                return climb, 1.0
             except ClimbError as error:
                 if wanted == "smc" or self.processes.count > 1:  # one of several cannot fall back alone
                     raise
@@ -108,24 +110,6 @@ class Preparation:
         self.held_out = self._hold_out(times)
         return population, times
 
-    def _climbed(self, population: Population) -> Population:
-        """What these prior paths become on their way to the target; the last island is held out."""
-        alpha, generator = self.config.alpha, self.noise.generator
-        count = min(len(population), max(round(CLIMBERS * len(population)), EACH * self.prior.num_conditions))
-        first = population.trajectories.select(torch.arange(count, device=self.prior.device))
-        shape = (self.prior.chain.num_steps + 1, LAYERS * count, *self.prior.shape)
-        with self.processes.together():
-            try:
-                refuse_oversized(self.prior, shape, self.processes, "paths of a climb")
-            except ValueError as error:
-                raise ClimbError(str(error)) from error
-        with self.bar(None, "climb to the target") as bar:
-            together, gather = self.processes.together, self.processes.gather
-            evaluate = self.energies.evaluate
-            state = climb(self.prior, first, alpha, generator, evaluate, bar=bar, together=together, gather=gather)
-        self.held_out = HeldOut.draw(self.prior, state.target(state.islands - 1, alpha), alpha, 1.0, generator)
-        return state.population(range(state.islands - 1), first, alpha)
-
     def renew(self, policy: nn.Module) -> None:
         """Give a population that has climbed new paths of ``policy``; nothing to do for one of the prior's own paths."""
         population, forward = self.population, self.forward_kl
@@ -133,10 +117,20 @@ class Preparation:
             return
         assert forward is not None
         count, generator = self.size["population_size"], self.noise.generator
-        log_ratio = step_log_ratio(self.prior.chain, self.prior.denoiser, policy, population.climbed).sum(0)
-        with self.bar(count, "policy samples") as bar:
-            drawn = drawn_paths(self.energies, policy, count, "policy samples", generator, bar)
-        self.population = forward.population = population.renewed(self.config.alpha, log_ratio, drawn)
+        self.population = forward.population = renewed(
+            self.energies, population, policy, count, self.config.alpha, generator, self.bar
+        )
+        self._cool()
+
+    def _cool(self) -> None:
+        """Lower the temperature of the forward KL as far as enough of a population that has climbed are effective.
+
+        It never rises: where the policy of a milder law left something out, a few of the prior's paths carry most of the weight.
+        """
+        population, forward = self.population, self.forward_kl
+        assert population is not None and forward is not None
+        wanted = FOLLOWED * self.size["population_size"]
+        forward.alpha = min(forward.alpha, temperature_for_all(population, self.config.alpha, wanted, self.processes))
 
     def _probe(self) -> None:
         """Four prior samples show whether the energy can be used."""
@@ -183,6 +177,9 @@ class Preparation:
 
         no_sync = partial(self.processes.no_sync, self.policy)
         self.forward_kl = ForwardKL(self.prior, self.policy, population, self.soft_value, config, generator, no_sync)
+        if population.tempering is not None:
+            self.forward_kl.alpha = math.inf
+            self._cool()
         if config.warm_start != "value_drift":
             return
         assert self.soft_value is not None

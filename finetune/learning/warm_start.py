@@ -8,12 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..distributed.signals import uninterrupted
+from .forward_kl import ForwardKL
 from .state import TrainState
 from .value_drift import RESCALED_AT
 
 FALLS = 2  # looks in a row at which a warm start has fallen behind its best, and ends
 WATCHES = 5  # looks at the held-out paths
-RENEWED_AT = (0.2, 0.4, 0.6, 0.8)  # shares of the warm start after which a population that has climbed is renewed by the policy
+# Shares of the warm start after which the policy renews a population that has climbed: while its temperature is above the
+# target's, and then.
+RENEWED_ABOVE, RENEWED = 0.05, 0.2
 
 
 def warm_start(state: TrainState) -> None:
@@ -37,7 +40,7 @@ def warm_start(state: TrainState) -> None:
                         break
                     if update == first > 0:
                         forward.measure_slope()
-                    if preparation.value_drift is None and update in (round(share * total) for share in RENEWED_AT):
+                    if preparation.value_drift is None and _renews(forward, update, total):
                         preparation.renew(state.wrapped)
                     _update(state, bar, update, total)
     if state.global_step <= total:
@@ -47,9 +50,15 @@ def warm_start(state: TrainState) -> None:
             state.judge("the warm start")
 
 
+def _renews(forward: ForwardKL, update: int, total: int) -> bool:
+    every = max(1, round((RENEWED_ABOVE if forward.alpha > forward.config.alpha else RENEWED) * total))
+    return update > 0 and update % every == 0
+
+
 def _update(state: TrainState, bar: Any, update: int, total: int) -> None:
     loss = _backward(state, update, total)
     config, drift, scaler = state.config, state.preparation.value_drift, state.optimization.scaler
+    forward = state.preparation.forward_kl
     loss_scale = scaler.get_scale()
     with uninterrupted():
         trust = 1.0 if drift is None else state.processes.mean(drift.trust)
@@ -57,6 +66,8 @@ def _update(state: TrainState, bar: Any, update: int, total: int) -> None:
         record: dict[str, Any] = {"loss": state.processes.mean(loss.item() / loss_scale), "step_nats": nats}
         if nats is None:
             record["skipped"] = True
+        if forward is not None and forward.alpha > config.alpha:
+            record["alpha"] = forward.alpha
         every = max(1, total // WATCHES)
         if update == 0 or (update + 1) % every == 0 or update == total - 1:
             record |= state.monitor.watch(state.preparation.held_out)

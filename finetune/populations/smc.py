@@ -33,15 +33,21 @@ from ...samplers.trajectory import Trajectories, concatenate
 from .population import Population, Tempering
 
 Together = Callable[[], AbstractContextManager[None]]
+Gather = Callable[[Float[Tensor, "n ..."]], Float[Tensor, "m ..."]]  # of all processes
 
 ISLANDS = 5
 KEPT = 0.5
 TEMPERATURES = 100  # at most
 SWEEPS, LAST_SWEEPS = 1, 3  # of moves at each temperature, at the target's own
+APART = 1.0  # nats of standard deviation between the islands' log Z, above which they have not seen the same law
 
 
 class ClimbError(ValueError):
     """The target is out of the climb's reach."""
+
+
+class IslandsApart(ClimbError):
+    """The islands have not seen the same law."""
 
 
 @dataclass(eq=False)
@@ -129,15 +135,18 @@ def climb(
     *,
     bar: Any,
     together: Together = nullcontext,
-    gather: Callable[[Float[Tensor, " n"]], Float[Tensor, " m"]] = lambda value: value,
+    gather: Gather = lambda value: value,
     islands: int = ISLANDS,
+    apart: float = math.inf,
 ) -> Climb:
     """Take paths of the prior, with their energies, to the target at ``alpha``.
 
     evaluate: gives trajectories their energies. bar: moves by the paths that moved. together, gather: of several processes
-    (`Processes`), which climb at one pace, each on islands of its own.
+    (`Processes`), which climb at one pace, each on islands of its own. apart: the standard deviation of log Z over all islands,
+    nats, above which it ends.
 
-    Errors: ClimbError where an island has no path of finite energy left, or `TEMPERATURES` do not suffice.
+    Errors: IslandsApart where they are; ClimbError where an island has no path of finite energy left, or `TEMPERATURES` do not
+    suffice.
     """
     assert paths.energy is not None
     log_tilt = Population(paths).log_tilt(alpha)
@@ -158,6 +167,8 @@ def climb(
         with together():
             state.resample(beta, generator)
         bar.set_postfix(beta=f"{beta:.3g}")
+        if (found := gather(state.log_z).std(0).max().item()) > apart:
+            raise IslandsApart(f"at beta = {beta:.2g} its islands differ in log Z by {found:.1f} nats (one standard deviation).")
         for sweep in range(LAST_SWEEPS if beta == 1 else SWEEPS):
             paths_now, value = state.moves.sweep(prior, state.paths, beta * state.log_tilt, tempered, generator)
             state.paths, state.log_tilt = paths_now, value / beta

@@ -47,18 +47,30 @@ def prior_of(name, error):
     return Prior(Linear(chain, error), chain, (DIMENSION,))
 
 
-def closed_form(prior):
-    """Σ_k ½ E|r_k|² with r_k = (c s + d E[s_K | s] - mu)/sigma, by recursion: everything is linear, E[s_K | s_k] = Π g_j s_k."""
+def closed_form(prior, fresh):
+    """Σ_k ½ E|r_k|², r_k the regression of (c s + d s_K - mu)/sigma on s, for a share ``fresh`` of states noised anew from s_K.
+
+    Everything is linear: E[s_K s_k] is Π g_j E[s_k²] of stored states, and a_k E[s_K²] of fresh ones.
+    """
     chain, clean = prior.chain, prior.denoiser.clean
     gain = chain.c + chain.d * clean + chain.e * prior.denoiser.gain
     bridge = bridge_of(chain)
     c, d = bridge.c, bridge.d
-    variance, total = torch.tensor(chain.start_std**2, dtype=torch.float64), 0.0
+    variance = [torch.tensor(chain.start_std**2, dtype=torch.float64)]
+    for k in range(chain.num_steps):
+        variance.append(gain[k] ** 2 * variance[k] + chain.sigma[k] ** 2)
+    total = 0.0
     for k in range(chain.num_kernels):
-        slope = (c[k] + d[k] * gain[k:].prod() - gain[k]) / chain.sigma[k]
-        total += (0.5 * DIMENSION * slope**2 * variance).item()
-        variance = gain[k] ** 2 * variance + chain.sigma[k] ** 2
+        anew = chain.signal[k] ** 2 * variance[-1] + chain.noise[k] ** 2
+        square = (1 - fresh) * variance[k] + fresh * anew
+        with_end = (1 - fresh) * gain[k:].prod() * variance[k] + fresh * chain.signal[k] * variance[-1]
+        slope = (c[k] - gain[k] + d[k] * (with_end / square).nan_to_num()) / chain.sigma[k]  # 0/0 where a chain starts at 0
+        total += (0.5 * DIMENSION * slope**2 * square).item()
     return total
+
+
+def bias(prior, count, fresh):
+    return bridge_bias(prior, paths_of(prior, count), fresh, torch.Generator().manual_seed(1))
 
 
 def paths_of(prior, count=4000):
@@ -69,17 +81,28 @@ def paths_of(prior, count=4000):
 def test_an_exact_denoiser_has_no_bias(name):
     """Below the threshold with the 400 paths of a run; the closed form says how little a chain of ten steps leaves."""
     prior = prior_of(name, 0.0)
-    assert closed_form(prior) < 0.1
-    assert abs(bridge_bias(prior, paths_of(prior, 400))) < 0.1
+    assert closed_form(prior, 0.0) < 0.1
+    assert abs(bias(prior, 400, 0.0)) < 0.1
 
 
-@pytest.mark.parametrize(("name", "error"), [("ddpm", -0.2), ("ddim", -0.2), ("brownian", 2.0)])
-def test_the_bias_of_another_denoiser_is_the_closed_form(name, error, monkeypatch):
+@pytest.mark.parametrize("fresh", [0.0, 1.0])
+@pytest.mark.parametrize(("name", "error"), [("ddpm", -0.3), ("ddim", -0.2), ("brownian", 2.0)])
+def test_the_bias_of_another_denoiser_is_the_closed_form(name, error, fresh, monkeypatch):
     monkeypatch.setattr("tiltune.finetune.learning.bridge_check.PATHS", 4000)
     prior = prior_of(name, error)
-    expected = closed_form(prior)
+    expected = closed_form(prior, fresh)
     assert expected > 0.2
-    assert bridge_bias(prior, paths_of(prior)) == pytest.approx(expected, rel=0.1)
+    assert bias(prior, 4000, fresh) == pytest.approx(expected, rel=0.1)
+
+
+def test_fresh_states_are_refused_where_a_coarse_chain_compounds_its_noise():
+    """The exact denoiser of ten steps of DDIM: its own states pass, fresh ones do not."""
+    prior = prior_of("ddim", 0.0)
+    assert closed_form(prior, 0.0) < 0.1 < closed_form(prior, 1.0)
+    population = Population(paths_of(prior).with_(energy=torch.zeros(4000)))
+    forward = ForwardKL(prior, Linear(prior.chain, 0.0), population, None, TrainConfig(), torch.Generator().manual_seed(0))
+    assert forward.check_bridge(lambda nats: nats) < 0.1
+    assert forward.bridged and forward.fresh == 0.0
 
 
 @pytest.mark.parametrize(("error", "bridged"), [(0.0, True), (-0.3, False)])
@@ -93,6 +116,7 @@ def test_plain_rows_take_stored_next_states_where_the_bridge_is_biased(error, br
         trainer.train()
     preparation = trainer.state.preparation
     assert preparation.forward_kl.bridged is bridged
+    assert preparation.forward_kl.fresh == float(bridged)
     said = [str(warning.message) for warning in raised if "not the exact denoiser" in str(warning.message)]
     assert len(said) == (0 if bridged else 1)
     step = torch.full((50,), 4)
@@ -102,7 +126,7 @@ def test_plain_rows_take_stored_next_states_where_the_bridge_is_biased(error, br
     assert stored.all() if not bridged else not stored.any()
     kept = ForwardKL(prior, trainer.state.wrapped, preparation.population, None, config, torch.Generator())
     kept.load_state_dict(preparation.forward_kl.state_dict())
-    assert kept.bridged is bridged
+    assert (kept.bridged, kept.fresh) == (bridged, float(bridged))
 
 
 def test_controlled_rows_are_not_asked():

@@ -43,12 +43,14 @@ def test_the_recipe_needs_no_torch_and_its_energy_is_the_tasks() -> None:
 @pytest.mark.parametrize(
     ("options", "train"),
     [
-        ({}, {"updates": 40, "batch_size": 384, "learning_rate": 2e-4, "tempering_ess": 0.3}),
-        ({"chain": "brownian"}, {"updates": 40, "batch_size": 256}),
-        ({"warm_start": "none"}, {"updates": 400, "batch_size": 384, "learning_rate": 2e-3}),
+        ({}, {"updates": 40, "batch_size": 384, "learning_rate": 2e-4, "tempering_ess": 0.3, "population_size": 14_000}),
+        ({"chain": "brownian"}, {"updates": 40, "batch_size": 256, "population_size": 18_000}),
+        ({"chain": "flow"}, {"population_size": 80_000}),
+        ({"objective": "reinforce_kl"}, {"population_size": 8_000}),
+        ({"warm_start": "none"}, {"updates": 800, "batch_size": 384, "learning_rate": 2e-3, "population_size": 80_000}),
         (
             {"warm_start": "none", "objective": "reinforce_kl"},
-            {"updates": 470, "batch_size": 512, "learning_rate": 5e-3, "tempering_ess": 0.6},
+            {"updates": 800, "batch_size": 512, "learning_rate": 5e-3, "tempering_ess": 0.6},
         ),
     ],
 )
