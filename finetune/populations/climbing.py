@@ -46,8 +46,9 @@ def climbed(
         if processes.main:
             warnings.warn(
                 f"too few prior samples have weight, and those that climb to the target lose their way: {error} The warm start"
-                " cools from a temperature that the prior reaches, as far as the policy's own paths carry it. Nothing stands for"
-                " the target meanwhile, so that the run cannot say by how much it came closer.",
+                f" cools from a temperature that the prior reaches, as far as the policy's own paths carry it, {len(first):,} of"
+                " which are drawn each time. Nothing stands for the target meanwhile, so that the run cannot say by how much it"
+                " came closer.",
                 stacklevel=2,
             )
         return _uncharted(first), None
