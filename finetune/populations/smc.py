@@ -167,7 +167,7 @@ def climb(
         with together():
             state.resample(beta, generator)
         bar.set_postfix(beta=f"{beta:.3g}")
-        if (found := gather(state.log_z).std(0).max().item()) > apart:
+        if (found := gather(state.log_z.to(log_tilt.device)).std(0).max().item()) > apart:
             raise IslandsApart(f"at beta = {beta:.2g} its islands differ in log Z by {found:.1f} nats (one standard deviation).")
         for sweep in range(LAST_SWEEPS if beta == 1 else SWEEPS):
             paths_now, value = state.moves.sweep(prior, state.paths, beta * state.log_tilt, tempered, generator)
