@@ -110,6 +110,12 @@ class Preparation:
         self.held_out = self._hold_out(times)
         return population, times
 
+    @property
+    def reached(self) -> float:
+        """The temperature to which a plain warm start has followed a population that climbed or cools; infinite elsewhere."""
+        plain = self.population is not None and self.population.tempering is not None and self.soft_value is None
+        return self.forward_kl.alpha if plain and self.forward_kl is not None else math.inf
+
     def renew(self, policy: nn.Module) -> None:
         """Give a population that has climbed new paths of ``policy``; nothing to do for one of the prior's own paths."""
         population, forward = self.population, self.forward_kl
@@ -123,10 +129,8 @@ class Preparation:
         self._cool()
 
     def _cool(self) -> None:
-        """Lower the temperature of the forward KL as far as enough of a population that has climbed are effective.
-
-        It never rises: where the policy of a milder law left something out, a few of the prior's paths carry most of the weight.
-        """
+        """Lower the temperature of the forward KL as far as enough paths are effective. It never rises: where the policy of a
+        milder law left something out, a few of the prior's paths carry most of the weight."""
         population, forward = self.population, self.forward_kl
         assert population is not None and forward is not None
         wanted = FOLLOWED * self.size["population_size"]

@@ -26,9 +26,9 @@ class Temperature:
         self.alpha = self._first = config.alpha
         self.settle()
 
-    def begin(self) -> None:
-        """The updates begin."""
-        self.alpha = math.inf if self.config.tempering_ess else self.config.alpha
+    def begin(self, reached: float = math.inf) -> None:
+        """The updates begin. reached: the temperature that a warm start has come down to; above it the policy would unlearn."""
+        self.alpha = self._first = reached if self.config.tempering_ess else self.config.alpha
 
     def lower(self, batch: Batch, on_policy: int, progress: float, log_z: LogZ, population: Population | None) -> None:
         """Lower alpha as far as the policy's own weights keep ``tempering_ess`` of the batch's first ``on_policy`` effective.

@@ -28,9 +28,9 @@ def updates(state: TrainState) -> None:
     config = state.config
     first = config.warm_start_updates if config.warm_start != "none" else 0
     if state.global_step == first:
-        state.temperature.begin()
         if first and (config.forward_rows or set(config.shares) & NEEDS_POPULATION):
             state.preparation.renew(state.wrapped)
+        state.temperature.begin(state.preparation.reached if first else math.inf)
     chunk: int | None = None
     with (
         state.log.bar(config.updates, config.objective) as bar,

@@ -83,6 +83,18 @@ def test_the_warm_start_cools_and_never_heats(monkeypatch: pytest.MonkeyPatch) -
     assert lines[0]["phase"] == "warm_start" and lines[0]["alpha"] == seen[0]
 
 
+@pytest.mark.filterwarnings("ignore:too few prior samples")
+def test_the_updates_begin_no_hotter_than_the_warm_start_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would take back what it learned: at a high temperature the target is the prior."""
+    trainer, lines = trained(monkeypatch, 0.0, replace(CONFIG, updates=4, batch_size=32, tempering_ess=0.99))
+    forward = trainer.state.preparation.forward_kl
+    first = next(line for line in lines if line["phase"] == "log_variance")
+    assert forward is not None and first["alpha"] == forward.alpha == 1.0
+    monkeypatch.setattr("tiltune.finetune.learning.preparation.Preparation.reached", math.inf)
+    _, lines = trained(monkeypatch, 0.0, replace(CONFIG, updates=4, batch_size=32, tempering_ess=0.99))
+    assert next(line for line in lines if line["phase"] == "log_variance")["alpha"] > 1.0
+
+
 def test_islands_that_agree_are_the_population_at_the_targets_own_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, lines = trained(monkeypatch, math.inf)
     preparation = trainer.state.preparation
