@@ -35,7 +35,12 @@ def recipe(dim: int = DIM, seed: int = 0) -> RunConfig:
         prior=PriorConfig(steps=STEPS, dim=dim, seed=seed),
         energy=EnergyConfig(("energy",)),
         train=TrainConfig(
-            population_size=16_000, batch_size=256, learning_rate=1e-3, warm_start_updates=4000, checkpoint_every=2000
+            population_size=16_000,
+            batch_size=256,
+            learning_rate=1e-3,
+            warm_start_updates=4000,
+            updates=200,
+            checkpoint_every=2000,
         ),
         certificate=CertificateConfig(size=10_000),
     )
