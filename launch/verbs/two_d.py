@@ -219,12 +219,14 @@ def compared(options: Options) -> dict[str, tuple[Tensor, dict[str, Any]]] | Non
         "REINFORCE-KL, r = exp(-E)": ("reinforce_kl", mistaken_energy),
     }
     runs: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+    population_size = recipe(replace(options, objective="rtb")).train.population_size
     for name, (objective, training_energy) in settings.items():
         print(f"== {name}", file=sys.stderr)
         chosen = replace(options, objective=objective)
         config = recipe(chosen)
-        # Equal terms: the one behavior that every objective may use alone.
-        config = replace(config, train=replace(config.train, behavior={"on_policy": 1.0}))
+        # Equal terms: one population, and the one behavior that every objective may use alone.
+        train_config = replace(config.train, behavior={"on_policy": 1.0}, population_size=population_size)
+        config = replace(config, train=train_config)
         with TemporaryDirectory() as scratch:
             trained, energy = train(chosen, config, Path(scratch) / "run", training_energy)
             if trained.record["preempted"]:
