@@ -30,7 +30,11 @@ def updates(state: TrainState) -> None:
     if state.global_step == first:
         if first and (config.forward_rows or set(config.shares) & NEEDS_POPULATION):
             state.preparation.renew(state.wrapped)
-        state.temperature.begin(state.preparation.reached if first else math.inf)
+        reached = state.preparation.reached if first else math.inf
+        state.temperature.begin(reached)
+        population = state.preparation.population
+        if math.isfinite(reached) and population is not None:  # which knows more of log Z than before it was renewed
+            state.log_z.set(state.processes.mean_of(population.log_z(state.temperature.alpha).double()))
     chunk: int | None = None
     with (
         state.log.bar(config.updates, config.objective) as bar,

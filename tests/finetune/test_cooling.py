@@ -95,6 +95,18 @@ def test_the_updates_begin_no_hotter_than_the_warm_start_ended(monkeypatch: pyte
     assert next(line for line in lines if line["phase"] == "log_variance")["alpha"] > 1.0
 
 
+@pytest.mark.filterwarnings("ignore:too few prior samples")
+def test_a_learned_log_z_begins_where_the_renewed_population_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prior's paths alone said something else before the warm start; one update cannot have moved it far."""
+    config = replace(CONFIG, objective="rtb", updates=1, batch_size=32, log_z_learning_rate=1e-6)
+    trainer, _ = trained(monkeypatch, 0.0, config)
+    population, temperature = trainer.state.preparation.population, trainer.state.temperature
+    assert population is not None
+    by_prior = Population(population.prior_paths).log_z(1.0).item()
+    assert trainer.state.log_z.parameter.item() == pytest.approx(population.log_z(temperature.alpha).item(), abs=1e-3)
+    assert abs(trainer.state.log_z.parameter.item() - by_prior) > 0.01
+
+
 def test_islands_that_agree_are_the_population_at_the_targets_own_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, lines = trained(monkeypatch, math.inf)
     preparation = trainer.state.preparation
