@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -43,13 +44,17 @@ def adequate_alpha(
 
     log_ratio: log density of what drew them less the prior's.
     """
-    if ess(-energy / alpha - log_ratio) >= share:
+    return smallest_alpha(alpha, lambda at: ess(-energy / at - log_ratio) >= share)
+
+
+def smallest_alpha(alpha: float, enough: Callable[[float], bool]) -> float:
+    """The smallest temperature, from ``alpha`` up, that is ``enough``, as all higher ones are; exp(12) times alpha at most."""
+    if enough(alpha):
         return alpha
     low, high = math.log(alpha), math.log(alpha) + 12.0
     for _ in range(30):
         middle = 0.5 * (low + high)
-        enough = ess(-energy / math.exp(middle) - log_ratio) >= share
-        low, high = (low, middle) if enough else (middle, high)
+        low, high = (low, middle) if enough(math.exp(middle)) else (middle, high)
     return math.exp(high)
 
 

@@ -89,6 +89,10 @@ class Preparation:
                     population, self.prior.chain, alpha, updates, generator, lambda: bar.update(1), times=times
                 )
         self._make_teachers(population)
+        if population.tempering is not None:
+            assert self.forward_kl is not None
+            self.forward_kl.alpha = math.inf
+            self._cool()
         self._measure_teachers()
 
     def _populate(self) -> tuple[Population, float]:
@@ -181,9 +185,6 @@ class Preparation:
 
         no_sync = partial(self.processes.no_sync, self.policy)
         self.forward_kl = ForwardKL(self.prior, self.policy, population, self.soft_value, config, generator, no_sync)
-        if population.tempering is not None:
-            self.forward_kl.alpha = math.inf
-            self._cool()
         if config.warm_start != "value_drift":
             return
         assert self.soft_value is not None

@@ -20,10 +20,9 @@ from ...samplers.prior import Prior
 from ...samplers.resampling import systematic
 from ...samplers.shapes import Index
 from ...samplers.trajectory import Trajectories, concatenate
-from ..estimators import adequate_alpha, effective_number, ess
+from ..estimators import adequate_alpha, effective_number, ess, smallest_alpha
 
 ENOUGH, FEWEST = 0.025, 25  # effective prior paths that can stand for a tilted law: their share, 100 of 4000; their number
-HOTTEST = 1e6  # times alpha, where no prior path is any better than another
 FURTHEST = 4.0  # times alpha up to which what is learned at a milder temperature may be continued from it
 
 
@@ -154,18 +153,7 @@ class Population:
 
     def within_reach(self, alpha: float, wanted: float) -> float:
         """The temperature, from ``alpha`` up, at which this many of the paths are effective."""
-
-        def enough(at: float) -> bool:
-            return self.ess(at) >= wanted
-
-        high = alpha
-        while not enough(high) and high < HOTTEST * alpha:
-            high *= 2
-        low = max(alpha, high / 2)
-        for _ in range(20 * (high > alpha)):
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if enough(middle) else (middle, high)
-        return high
+        return smallest_alpha(alpha, lambda at: self.ess(at) >= wanted)
 
     def draw(self, count: int, alpha: float, generator: torch.Generator) -> Int[Tensor, " {count}"]:
         """``count`` indices drawn by `weight`, systematically: least variance for given weights.
