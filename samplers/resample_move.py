@@ -17,8 +17,8 @@ from torch import Tensor
 from .moves import Moves
 from .noise_paths import NoisePaths, noise_of
 from .policy import Policy
-from .resampling import Resampled, without_nan
-from .rollout import rollout
+from .proposals import without_nan
+from .resampling import Resampled
 from .shapes import Index
 from .trajectory import Trajectories, concatenate
 
@@ -62,18 +62,12 @@ def move(
 
 
 def _paths(policy: Policy, drawn: Resampled, proposal: Index) -> NoisePaths:
-    """These proposals, rolled out again from their noise: this saves the memory of all the others."""
-    prior = policy.prior
-    again = torch.Generator(device=prior.device)
+    """These proposals as paths of the prior."""
     found: list[Trajectories] = []
     places: list[Index] = []
-    for part, state in enumerate(drawn.noise):
-        mine = (proposal // drawn.batch == part).nonzero()[:, 0]
-        if not len(mine):
-            continue
-        again.set_state(state)
-        first = part * drawn.batch
-        paths = rollout(prior, policy, min(drawn.batch, len(drawn.log_weight) - first), again)
-        found.append(paths.select(proposal[mine] - first))
-        places.append(mine)
-    return noise_of(prior, concatenate(found).select(torch.cat(places).argsort()))
+    for part in drawn.parts:
+        mine = ((part.first <= proposal) & (proposal < part.first + part.size)).nonzero()[:, 0]
+        if len(mine):
+            found.append(part.again(policy).select(proposal[mine] - part.first))
+            places.append(mine)
+    return noise_of(policy.prior, concatenate(found).select(torch.cat(places).argsort()))

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .policy import Policy
-from .rollout import rollout
-from .shapes import AnyShape, Index
-from .trajectory import rows_at_once
+from .proposals import Part, propose
+from .shapes import Index
+from .twist import Twist
 from .typed import unique
 
 
@@ -27,16 +27,19 @@ class Resampled:
     """Samples drawn by weight from a policy's proposals.
 
     samples: data, in random order, so that any part of them is a draw too. index: the proposal each one is. log_weight,
-    log_potential: nats, -inf for zero density. batch: proposals that were drawn at once; noise: the generator's state before each
-    batch, from which the paths can be drawn again.
+    log_potential: nats, -inf for zero density. parts: the proposals as they were drawn, from which their paths are found again.
     """
 
     samples: Float[Tensor, " n *data"]
     index: Index
     log_weight: Float[Tensor, " proposals"]
     log_potential: Float[Tensor, " proposals"]
-    batch: int
-    noise: tuple[AnyShape, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def strength(self) -> float | None:
+        """Of the twist, after its pilot; None without one."""
+        return None if self.parts[-1].twist is None else self.parts[-1].strength
 
     @property
     def weight(self) -> Float[Tensor, " proposals"]:
@@ -78,11 +81,6 @@ def systematic(weight: Float[Tensor, " n"], count: int, generator: torch.Generat
     return index[torch.randperm(count, generator=generator, device=weight.device)]
 
 
-def without_nan(potential: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """NaN is zero density, as -inf is."""
-    return potential.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-
-
 def importance_resample(
     policy: Policy,
     log_potential: Callable[[Float[Tensor, " batch *data"]], Float[Tensor, " batch"]],
@@ -91,12 +89,14 @@ def importance_resample(
     *,
     proposals: int,
     batch: int | None = None,
+    twist: Twist | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Resampled:
     """``count`` samples of p_prior · exp(log_potential) out of ``proposals`` policy rollouts, exact as these grow.
 
     log_potential: data → nats, -E/alpha; -inf is zero density, and so is NaN. The law is that of the policy's
-    chain, whatever the policy. batch: rollouts at once (`rows_at_once`). on_progress: receives the number of rollouts just done.
+    chain, whatever the policy. batch: rollouts at once (`rows_at_once`). twist: chooses among candidates at every step, by a
+    strength that an eighth of the proposals measures. on_progress: receives the number of rollouts just done.
 
     Errors: ValueError for fewer proposals than samples, several conditions, and where no proposal has any density.
     """
@@ -110,23 +110,8 @@ def importance_resample(
         raise ValueError(
             f"this policy has {prior.num_conditions} conditions, each with weights of its own; resample policy.only(row) for one."
         )
-    batch = rows_at_once(prior.shape, prior.device) if batch is None else batch
-    data: list[Tensor] = []
-    log_weights: list[Tensor] = []
-    potentials: list[Tensor] = []
-    noise: list[Tensor] = []
-    for first in range(0, proposals, batch):
-        noise.append(generator.get_state())
-        drawn = rollout(prior, policy, min(batch, proposals - first), generator, keep=False)
-        assert drawn.step_log_ratio is not None
-        data.append(prior.to_data(drawn.terminal))
-        potential = without_nan(log_potential(data[-1]).to(drawn.step_log_ratio))
-        potentials.append(potential)
-        log_weights.append(potential - drawn.step_log_ratio.sum(0))
-        if on_progress:
-            on_progress(len(data[-1]))
-    log_weight = torch.cat(log_weights)
-    heaviest = log_weight.max().item()
+    drawn = propose(policy, log_potential, proposals, generator, batch=batch, twist=twist, on_progress=on_progress)
+    heaviest = drawn.log_weight.max().item()
     if heaviest == -math.inf:
         raise ValueError(
             f"none of {proposals} proposals has any density under the energy, so there is nothing to resample; raise alpha, or"
@@ -134,5 +119,5 @@ def importance_resample(
         )
     if heaviest == math.inf:
         raise ValueError("log_potential returned +inf, an infinite density; return -E/alpha with a finite energy, or -inf.")
-    index = systematic(log_weight.double().softmax(0), count, generator)
-    return Resampled(torch.cat(data)[index], index, log_weight, torch.cat(potentials), batch, tuple(noise))
+    index = systematic(drawn.log_weight.double().softmax(0), count, generator)
+    return Resampled(drawn.data[index], index, drawn.log_weight, drawn.log_potential, drawn.parts)

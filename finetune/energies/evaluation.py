@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...samplers.condition import members
 from ...samplers.prior import Prior
 from ...samplers.trajectory import Trajectories
 from ..distributed.processes import Processes
@@ -21,13 +22,14 @@ COUNTED = {  # by the energy meter, as metrics call it
     "invalid": "invalid_energies",
     "forbidden": "forbidden_energies",
 }
+LOW = 0.1  # share of the first energies that the ceiling is measured from
 
 
 class EnergyEvaluation:
     """Gives trajectories their energies. All processes call its methods, in the same order.
 
-    meter: calls the energy, counts and checks. cap: E/alpha in training is at most so far above the lowest of the first batch, of
-    the same condition.
+    meter: calls the energy, counts and checks. cap: E/alpha in training is at most so far above the lowest tenth of what the
+    policy drew in the first batch, of the same condition.
     """
 
     def __init__(
@@ -75,8 +77,11 @@ class EnergyEvaluation:
 
         return finish
 
-    def capped(self, trajectories: Trajectories) -> tuple[Tensor, Tensor]:
+    def capped(self, trajectories: Trajectories, own: int | None = None) -> tuple[Tensor, Tensor]:
         """(finite energies, valid mask) [B]: +inf and what lies above the ceiling is set to it, NaN is masked.
+
+        own: the first so many are the policy's; all of them, where None or 0. The ceiling is theirs: where others are far ahead
+        of the policy, all that it draws could lie above a ceiling of theirs, and training would see no difference in it.
 
         Errors: EnergyError where the first batch has no finite energy of a condition.
         """
@@ -84,17 +89,18 @@ class EnergyEvaluation:
         assert energy is not None
         valid = ~energy.isnan()
         if self._ceiling is None:
-            finite = energy.where(energy.isfinite(), math.inf)
-            lowest = torch.stack([torch.cat([finite[index], finite.new_full((1,), math.inf)]).min() for index in groups])
-            lowest = self.processes.gather(lowest[None]).min(0).values.tolist()
-            if math.inf in lowest:
+            mine = slice(0, own or None)
+            first, group = self.processes.gather(energy[mine]), self.processes.gather(trajectories.group[mine])
+            count = len(groups)
+            finite = [first[index][first[index].isfinite()] for index in members(group, count)]
+            if any(not len(some) for some in finite):
                 table = self.prior.condition_table
-                of = "" if table is None else f" of {table.names[lowest.index(math.inf)]}"
+                of = "" if table is None else f" of {table.names[[len(some) for some in finite].index(0)]}"
                 raise EnergyError(
                     f"every energy{of} of the first batch is +inf or invalid: the target has no mass where the prior samples."
                     " Soften the constraint, or raise alpha."
                 )
-            self._ceiling = [low + self._room for low in lowest]
+            self._ceiling = [some.quantile(LOW).item() + self._room for some in finite]
         capped = energy.nan_to_num(nan=0.0, posinf=math.inf)
         for index, ceiling in zip(groups, self._ceiling, strict=True):
             capped[index] = capped[index].clamp(max=ceiling)

@@ -21,91 +21,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ...samplers.chain import Chain
 from ...samplers.shapes import Index, States
 from ...samplers.typed import backward, forked_rng
 from ..populations.population import Population
+from .value_network import ValueNetwork
 
-WIDTH, CHANNELS, DROPOUT = 96, 24, 0.3
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 512, 2e-3, 0.3
 VARIANCE_SHARE = 0.3  # of the squared error of the variance beside that of the mean
 FRESH = 0.7  # share of states noised anew from a path's end
 DEEPEST = 30.0  # nats below the best path of the population, beyond which one is as bad as another
 LARGEST = math.log(60.0)  # h is bounded above: where it is larger the population holds too few states to know it
-
-
-class ValueNetwork(nn.Module):
-    """States of a chain, their steps and the rows of their conditions, if any → log h; zero at the start.
-
-    scale: the states' standard deviation at each step. spread: that of -E/alpha over the prior paths of each condition.
-    Images [C, H, W] pass two convolutions that halve them, anything else is flattened; each layer is scaled and
-    shifted by an embedding of the step, and of the condition where there are several.
-    """
-
-    scale: Float[Tensor, " scales"]
-    spread: Float[Tensor, " conditions"]
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        steps: int,
-        scale: Float[Tensor, " {steps+1}"] | None = None,
-        spread: Float[Tensor, " conditions"] | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.ones(steps + 1) if scale is None else scale.clone())
-        self.register_buffer("spread", torch.ones(1) if spread is None else spread.clone())
-        self.step = nn.Embedding(steps + 1, 64)
-        layers: list[nn.Module] = []
-        outputs: list[int] = []
-        size = math.prod(shape)
-        if len(shape) == 3:
-            channels, height, width = shape
-            for out in (CHANNELS, 2 * CHANNELS):
-                stride = 1 if out == CHANNELS and min(height, width) <= 8 else 2
-                layers.append(nn.Conv2d(channels, out, 3, stride=stride, padding=1))
-                outputs.append(out)
-                channels, height, width = out, -(-height // stride), -(-width // stride)
-            size = channels * height * width
-        layers += [nn.Linear(size, WIDTH), nn.Linear(WIDTH, WIDTH)]
-        self.layers = nn.ModuleList(layers)
-        outputs += [WIDTH, WIDTH]
-        self.shifts = nn.ModuleList(nn.Linear(64, 2 * out) for out in outputs)
-        self.drop = nn.Dropout(DROPOUT)
-        self.out = nn.Linear(WIDTH, 3)  # log h, and the standardized mean and (before a softplus) variance of -E/alpha
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-        self.group = nn.Embedding(len(self.spread), 64) if len(self.spread) > 1 else None
-
-    def forward(self, state: States, step: Index, group: Index | None = None) -> Float[Tensor, " n"]:
-        return self.heads(state, step, group)[:, 0]
-
-    def estimates(self, state: States, step: Index, times: float = 1.0, group: Index | None = None) -> Float[Tensor, " n 2"]:
-        """At a temperature lower by ``times`` than the one that was learned: log h grows with 1/alpha to first order, the
-        cumulants with its first and second power."""
-        log_h, mean, variance = self.heads(state, step, group).unbind(1)
-        spread = times * (self.spread if group is None else self.spread[group])
-        return torch.stack([times * log_h, spread * mean + 0.5 * spread.square() * variance], 1)
-
-    def heads(self, state: States, step: Index, group: Index | None = None) -> Float[Tensor, " n 3"]:
-        """log h; mean and variance of -E/alpha given the state, in units of ``spread``."""
-        hidden = state / self.scale[step].view(-1, *[1] * (state.ndim - 1))
-        embedded = self.step(step)
-        if self.group is not None:
-            assert group is not None
-            embedded = embedded + self.group(group)
-        for layer, shift in zip(self.layers, self.shifts, strict=True):
-            if isinstance(layer, nn.Linear):
-                hidden = self.drop(hidden.flatten(1))
-            scale, offset = shift(embedded).chunk(2, 1)
-            hidden = layer(hidden)
-            around = (len(hidden), -1, *[1] * (hidden.ndim - 2))
-            hidden = functional.silu(hidden * (1 + scale.view(around)) + offset.view(around))
-        log_h, mean, variance = self.out(hidden).unbind(1)
-        return torch.stack([log_h, mean, functional.softplus(variance + 0.5)], 1)
 
 
 class SoftValue:

@@ -50,8 +50,8 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
     progress = update / max(1, config.updates - 1)
     parts, terms = _trajectories(state, progress)
     trajectories = concatenate(list(parts.values()))
-    batch = _batch(state, parts, trajectories)
     on_policy = len(parts["on_policy"]) if "on_policy" in parts else 0
+    batch = _batch(state, parts, trajectories, on_policy)
     state.temperature.lower(batch, on_policy, progress, state.log_z, state.preparation.population)
     loss, gradients = objective_gradient(
         state.objective,
@@ -98,9 +98,9 @@ def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Traject
     return parts, terms
 
 
-def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Trajectories) -> Batch:
+def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Trajectories, on_policy: int) -> Batch:
     """What the objective is a function of."""
-    energy, valid = state.energies.capped(trajectories)
+    energy, valid = state.energies.capped(trajectories, on_policy)
     each = torch.stack([valid[index].sum() for index in trajectories.groups])
     usable = int(state.processes.gather(each[None]).sum(0).max())
     if usable < 2:

@@ -3,6 +3,7 @@
     config.yaml     the whole `RunConfig`: the same training again, bit for bit
     metrics.jsonl   one JSON object a line
     policy/         what was trained, as diffusers or peft save it
+    soft_value.*    the learned soft value, of a run that has one: it chooses among candidates for `sample --exact`
     run.json        what the loader decided, versions, seconds, how the training ended (`record`)
     certificate.json, picture.png, samples.safetensors, samples.png      once they are asked for
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from ...samplers.policy import Policy
     from ...samplers.prior import Prior
     from ..energies.energy import Energy
+    from ..learning.soft_value import SoftValue
+
+SOFT_VALUE = "soft_value"  # the name of its files
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,23 @@ class Run:
     record: dict[str, Any]
     task: Task | None = None
     condition: str | None = None
+
+    @cached_property
+    def soft_value(self) -> SoftValue:
+        """What the run has learned of the worth of states.
+
+        Errors: ValueError where it has learned none, or its files are damaged.
+        """
+        from ..learning.soft_value import SoftValue
+        from .state_file import read_state
+
+        if not (self.folder / f"{SOFT_VALUE}.json").exists():
+            raise ValueError(
+                f"{self.folder} has no soft value to choose candidates by; a training with --soft-value-updates 1500 leaves one."
+            )
+        prior = self.prior
+        state = read_state(self.folder, SOFT_VALUE)
+        return SoftValue.from_state_dict(state, prior.shape, prior.chain.last_trained + 1, prior.device)
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:

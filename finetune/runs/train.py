@@ -26,7 +26,7 @@ from .manifest import replace_file
 from .record import Ending, record_of
 from .resolve import resolve
 from .resume import is_finished, refuse_finished, starting_checkpoint
-from .run import Run, open_run
+from .run import SOFT_VALUE, Run, open_run
 from .task import Task
 from .tracker import Tracker, refuse_missing
 
@@ -210,4 +210,9 @@ def _save(training: _Training, record: dict[str, Any], stopped: Exception | Keyb
     with suppress(KeyboardInterrupt), uninterrupted(), waiting:
         if processes.main:
             training.policy.save(folder / "policy")
+            soft_value = trainer.state.preparation.soft_value
+            if soft_value is not None:
+                from .state_file import write_state
+
+                write_state(folder, SOFT_VALUE, soft_value.state_dict())
             replace_file(folder / "run.json", strict_json(record, indent=2) + "\n")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from ...finetune.certificate.criteria import MAX_PARETO_K
 from ...finetune.energies.energy import EnergyMeter
 from ...finetune.estimators import pareto_k
+from ...finetune.learning.soft_value import SoftValue
 from ...finetune.runs.bar import progress_bar
 from ...finetune.runs.run import Run
 from ...samplers.condition import Condition, context_of, members
@@ -18,6 +21,7 @@ from ...samplers.policy import Policy
 from ...samplers.resample_move import SWEEPS, move
 from ...samplers.resampling import Resampled, importance_resample
 from ...samplers.streams import stream
+from ...samplers.twist import Twist
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +42,8 @@ class Exact:
         """What stands beside the samples in their file."""
         drawn = self.resampled
         numbers = {"proposals": len(drawn.log_weight), "ess": drawn.ess, "unique": drawn.unique, "sweeps": self.sweeps}
+        if drawn.strength is not None:
+            numbers["strength"] = drawn.strength
         return {**numbers, "moved": self.moved, "energy_calls": self.energy_calls}
 
 
@@ -45,29 +51,38 @@ def draw_exact(
     run: Run,
     condition: Condition | None,
     count: int,
+    *,
     proposals: int | None,
     sweeps: int | None,
+    candidates: int,
     terms: Sequence[str],
     seed: int,
 ) -> list[Exact]:
     """Exact samples of each condition, as far as the weights carry; in the order of the table.
 
-    condition: of the ``count`` samples. proposals, sweeps: of each condition; their defaults where None. terms: of the energy.
+    condition: of the ``count`` samples. proposals, sweeps: of each condition; their defaults where None.
+    candidates: that each step chooses from by the run's soft value, 1 for none. terms: of the energy.
+
+    Errors: ValueError where candidates are asked of a run without a soft value.
     """
+    soft_value = run.soft_value if candidates > 1 else None
     meter, generator = EnergyMeter(run.energy(terms)), stream("resampling", seed, run.prior.device)
     if condition is None:
-        parts = [("", run.policy, count)]
+        parts = [("", 0, run.policy, count)]
     else:
         sizes = [len(index) for index in members(condition.group, len(condition.table))]
-        parts = [(condition.table.names[row], run.policy.only(row), size) for row, size in enumerate(sizes) if size]
+        parts = [(condition.table.names[row], row, run.policy.only(row), size) for row, size in enumerate(sizes) if size]
 
-    def one(name: str, policy: Policy, count: int) -> Exact:
+    def one(name: str, row: int, policy: Policy, count: int) -> Exact:
         def log_potential(data: Tensor) -> Tensor:
             return -meter(data, **context_of(policy.prior.condition(len(data)))) / run.config.train.alpha
 
+        twist = None if soft_value is None else Twist(partial(_value, soft_value, row), candidates)
         total, before = proposals if proposals is not None else max(10 * count, 1000), meter.calls
         with progress_bar(total, "proposals") as advance:
-            drawn = importance_resample(policy, log_potential, count, generator, proposals=total, on_progress=advance)
+            drawn = importance_resample(
+                policy, log_potential, count, generator, proposals=total, twist=twist, on_progress=advance
+            )
         wanted = SWEEPS * (drawn.unique < count) if sweeps is None else sweeps
         if not wanted:
             return Exact(name, drawn.samples, drawn, 0, 0, meter.calls - before)
@@ -78,6 +93,12 @@ def draw_exact(
     return [one(*part) for part in parts]
 
 
+def _value(soft_value: SoftValue, row: int, state: Tensor, k: int) -> Tensor:
+    """log h of states at step ``k`` of the condition ``row``, nats."""
+    step, group = (torch.full((len(state),), number, device=state.device) for number in (k, row))
+    return soft_value(state, step, group)
+
+
 def trust(exact: Exact) -> str:
     """The effective number of proposals, and what it means, in a sentence."""
     drawn, count = exact.resampled, len(exact.samples)
@@ -85,6 +106,8 @@ def trust(exact: Exact) -> str:
     head = f"{exact.name}: " if exact.name else ""
     head += f"effective proposals: {drawn.ess:.0f} of {len(drawn.log_weight)}, {drawn.unique} different ones among the {count}"
     head += " samples."
+    if drawn.strength is not None:
+        head += f" The soft value chose among candidates with strength {drawn.strength:.2f} (0: not at all, 1: as it is)."
     if exact.sweeps:
         head += (
             f" {exact.moved} of {count} were then changed by Metropolis moves that keep the law ({exact.energy_calls:,} energy"

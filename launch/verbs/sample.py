@@ -38,6 +38,9 @@ class Options:
     """Resample policy rollouts by their weights toward the tilted prior."""
     proposals: int | None = None
     """Policy rollouts for --exact, of each label; ten a sample, and at least 1000, where not given."""
+    candidates: int = 1
+    """For --exact: next states at each step from which the run's soft value chooses one, 16 say. More of the proposals count
+    where the chain has few steps, at no further energy calls and no further evaluations of prior and policy. 1: none."""
     sweeps: int | None = None
     """For --exact: sweeps of moves after the resampling, which make different samples of copies, each of 8 energy calls a sample;
     3 where there are copies, else 0, where not given."""
@@ -74,7 +77,16 @@ def main(argv: list[str]) -> int:
     }
     condition = wanted(run.prior, options)
     if options.exact:
-        drawn = draw_exact(run, condition, options.n, options.proposals, options.sweeps, options.energy, options.seed)
+        drawn = draw_exact(
+            run,
+            condition,
+            options.n,
+            proposals=options.proposals,
+            sweeps=options.sweeps,
+            candidates=options.candidates,
+            terms=options.energy,
+            seed=options.seed,
+        )
         samples = torch.cat([one.samples for one in drawn])
         if condition is not None:  # in the order of the conditions again
             samples = samples[condition.group.argsort(stable=True).argsort()]
@@ -114,6 +126,8 @@ def targets(options: Options) -> tuple[Path, Path]:
         )
     if options.sweeps is not None and not (options.exact and options.sweeps >= 0):
         raise ValueError(f"--sweeps {options.sweeps}: a number of sweeps, 0 or more, for samples drawn with --exact.")
+    if options.candidates != 1 and not (options.exact and options.candidates >= 2):
+        raise ValueError(f"--candidates {options.candidates}: 2 or more, for samples drawn with --exact.")
     if options.energy and not options.exact:
         raise ValueError("--energy weights the proposals of --exact; without --exact it would change nothing.")
     out = options.run / "samples.safetensors" if options.out is None else options.out

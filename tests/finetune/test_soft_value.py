@@ -13,13 +13,13 @@ from tiltune.finetune.learning.gradients import backward_likelihood
 from tiltune.finetune.learning.objectives import Batch, reinforce_kl
 from tiltune.finetune.learning.soft_value import (
     SoftValue,
-    ValueNetwork,
     fit_soft_value,
     importance_weight,
     standardized,
     states_of,
 )
 from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.learning.value_network import ValueNetwork
 from tiltune.finetune.populations.importance import importance_population
 from tiltune.finetune.populations.population import Population
 from tiltune.samplers.denoiser import ResidualDenoiser, evaluate

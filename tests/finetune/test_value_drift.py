@@ -9,10 +9,11 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from tiltune.finetune.config.train import TrainConfig
-from tiltune.finetune.learning.soft_value import SoftValue, ValueNetwork, fit_soft_value, importance_weight
+from tiltune.finetune.learning.soft_value import SoftValue, fit_soft_value, importance_weight
 from tiltune.finetune.learning.step_bound import StepBound
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.learning.value_drift import ValueDrift
+from tiltune.finetune.learning.value_network import ValueNetwork
 from tiltune.finetune.populations.held_out import HeldOut
 from tiltune.finetune.populations.population import Population
 from tiltune.samplers.denoiser import evaluate

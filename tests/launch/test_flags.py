@@ -99,7 +99,7 @@ def test_the_names_of_train_are_frozen(tiltune: Callable[..., Any]) -> None:
     ("verb", "names"),
     [
         ("evaluate", "RUN --energy --size --seed --tolerance --until-decided --deployment"),
-        ("sample", "RUN --n --exact --proposals --sweeps --energy --labels --seed --out --overwrite"),
+        ("sample", "RUN --n --exact --proposals --candidates --sweeps --energy --labels --seed --out --overwrite"),
         ("export", "RUN --out --format"),
         ("tasks", ""),
         ("2d", "--objective --alpha --chain --steps --warm-start --seed --out --overwrite --compare --threads"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tiltune.finetune.config.run import RunConfig
@@ -93,6 +94,13 @@ def test_every_label_has_figures_a_certificate_and_samples_of_its_own(tiltune: C
     shown = tiltune("sample", my_run, "--n", 5, "--exact", "--energy", "energy.py:ink", "--out", "exact.safetensors")
     assert shown.status == 0 and shown.out.count("effective proposals") == 2 and "label 3: effective" in shown.out
     assert load_file("exact.safetensors")["class_labels"].tolist() == [0, 3, 0, 3, 0]
+    chosen = tiltune(
+        *("sample", my_run, "--n", 5, "--exact", "--candidates", 3, "--energy", "energy.py:ink", "--out", "chosen.safetensors")
+    )
+    assert chosen.status == 0 and chosen.out.count("chose among candidates with strength") == 2, chosen.err
+    with safe_open("chosen.safetensors", "pt") as file:
+        told = json.loads(file.metadata()["tiltune"])
+    assert all(0 <= one["strength"] <= 1 and one["energy_calls"] >= 1000 for one in told["conditions"].values())
     shown = tiltune("sample", my_run, "--labels", 1, "--out", "none.safetensors")
     assert shown.status == 2 and "--labels 1: the run was trained on the labels 0, 3" in shown.err
 

@@ -428,7 +428,7 @@ def test_a_training_that_is_preempted_before_it_saved_ends_with_76_and_starts_ag
     assert other.status == 2
 
 
-def test_sample(tiltune: Callable[..., Any], trained: Path) -> None:
+def test_sample(tiltune: Callable[..., Any], here: Path, trained: Path) -> None:
     from PIL import Image
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -452,6 +452,8 @@ def test_sample(tiltune: Callable[..., Any], trained: Path) -> None:
         (["--energy", "my_energy.py:ink"], "without --exact it would change nothing"),
         (["--out", "x.npz"], "safetensors"),
         (["--exact", "--out", "x.safetensors"], "say it again: --energy"),
+        (["--candidates", 4], "--candidates 4: 2 or more, for samples drawn with --exact"),
+        (["--exact", "--candidates", 0], "--candidates 0: 2 or more"),
         (["--exact", "--energy", "my_energy.py:ink", "--proposals", 3, "--out", "x.safetensors"], "proposals"),
     ):
         shown = tiltune("sample", "my-run", *wrong)
@@ -459,6 +461,10 @@ def test_sample(tiltune: Callable[..., Any], trained: Path) -> None:
         assert says in shown.err
     with safe_open(trained / "samples.safetensors", "pt") as file:
         assert json.loads(file.metadata()["tiltune"])["seed"] == 1
+    (trained / "soft_value.json").rename(here / "away.json")
+    shown = tiltune(*("sample", "my-run", "--exact", "--candidates", 4), "--energy", "my_energy.py:ink", "--out", "x.safetensors")
+    (here / "away.json").rename(trained / "soft_value.json")
+    assert shown.status == 2 and "my-run has no soft value" in shown.err
 
 
 def test_exact_samples_follow_the_energy_and_say_how_far_to_trust_them(
