@@ -30,7 +30,7 @@ from .forward_kl import ForwardKL
 from .gradients import chunk_rows
 from .log_z import LogZ
 from .noise import Noise
-from .soft_value import SoftValue, fit_soft_value
+from .soft_value import WAVES, SoftValue, fit_soft_value
 from .value_drift import ValueDrift
 
 FOLLOWED = 0.1  # of as many as the population has of the prior: the effective paths whose law a policy may follow
@@ -83,10 +83,10 @@ class Preparation:
         group, generator = self.processes.gather(population.trajectories.group), self.noise.generator
         self.effective = effective_number(weights, members(group, count))
         if config.soft_value_updates:
-            updates = config.soft_value_updates
+            updates, waves = config.soft_value_updates, 0 if config.warm_start == "value_drift" else WAVES
             with self.bar(2 * updates, "soft value, two networks") as bar:
                 self.soft_value = fit_soft_value(
-                    population, self.prior.chain, alpha, updates, generator, lambda: bar.update(1), times=times
+                    population, self.prior.chain, alpha, updates, generator, lambda: bar.update(1), times=times, waves=waves
                 )
         self._make_teachers(population)
         if population.tempering is not None:

@@ -30,6 +30,7 @@ from ...samplers.typed import backward, forked_rng
 from ..populations.population import Population
 from .value_network import ValueNetwork
 
+WAVES = 64
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 512, 2e-3, 0.3
 VARIANCE_SHARE = 0.3  # of the squared error of the variance beside that of the mean
 FRESH = 0.7  # share of states noised anew from a path's end
@@ -56,7 +57,7 @@ class SoftValue:
         networks: list[ValueNetwork] = []
         for weights in state["networks"]:
             with forked_rng():
-                network = ValueNetwork(shape, steps, spread=weights["spread"])
+                network = ValueNetwork(shape, steps, spread=weights["spread"], waves=weights["waves"].shape[1])
             network.load_state_dict(weights)
             networks.append(network.to(device).eval().requires_grad_(False))
         return cls((networks[0], networks[1]), state["half"].to(device), state["times"])
@@ -144,10 +145,12 @@ def fit_soft_value(
     generator: torch.Generator,
     on_progress: Callable[[], None] | None = None,
     times: float = 1.0,
+    waves: int = WAVES,
 ) -> SoftValue:
     """Train both networks for ``updates`` steps each; ``on_progress`` is called after each step.
 
-    alpha: the target's temperature; they learn at ``times`` of it.
+    alpha: the target's temperature; they learn at ``times`` of it. waves: Fourier features of vectors, none where the gradient of
+    log h is what is wanted.
     """
     learned = times * alpha
     states, weight = population.trajectories.states, importance_weight(population, learned)
@@ -166,7 +169,7 @@ def fit_soft_value(
         for side in (0, 1):
             seed = int(torch.randint(2**31, (), generator=generator, device=device))
             torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
-            network = ValueNetwork(tuple(states.shape[2:]), last, scale[: last + 1], spread).to(device).train()
+            network = ValueNetwork(tuple(states.shape[2:]), last, scale[: last + 1], spread, waves).to(device).train()
             optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
             mine = (half == side).nonzero()[:, 0]
             for update in range(updates):

@@ -12,16 +12,17 @@ from torch.nn import functional
 from ...samplers.shapes import Index, States
 
 WIDTH, CHANNELS, DROPOUT = 96, 24, 0.3
-WAVES, BANDWIDTH = 64, 3.0  # Fourier features of vectors, and their width in 1 / sqrt(dimension)
+BANDWIDTH = 3.0  # of the Fourier features, in 1 / sqrt(dimension)
 
 
 class ValueNetwork(nn.Module):
     """States of a chain, their steps and the rows of their conditions, if any → log h; zero at the start.
 
     scale: the states' standard deviation at each step. spread: that of -E/alpha over the prior paths of each condition.
-    Images [C, H, W] pass two convolutions that halve them, anything else is flattened. Vectors have random Fourier features
-    beside them, without which a small network does not follow the steep edges of h between modes. Each layer is scaled and
-    shifted by an embedding of the step, and of the condition where there are several.
+    Images [C, H, W] pass two convolutions that halve them, anything else is flattened. Vectors may have random Fourier
+    features beside them (``waves``), without which a small network does not follow the steep edges of h between modes; its
+    gradient is noisier with them. Each layer is scaled and shifted by an embedding of the step, and of the condition where there
+    are several.
     """
 
     scale: Float[Tensor, " scales"]
@@ -34,6 +35,7 @@ class ValueNetwork(nn.Module):
         steps: int,
         scale: Float[Tensor, " {steps+1}"] | None = None,
         spread: Float[Tensor, " conditions"] | None = None,
+        waves: int = 0,
     ) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(steps + 1) if scale is None else scale.clone())
@@ -51,7 +53,7 @@ class ValueNetwork(nn.Module):
                 channels, height, width = out, -(-height // stride), -(-width // stride)
             size = channels * height * width
         fixed = torch.Generator().manual_seed(0)
-        waves = WAVES if len(shape) == 1 else 0
+        waves = waves if len(shape) == 1 else 0
         self.register_buffer("waves", BANDWIDTH / math.sqrt(size) * torch.randn(size, waves, generator=fixed))
         size += 2 * waves
         layers += [nn.Linear(size, WIDTH), nn.Linear(WIDTH, WIDTH)]

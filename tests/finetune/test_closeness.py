@@ -55,7 +55,14 @@ def test_differences_are_those_of_the_closed_form(mean: float, std: float, noise
         assert joined.log_z == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize(("mean", "std", "noise"), [(-1.0, 1.0, 0.75), (-0.5, 1.3, 0.5), (1.0, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    ("mean", "std", "noise"),
+    [
+        pytest.param(-1.0, 1.0, 0.75, marks=pytest.mark.slow),
+        (-0.5, 1.3, 0.5),
+        pytest.param(1.0, 1.0, 0.0, marks=pytest.mark.slow),
+    ],
+)
 def test_standard_errors_are_the_spread_of_repetitions(mean: float, std: float, noise: float) -> None:
     """300 certificates of 2000 rollouts: each cell's spread is within 20% (4.9 of its errors) of the mean standard error."""
     found, claimed = [], []

@@ -328,6 +328,7 @@ def test_the_next_samples_are_drawn_while_the_energy_works(task: LinearGaussian,
     assert len(held) == 15 and len(met) >= 6 and all(met)
 
 
+@pytest.mark.slow
 def test_a_hung_energy_stops_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(
     file: str, prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

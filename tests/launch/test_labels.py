@@ -121,6 +121,7 @@ def test_a_label_of_many_is_judged_as_a_run_of_it_alone(tiltune: Callable[..., A
         certify(both, ink, size=120, progress=False)
 
 
+@pytest.mark.slow
 def test_the_digits_of_labels_are_tilted_toward_their_own(tiltune: Callable[..., Any], here: Path) -> None:
     """Unless an energy is said, in which case it is that one."""
     for energy, expected in (([], "own_class"), (["--energy", "classes(8)"], "classes(8)")):
@@ -159,6 +160,7 @@ def test_labels_that_cannot_be(
     assert not (here / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_resumed_it_is_the_same_run(labelled: Path, tmp_path: Path) -> None:
     """Interrupted in the middle of the updates and gone on with: metrics and weights are those of a run that nobody stopped."""
     from dataclasses import replace

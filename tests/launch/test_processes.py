@@ -172,6 +172,7 @@ def assert_the_same(run: Path, other: Path) -> None:
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_stopped_on_one_process_the_run_goes_on_bit_for_bit(folder: Path, launch: Any, whole: Path) -> None:
     """SIGTERM on rank 1, in its ninth energy: one step is saved by both, and the status is 75."""
     (folder / "stop").write_text(f"9 {int(signal.SIGTERM)}")
