@@ -138,7 +138,7 @@ class Preparation:
         population, forward = self.population, self.forward_kl
         assert population is not None and forward is not None
         wanted = FOLLOWED * self.size["population_size"]
-        forward.alpha = min(forward.alpha, temperature_for_all(population, self.config.alpha, wanted, self.processes))
+        forward.alpha = temperature_for_all(population, self.config.alpha, wanted, forward.alpha, self.processes)
 
     def _probe(self) -> None:
         """Four prior samples show whether the energy can be used."""

@@ -81,7 +81,7 @@ def renewed(
     return population.renewed(alpha, log_ratio, drawn)
 
 
-def temperature_for_all(population: Population, alpha: float, wanted: float, processes: Processes) -> float:
-    """The temperature, from ``alpha`` up, at which every process has so many effective paths."""
-    own = torch.tensor([population.within_reach(alpha, wanted)], dtype=torch.float64, device=processes.device)
+def temperature_for_all(population: Population, alpha: float, wanted: float, most: float, processes: Processes) -> float:
+    """The temperature, from ``alpha`` up to ``most``, at which every process has so many effective paths."""
+    own = torch.tensor([population.within_reach(alpha, wanted, most)], dtype=torch.float64, device=processes.device)
     return processes.gather(own).max().item()

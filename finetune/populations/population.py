@@ -151,9 +151,13 @@ class Population:
         """Effective number of samples of the tilted law, over all conditions."""
         return effective_number(self.log_weight(alpha), self.trajectories.groups)
 
-    def within_reach(self, alpha: float, wanted: float) -> float:
-        """The temperature, from ``alpha`` up, at which this many of the paths are effective."""
-        return smallest_alpha(alpha, lambda at: self.ess(at) >= wanted)
+    def within_reach(self, alpha: float, wanted: float, most: float = math.inf) -> float:
+        """The temperature, from ``alpha`` up to ``most``, at which this many of the paths are effective; ``most`` where none is.
+
+        Where a policy renews the population, effective paths need not grow with the temperature: between what the prior reaches
+        and what the policy has reached there can be few.
+        """
+        return smallest_alpha(alpha, lambda at: self.ess(at) >= wanted, most)
 
     def draw(self, count: int, alpha: float, generator: torch.Generator) -> Int[Tensor, " {count}"]:
         """``count`` indices drawn by `weight`, systematically: least variance for given weights.

@@ -51,6 +51,19 @@ def test_the_temperature_within_reach_has_as_many_effective_paths_as_wanted() ->
     assert math.isfinite(population.within_reach(1.0, 1999.999))
 
 
+def test_a_gap_between_prior_and_policy_does_not_hold_the_temperature() -> None:
+    """E = 20 x on N(0, 1), and a policy at N(-10, 1), the law at 2: at 6 neither reaches. From 2 on it cools nevertheless."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, generator=generator)
+    x[2000:] -= 10.0
+    proposal = torch.logaddexp(torch.zeros(4000), -10 * x - 50) - math.log(2)
+    population = Population(Trajectories(x[None, :, None], energy=20 * x), proposal)
+    assert population.ess(2.0) > 1900 and population.ess(30.0) > 1000 > 100 > population.ess(6.0)
+    assert population.within_reach(1.0, 200.0) > 10
+    assert 1.0 < population.within_reach(1.0, 200.0, 2.0) < 1.9
+    assert population.within_reach(1.0, 3000.0, 2.0) == 2.0
+
+
 def trained(monkeypatch: pytest.MonkeyPatch, apart: float, config: TrainConfig = CONFIG) -> tuple[Trainer, list[dict[str, Any]]]:
     monkeypatch.setattr("tiltune.finetune.populations.climbing.APART", apart)
     lines: list[dict[str, Any]] = []
