@@ -30,6 +30,9 @@ class TrainConfig:
     """Trajectories an update, over all processes."""
     learning_rate: float = 2e-4
     """Peak of a one-cycle schedule."""
+    horizon: int | None = None
+    """For rtb and trust_pcl: they ask for consistency over every so many steps, with a soft value that is learned along with the
+    policy from that of the population (soft_value_updates). 1 is detailed balance. None: over the whole path."""
     log_z_learning_rate: float = 0.02
     """For objectives that learn log Z."""
     step_nats: float = 1.0
@@ -107,6 +110,15 @@ class TrainConfig:
             self.forward_rows > 0 and not self.soft_value_updates,
             "forward_rows needs soft_value_updates: without the control variate the population's few effective paths would be"
             " learned by heart, update after update.",
+        )
+        refuse(
+            self.horizon is not None and self.objective not in ("rtb", "trust_pcl"),
+            f"horizon is {self.horizon}, and {self.objective} is no function of parts of a path; rtb and trust_pcl are.",
+        )
+        refuse(self.horizon is not None and self.horizon < 1, f"horizon is {self.horizon}; it is a number of steps, 1 or more.")
+        refuse(
+            self.horizon is not None and not self.soft_value_updates,
+            f"horizon {self.horizon} needs a value of the states between: give soft_value_updates, 1500 say.",
         )
         kinds = ("auto", "importance", "smc")
         refuse(self.population not in kinds, f"population is {self.population!r}; choose one of {', '.join(kinds)}.")

@@ -50,7 +50,8 @@ def objective_gradient(
     own log Z, baseline and weights. gather: concatenates the tensors of all processes in rank order (accelerate's ``gather``).
 
     "step_log_ratio": g [num_kernels, B], this process's columns of the global gradient times ``world_size``, since data-parallel
-    training averages gradients. "log_z": [G] global already and the same on every process, so it must never be reduced again.
+    training averages gradients; "soft_value" likewise, where the objective learns it. "log_z": [G] global already and the same on
+    every process, so it must never be reduced again.
     """
     local = batch.step_log_ratio.shape[1]
     if gather is not None and world_size > 1:
@@ -64,12 +65,16 @@ def objective_gradient(
             group=None if batch.group is None else gather(batch.group),
         )
     values = {"step_log_ratio": batch.step_log_ratio, "log_z": log_z.reshape(-1)}
+    if objective.learns_soft_value:
+        assert batch.soft_value is not None
+        values["soft_value"] = batch.soft_value
     leaves = {name: value.detach().requires_grad_(True) for name, value in values.items()}
-    loss = _loss(objective, replace(batch, step_log_ratio=leaves["step_log_ratio"]), alpha, leaves["log_z"], huber)
+    free = {name: leaf for name, leaf in leaves.items() if name != "log_z"}
+    loss = _loss(objective, replace(batch, **free), alpha, leaves["log_z"], huber)
     found = cast(tuple[Tensor | None, ...], torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
     gradients = {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
     columns = slice(rank * local, (rank + 1) * local)
-    return loss.detach(), gradients | {"step_log_ratio": gradients["step_log_ratio"][:, columns] * world_size}
+    return loss.detach(), gradients | {name: gradients[name][:, columns] * world_size for name in free}
 
 
 def _loss(

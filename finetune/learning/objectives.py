@@ -71,7 +71,7 @@ class Batch:
 ALONE = 1.5  # effective trajectories, below which one of them decides
 
 
-def _half_square(residual: Float[Tensor, " batch"], huber: float | None) -> Float[Tensor, " batch"]:
+def half_square(residual: Float[Tensor, " batch"], huber: float | None) -> Float[Tensor, " batch"]:
     """½ r², linear beyond ``huber`` nats."""
     if huber is None:
         return 0.5 * residual.square()
@@ -82,7 +82,7 @@ def _half_square(residual: Float[Tensor, " batch"], huber: float | None) -> Floa
 def rtb(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
     """mean ½ (log Z + Λ + E/alpha)², relative trajectory balance (arXiv 2405.20971, eq. 9). Any trajectories."""
     residual = log_z + batch.log_ratio + batch.energy / alpha
-    return (batch.weight * _half_square(residual, huber)).sum() / batch.weight.sum()
+    return (batch.weight * half_square(residual, huber)).sum() / batch.weight.sum()
 
 
 def log_variance(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
@@ -90,7 +90,7 @@ def log_variance(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: fl
     x = batch.log_ratio + batch.energy / alpha
     count = batch.weight.sum()
     mean = (batch.weight * x).sum() / count
-    return (batch.weight * _half_square(x - mean, huber)).sum() / (count - 1)
+    return (batch.weight * half_square(x - mean, huber)).sum() / (count - 1)
 
 
 def trust_pcl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
@@ -100,7 +100,7 @@ def trust_pcl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float
     """
     residual = -alpha * log_z - batch.energy - alpha * batch.log_ratio
     width = None if huber is None else alpha * huber
-    return (batch.weight * _half_square(residual, width)).sum() / batch.weight.sum()
+    return (batch.weight * half_square(residual, width)).sum() / batch.weight.sum()
 
 
 def reinforce_kl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
@@ -153,6 +153,7 @@ class Objective(NamedTuple):
     loss: Callable[[Batch, float, Float[Tensor, ""], float | None], Float[Tensor, ""]]
     learns_log_z: bool = False
     takes_soft_value: bool = False
+    learns_soft_value: bool = False
     # On-policy its gradient is alpha^alpha_power times that of the KL to the tilted law, in nats.
     alpha_power: int = 0
     # Behaviors whose trajectories it is right on; anything else is refused before the first update.

@@ -21,12 +21,13 @@ from ..energies.energy import Energy
 from ..energies.error import EnergyError
 from ..energies.evaluation import EnergyEvaluation
 from .behaviors import sizes
+from .critic import Critic
 from .log_z import LogZ
 from .metrics_log import MetricsLog
 from .monitor import Monitor
 from .noise import Noise
-from .objectives import OBJECTIVES
 from .optimization import Optimization
+from .path_consistency import objective_of
 from .preparation import Preparation
 from .step_bound import StepBound
 from .step_guard import StepGuard
@@ -59,7 +60,7 @@ class TrainState:
         on_record: Callable[[int, dict[str, Any]], None] | None = None,
     ) -> None:
         self.prior, self.config, self.policy, self.save = prior, config, policy, save
-        self.objective = OBJECTIVES[config.objective]
+        self.objective = objective_of(config)
         processes = self.processes = Processes(prior.device, config.process_timeout)
         self.wrapped = processes.wrap(policy)
         self.size = {name: processes.share(name, getattr(config, name)) for name in SHARED_SIZES}
@@ -69,6 +70,7 @@ class TrainState:
             prior, energy, processes, alpha=config.alpha, cap=config.max_energy, max_invalid=config.max_invalid
         )
         self.log_z = LogZ(prior.num_conditions, config.log_z_learning_rate, processes.device)
+        self.critic = Critic(prior, config.alpha, processes)
         self.temperature = Temperature(config, processes, prior.num_conditions)
         self.bound = StepBound(prior, self.wrapped, processes.mean)
         guard = StepGuard(config.max_skipped, config.spike_factor)
@@ -82,6 +84,7 @@ class TrainState:
             "guard": guard,
             "log_z": self.log_z,
             "temperature": self.temperature,
+            "critic": self.critic,
             "energies": self.energies,
             "monitor": self.monitor,
             "log": self.log,

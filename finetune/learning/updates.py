@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,9 @@ def updates(state: TrainState) -> None:
         population = state.preparation.population
         if math.isfinite(reached) and population is not None:  # which knows more of log Z than before it was renewed
             state.log_z.set(state.processes.mean_of(population.log_z(state.temperature.alpha).double()))
+        if state.objective.learns_soft_value:
+            assert state.preparation.soft_value is not None
+            state.critic.begin(state.preparation.soft_value)
     chunk: int | None = None
     with (
         state.log.bar(config.updates, config.objective) as bar,
@@ -53,6 +57,8 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
     on_policy = len(parts["on_policy"]) if "on_policy" in parts else 0
     batch = _batch(state, parts, trajectories, on_policy)
     state.temperature.lower(batch, on_policy, progress, state.log_z, state.preparation.population)
+    if state.objective.learns_soft_value:
+        batch = replace(batch, soft_value=state.critic(trajectories, state.temperature.alpha))
     loss, gradients = objective_gradient(
         state.objective,
         batch,
@@ -71,6 +77,8 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
         nats = state.optimization.step(config.step_nats)
         if state.objective.learns_log_z:
             state.log_z.step(gradients["log_z"], taken=nats is not None)
+        if state.objective.learns_soft_value:
+            state.critic.step(trajectories, state.temperature.alpha, gradients["soft_value"], taken=nats is not None)
         record: dict[str, Any] = {"loss": loss.item(), **_metrics(state, batch, on_policy), "step_nats": nats}
         if nats is None:
             record["skipped"] = True

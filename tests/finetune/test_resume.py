@@ -49,6 +49,7 @@ CASES: dict[str, TrainConfig] = {
     ),
     "short steps": replace(SIZES, warm_start="value_drift", soft_value_updates=3, warm_start_step_nats=1e-6, step_nats=1e-6),
     "no warm start": replace(SIZES, objective="rtb", warm_start="none", behavior={"on_policy": 1.0}),
+    "horizon": replace(SIZES, objective="trust_pcl", horizon=2, soft_value_updates=3, tempering_ess=0.9),
     "huber, tempered": replace(SIZES, objective="rtb", huber=1.0, tempering_ess=0.9),
 }
 

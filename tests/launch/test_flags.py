@@ -45,6 +45,7 @@ VALUES: dict[str, list[str]] = {
     "--updates": ["3"],
     "--batch-size": ["5"],
     "--learning-rate": ["1e-3"],
+    "--horizon": ["4"],
     "--log-z-learning-rate": ["0.5"],
     "--step-nats": ["0.5"],
     "--warm-start-step-nats": ["0.5"],
@@ -123,7 +124,11 @@ def test_no_two_fields_share_a_flag() -> None:
 @pytest.mark.parametrize("flag", VALUES)
 def test_a_flag_reaches_its_field_and_no_other(flag: str) -> None:
     before, after = flat(pretrained_recipe()), None
-    needed = {"--targets": ("--policy", "policy.kind", "lora"), "--energy-timeout": ("--energy-workers", "energy.workers", 2)}
+    needed = {
+        "--targets": ("--policy", "policy.kind", "lora"),
+        "--energy-timeout": ("--energy-workers", "energy.workers", 2),
+        "--horizon": ("--objective", "train.objective", "trust_pcl"),
+    }
     other, leaf, value = needed.get(flag, (None, "", None))
     after = flat(config(flag, *VALUES[flag], *([other, str(value)] if other else [])))
     if other:

@@ -24,6 +24,7 @@ from tiltune.finetune.distributed.sharding import collect, shard
 from tiltune.finetune.distributed.signals import Preempted, ProcessError
 from tiltune.finetune.learning.gradients import backward_trajectories, objective_gradient
 from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.path_consistency import objective_of
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.runs.export import export_policy
 from tiltune.launch.cluster.torchrun import end_at_once
@@ -89,8 +90,10 @@ def gradients(rank: int) -> dict[str, float]:
     found = {}
     prior = TASK.prior()
     processes = Processes(CPU)
+    parts = objective_of(TrainConfig(objective="trust_pcl", horizon=2, soft_value_updates=1))
+    objectives = OBJECTIVES | {"trust_pcl, horizon 2": parts}
     for name, (objective, conditions) in {
-        f"{name}, {conditions}": (objective, conditions) for name, objective in OBJECTIVES.items() for conditions in (1, 2)
+        f"{name}, {conditions}": (objective, conditions) for name, objective in objectives.items() for conditions in (1, 2)
     }.items():
         single = Policy(prior, policy())
         drawn = rollout(prior, single, 8, torch.Generator().manual_seed(3))
@@ -117,11 +120,12 @@ def gradient_of(
     processes: Processes | None = None,
     conditions: int = 1,
 ) -> tuple[float, list[Tensor]]:
-    """(loss, gradients of the weights and of log Z), ``at_once`` trajectories a backward pass."""
+    """(loss, gradients of the weights, of a value's and of log Z), ``at_once`` trajectories a backward pass."""
     with torch.no_grad():
         ratio = step_log_ratio(prior.chain, prior.denoiser, policy, part)
     group = torch.arange(len(part)) % conditions
-    batch = Batch(ratio, part.energy, torch.ones(len(part), dtype=torch.bool), ratio.sum(0), group=group)
+    value = part.states[list(prior.chain.trained)].sin().sum(2) if objective.learns_soft_value else None
+    batch = Batch(ratio, part.energy, torch.ones(len(part), dtype=torch.bool), ratio.sum(0), value, group=group)
     log_z = torch.tensor([0.2, -0.3][:conditions])
     shared: dict[str, Any] = {}
     if processes is not None:
@@ -133,6 +137,10 @@ def gradient_of(
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     found = [weight.grad.full_tensor() if hasattr(weight, "full_tensor") else weight.grad.clone() for weight in trained]
     policy.zero_grad()
+    if objective.learns_soft_value:  # as of a value with two weights
+        state = part.states[list(prior.chain.trained)]
+        by_value = (gradients["soft_value"][..., None] * state).sum((0, 1))
+        found.append(by_value if processes is None else processes.mean_of(by_value))
     return loss.item(), [*found, gradients.get("log_z", torch.zeros(1))]
 
 

@@ -1,0 +1,85 @@
+"""The soft value that is learned along with the policy, for objectives on parts of a path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...samplers.prior import Prior
+from ...samplers.trajectory import Trajectories
+from ...samplers.typed import backward
+from ..distributed.processes import Processes
+from .soft_value import SoftValue
+
+LEARNING_RATE = 1e-3
+ROWS = 8192  # states at once
+
+
+class Critic:
+    """log h_k(s_k), nats, by the mean of both networks of a soft value, which goes on learning from what an objective asks.
+
+    It starts as the population's soft value. Below that one's temperature (tempering, few effective paths) log h is taken to grow
+    with 1/alpha, and learns the rest. Every process holds the same weights.
+    """
+
+    def __init__(self, prior: Prior, alpha: float, processes: Processes) -> None:
+        self.prior, self.alpha, self.processes = prior, alpha, processes
+        self._value: SoftValue | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def begin(self, value: SoftValue) -> None:
+        """Start from a population's soft value, which stays as it is."""
+        self._take(value.state_dict())
+
+    def _take(self, value: dict[str, Any]) -> None:
+        prior = self.prior
+        copied = SoftValue.from_state_dict(value, prior.shape, prior.chain.last_trained + 1, prior.device)
+        weights = [weight.requires_grad_(True) for network in copied.networks for weight in network.parameters()]
+        self._value, self._optimizer = copied, torch.optim.Adam(weights, LEARNING_RATE)
+
+    def _rows(self, trajectories: Trajectories, alpha: float, first: int) -> Float[Tensor, " rows"]:
+        """Of the rows (k, b) from ``first`` on, at most `ROWS`, with a graph where one is kept."""
+        assert self._value is not None
+        count, trained = len(trajectories), self.prior.chain.trained
+        row = torch.arange(first, min(first + ROWS, count * len(trained)), device=self.prior.device)
+        step, path = trained[0] + row // count, row % count
+        state, group = trajectories.states[step, path], trajectories.group[path]
+        one, two = (network(state, step, group) for network in self._value.networks)
+        return 0.5 * (one + two) * (self._value.times * self.alpha / alpha)
+
+    @torch.no_grad()
+    def __call__(self, trajectories: Trajectories, alpha: float) -> Float[Tensor, "kernels batch"]:
+        """Of the states that trained steps lead from, at this temperature."""
+        shape = len(self.prior.chain.trained), len(trajectories)
+        parts = [self._rows(trajectories, alpha, first) for first in range(0, shape[0] * shape[1], ROWS)]
+        return torch.cat(parts).view(shape)
+
+    def step(self, trajectories: Trajectories, alpha: float, gradient: Float[Tensor, "kernels batch"], taken: bool) -> None:
+        """One step of Adam along dL/d(log h), where the policy's own was ``taken``. gradient: this process's columns times the
+        number of processes, as pass 1 gives it."""
+        assert self._optimizer is not None
+        if not taken:
+            return
+        flat = gradient.flatten()
+        for first in range(0, len(flat), ROWS):
+            backward(self._rows(trajectories, alpha, first), flat[first : first + ROWS])
+        for group in self._optimizer.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.grad = self.processes.mean_of(weight.grad.flatten()).view_as(weight)
+        self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        self._optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._value is None or self._optimizer is None:
+            return {"value": None, "optimizer": None}
+        return {"value": self._value.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["value"] is not None:
+            self._take(state_dict["value"])
+            assert self._optimizer is not None
+            self._optimizer.load_state_dict(state_dict["optimizer"])
