@@ -16,7 +16,7 @@ from ..cluster.torchrun import REQUEUE, UNSAVED
 if TYPE_CHECKING:
     from ..study.study import Study
 
-Name = Literal["dimension"]
+Name = Literal["dimension", "horizon"]
 
 DESCRIPTION = """Answer a question by many trainings, and write the answer with its tables and a figure into --out. The same
 command goes on with a study that was stopped: runs that are finished are kept. A folder of anything else is refused. Exit status:
@@ -24,6 +24,7 @@ command goes on with a study that was stopped: runs that are finished are kept. 
 input.
 
 dimension: does the gap between on-policy and off-policy methods widen with the dimension?
+horizon: what does a short horizon of Trust-PCL cost in bias of the value, and what does it save in variance?
 
 example: tiltune study dimension --quick --out my-study
 """
