@@ -15,6 +15,7 @@ from ..distributed.processes import Processes
 from .soft_value import SoftValue
 
 LEARNING_RATE = 1e-3
+VALUE_STEPS = 6  # an update: with one, the value lags behind a policy that it is to tell where to go
 ROWS = 8192  # states at once
 
 
@@ -57,12 +58,10 @@ class Critic:
         parts = [self._rows(trajectories, alpha, first) for first in range(0, shape[0] * shape[1], ROWS)]
         return torch.cat(parts).view(shape)
 
-    def step(self, trajectories: Trajectories, alpha: float, gradient: Float[Tensor, "kernels batch"], taken: bool) -> None:
-        """One step of Adam along dL/d(log h), where the policy's own was ``taken``. gradient: this process's columns times the
-        number of processes, as pass 1 gives it."""
+    def step(self, trajectories: Trajectories, alpha: float, gradient: Float[Tensor, "kernels batch"]) -> None:
+        """One step of Adam along dL/d(log h). gradient: this process's columns times the number of processes, as pass 1 gives
+        it."""
         assert self._optimizer is not None
-        if not taken:
-            return
         flat = gradient.flatten()
         for first in range(0, len(flat), ROWS):
             backward(self._rows(trajectories, alpha, first), flat[first : first + ROWS])

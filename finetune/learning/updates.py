@@ -19,6 +19,7 @@ from ..distributed.signals import uninterrupted
 from ..energies.error import EnergyError
 from ..estimators import ess, log_mean_exp
 from .behaviors import NEEDS_POPULATION, Context, draw
+from .critic import VALUE_STEPS
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
 from .objectives import Batch
 from .state import TrainState
@@ -77,8 +78,9 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
         nats = state.optimization.step(config.step_nats)
         if state.objective.learns_log_z:
             state.log_z.step(gradients["log_z"], taken=nats is not None)
-        if state.objective.learns_soft_value:
-            state.critic.step(trajectories, state.temperature.alpha, gradients["soft_value"], taken=nats is not None)
+        if state.objective.learns_soft_value and nats is not None:
+            state.critic.step(trajectories, state.temperature.alpha, gradients["soft_value"])
+            _learn_value(state, trajectories, batch)
         record: dict[str, Any] = {"loss": loss.item(), **_metrics(state, batch, on_policy), "step_nats": nats}
         if nats is None:
             record["skipped"] = True
@@ -89,6 +91,24 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
         state.record(bar, config.objective, update, record)
         state.complete_step(bar)
     return chunk
+
+
+def _learn_value(state: TrainState, trajectories: Trajectories, batch: Batch) -> None:
+    """Further steps of the value on the same log-ratios: the policy of the next update can then trust it."""
+    alpha, processes = state.temperature.alpha, state.processes
+    for _ in range(VALUE_STEPS - 1):
+        batch = replace(batch, soft_value=state.critic(trajectories, alpha))
+        _, gradients = objective_gradient(
+            state.objective,
+            batch,
+            alpha,
+            state.log_z.parameter,
+            state.config.huber,
+            gather=processes.gather,
+            rank=processes.rank,
+            world_size=processes.count,
+        )
+        state.critic.step(trajectories, alpha, gradients["soft_value"])
 
 
 def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Trajectories], dict[str, float]]:

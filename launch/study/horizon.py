@@ -38,7 +38,7 @@ class Settings:
     steps: int = 100
     population: int = 4000
     value_updates: int = 600
-    updates: int = 60
+    updates: int = 40
     batch_size: int = 80
     samples: int = 500
     seeds: int = 5
