@@ -65,7 +65,8 @@ class TrainConfig:
     huber: float | None = 20.0
     """Residuals beyond this many nats count linearly. None: never."""
     max_energy: float = 30.0
-    """E/alpha is capped this many nats above the lowest tenth of what the policy draws first; what +inf becomes in training."""
+    """E/alpha is capped this many nats above the lowest tenth of what the policy draws in a batch, further where that tenth is
+    wide; what +inf becomes in training."""
     noise_scale: float = 1.5
     """Initial noise inflation of the behavior 'inflated', annealed to 1."""
     max_grad_norm: float = 10.0

@@ -22,14 +22,14 @@ COUNTED = {  # by the energy meter, as metrics call it
     "invalid": "invalid_energies",
     "forbidden": "forbidden_energies",
 }
-LOW = 0.1  # share of the first energies that the ceiling is measured from
+LOW, WIDTHS = 0.1, 4.0  # the lowest share of a batch, and how many of its widths the ceiling leaves room for at least
 
 
 class EnergyEvaluation:
     """Gives trajectories their energies. All processes call its methods, in the same order.
 
     meter: calls the energy, counts and checks. cap: E/alpha in training is at most so far above the lowest tenth of what the
-    policy drew in the first batch, of the same condition.
+    policy drew in the same batch, of the same condition, or further where that tenth itself is wide (`_ceiling_of`).
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class EnergyEvaluation:
     ) -> None:
         self.prior, self.processes, self.meter = prior, processes, EnergyMeter(energy, max_invalid)
         self._room = cap * alpha
-        self._ceiling: list[float] | None = None  # one for each condition
+        self._ceiling: list[float] | None = None  # of the last batch, one for each condition
         self.settle()
 
     def evaluate(self, trajectories: Trajectories) -> Trajectories:
@@ -80,31 +80,37 @@ class EnergyEvaluation:
     def capped(self, trajectories: Trajectories, own: int | None = None) -> tuple[Tensor, Tensor]:
         """(finite energies, valid mask) [B]: +inf and what lies above the ceiling is set to it, NaN is masked.
 
-        own: the first so many are the policy's; all of them, where None or 0. The ceiling is theirs: where others are far ahead
-        of the policy, all that it draws could lie above a ceiling of theirs, and training would see no difference in it.
+        own: the first so many are the policy's; all of them, where None or 0. The ceiling is theirs and of this batch. Above one
+        that others or an earlier policy had set, all that the policy draws could lie: training would then see no difference in
+        it, and lead it back to the prior.
 
-        Errors: EnergyError where the first batch has no finite energy of a condition.
+        Errors: EnergyError where no batch has had a finite energy of some condition.
         """
         energy, groups = trajectories.energy, trajectories.groups
         assert energy is not None
         valid = ~energy.isnan()
-        if self._ceiling is None:
-            mine = slice(0, own or None)
-            first, group = self.processes.gather(energy[mine]), self.processes.gather(trajectories.group[mine])
-            count = len(groups)
-            finite = [first[index][first[index].isfinite()] for index in members(group, count)]
-            if any(not len(some) for some in finite):
-                table = self.prior.condition_table
-                of = "" if table is None else f" of {table.names[[len(some) for some in finite].index(0)]}"
-                raise EnergyError(
-                    f"every energy{of} of the first batch is +inf or invalid: the target has no mass where the prior samples."
-                    " Soften the constraint, or raise alpha."
-                )
-            self._ceiling = [some.quantile(LOW).item() + self._room for some in finite]
+        mine = slice(0, own or None)
+        drawn, group = self.processes.gather(energy[mine]), self.processes.gather(trajectories.group[mine])
+        finite = [drawn[index][drawn[index].isfinite()] for index in members(group, len(groups))]
+        last: list[float | None] = [None] * len(groups) if self._ceiling is None else [*self._ceiling]
+        found = [self._ceiling_of(some) if len(some) else before for some, before in zip(finite, last, strict=True)]
+        if None in found:
+            table = self.prior.condition_table
+            of = "" if table is None else f" of {table.names[found.index(None)]}"
+            raise EnergyError(
+                f"every energy{of} of the first batch is +inf or invalid: the target has no mass where the prior samples."
+                " Soften the constraint, or raise alpha."
+            )
+        self._ceiling = [ceiling for ceiling in found if ceiling is not None]
         capped = energy.nan_to_num(nan=0.0, posinf=math.inf)
         for index, ceiling in zip(groups, self._ceiling, strict=True):
             capped[index] = capped[index].clamp(max=ceiling)
         return capped, valid
+
+    def _ceiling_of(self, energy: Tensor) -> float:
+        """Of the policy's finite energies. Penalties lie above the lowest tenth, so that its width is that of other energies."""
+        low = energy.quantile(LOW).item()
+        return low + max(self._room, WIDTHS * (low - energy.min().item()))
 
     def counts(self) -> dict[str, int]:
         """What the meters of all processes have counted, by the names of the metrics."""
