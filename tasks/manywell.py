@@ -39,7 +39,7 @@ def recipe(dim: int = DIM, seed: int = 0) -> RunConfig:
             batch_size=256,
             learning_rate=1e-3,
             warm_start_updates=4000,
-            updates=200,
+            updates=800,
             checkpoint_every=2000,
         ),
         certificate=CertificateConfig(size=10_000),
