@@ -48,15 +48,15 @@ def adequate_alpha(
 
 
 def smallest_alpha(alpha: float, enough: Callable[[float], bool], most: float = math.inf) -> float:
-    """The smallest temperature, from ``alpha`` up, that is ``enough``, as all from there to ``most`` are; exp(12) times alpha at
-    most."""
+    """The smallest temperature from ``alpha`` to ``most`` that is ``enough``, where all above it are; the last, where none is.
+    exp(12) times alpha at most."""
     if enough(alpha):
         return alpha
     low, high = math.log(alpha), min(math.log(alpha) + 12.0, math.log(most))
     for _ in range(30):
         middle = 0.5 * (low + high)
         low, high = (low, middle) if enough(math.exp(middle)) else (middle, high)
-    return min(most, math.exp(high))
+    return max(alpha, min(most, math.exp(high)))
 
 
 def weighted_mean(value: Float[Tensor, " n"], weight: Float[Tensor, " n"]) -> tuple[float, float]:

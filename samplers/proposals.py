@@ -77,7 +77,7 @@ def propose(
     batch = rows_at_once(prior.shape, prior.device) if batch is None else batch
     data, log_weights, potentials, noises = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     parts = list[Part]()
-    pilot = 0 if twist is None else min(count, max(SMALLEST_PILOT, count // PILOT))
+    pilot = 0 if twist is None else min(count // 2, max(SMALLEST_PILOT, count // PILOT))
     strength, first = 0.0, 0
     while first < count:
         if first == pilot and twist is not None:

@@ -52,10 +52,12 @@ def move(
     moves = Moves()
     for part in torch.split(torch.arange(len(samples), device=samples.device), at_once):
         paths = _paths(policy, drawn, drawn.index[part])
+        # Kernels that are not deterministic can choose another candidate the second time: such a path is not the proposal.
+        again = torch.isclose(prior.to_data(paths.states[-1]), samples[part], rtol=1e-3, atol=1e-3).flatten(1).all(1)
         value, before = drawn.log_potential[drawn.index[part]], paths.states[-1]
         for sweep in range(sweeps):
             paths, value = moves.sweep(prior, paths, value, reward, generator, adapt=sweep < sweeps - 1)
-        differs = (paths.states[-1] != before).flatten(1).any(1)
+        differs = again & (paths.states[-1] != before).flatten(1).any(1)
         moved[part] = differs
         samples[part[differs]] = prior.to_data(paths.states[-1][differs])
     return samples, moved

@@ -3,7 +3,7 @@
 A Gaussian kernel of few large steps cannot be the tilted prior's, whatever its mean: log h_{k+1}, which tells where it should
 bend, is not linear within one step's noise. So of M candidates one is taken with probability in proportion to exp(u_m), where u
 is any function, and the weight of the trajectory is multiplied by mean_m exp(u_m) / exp(u_chosen). This leaves the weight's
-expectation what it was for the policy alone, for every u (twisted particle filters, Guarniero et al. 2017; the estimate of the
+expectation what it was for the policy alone, for every u (twisted particle filters, Whiteley and Lee 2014; the estimate of the
 proposal's own normalizer as in Andrieu and Roberts 2009). Here u = strength · (value(s_{k+1}) - log-ratio of the step).
 
 Where ``value`` is log h, strength 1 is best as M grows. Where it is a poor estimate, or the policy's kernels leave nothing to
@@ -62,7 +62,9 @@ class Twist:
         prior, kernel = policy.prior, policy.prior.chain.kernel
         chain, condition = prior.chain, prior.condition(batch)
         state = draw_start(prior, batch, generator)
-        states, ratios = [state], list[Tensor]()
+        states = state.new_empty((chain.num_steps + 1 if keep else 1, *state.shape))  # in place, as `rollout` does
+        states[0] = state
+        ratios = list[Tensor]()
         chosen_by, noise = state.new_zeros(batch), state.new_zeros(batch)
         each = torch.arange(batch, device=state.device)
         for k in range(chain.num_steps):
@@ -87,11 +89,11 @@ class Twist:
                 chosen_by += strength * own - (strength * above).logsumexp(0) + math.log(self.candidates)
                 noise += own
             if keep:
-                states.append(state)
+                states[k + 1] = state
+        states[-1] = state
         log_ratio = torch.stack(ratios)
         behavior = log_ratio.sum(0) + chosen_by
-        kept = torch.stack(states) if keep else state[None]
-        return Twisted(Trajectories(kept, step_log_ratio=log_ratio, log_behavior=behavior, condition=condition), noise)
+        return Twisted(Trajectories(states, step_log_ratio=log_ratio, log_behavior=behavior, condition=condition), noise)
 
 
 def strength_of(log_weight: Float[Tensor, " n"], noise: Float[Tensor, " n"]) -> float:

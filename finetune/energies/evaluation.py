@@ -23,13 +23,28 @@ COUNTED = {  # by the energy meter, as metrics call it
     "forbidden": "forbidden_energies",
 }
 LOW, WIDTHS = 0.1, 4.0  # the lowest share of a batch, and how many of its widths the ceiling leaves room for at least
+FEWEST, APART = 0.02, 10.0  # share of a batch that penalties may leave, and how many of its widths they are away
+
+
+def ceiling_of(energy: Tensor, room: float) -> float:
+    """Of finite energies [n]: ``room`` above their lowest tenth, or four times that tenth's own width where this is more.
+
+    What lies beyond a gap of more than ``room`` and of ten times the width of all below it is a penalty, and has no part in this.
+    """
+    order = energy.sort().values
+    apart = order.diff() > (APART * (order - order[0])[:-1]).clamp(min=room)
+    apart[: math.ceil(FEWEST * len(order)) - 1] = False  # one lucky sample does not make penalties of all others
+    if apart.any():
+        order = order[: int(apart.nonzero()[0]) + 1]
+    low = order.quantile(LOW).item()
+    return low + max(room, WIDTHS * (low - order[0].item()))
 
 
 class EnergyEvaluation:
     """Gives trajectories their energies. All processes call its methods, in the same order.
 
     meter: calls the energy, counts and checks. cap: E/alpha in training is at most so far above the lowest tenth of what the
-    policy drew in the same batch, of the same condition, or further where that tenth itself is wide (`_ceiling_of`).
+    policy drew in the same batch, of the same condition, or further where that tenth itself is wide (`ceiling_of`).
     """
 
     def __init__(
@@ -82,18 +97,14 @@ class EnergyEvaluation:
 
         own: the first so many are the policy's; all of them, where None or 0. The ceiling is theirs and of this batch. Above one
         that others or an earlier policy had set, all that the policy draws could lie: training would then see no difference in
-        it, and lead it back to the prior.
+        it, and lead it back to the prior. Where they have no finite energy, it is that of the whole batch, and then the last one.
 
         Errors: EnergyError where no batch has had a finite energy of some condition.
         """
-        energy, groups = trajectories.energy, trajectories.groups
-        assert energy is not None
-        valid = ~energy.isnan()
-        mine = slice(0, own or None)
-        drawn, group = self.processes.gather(energy[mine]), self.processes.gather(trajectories.group[mine])
-        finite = [drawn[index][drawn[index].isfinite()] for index in members(group, len(groups))]
-        last: list[float | None] = [None] * len(groups) if self._ceiling is None else [*self._ceiling]
-        found = [self._ceiling_of(some) if len(some) else before for some, before in zip(finite, last, strict=True)]
+        part = trajectories.select(torch.arange(own, device=trajectories.states.device)) if own else trajectories
+        last: list[float | None] = [None] * len(trajectories.groups) if self._ceiling is None else [*self._ceiling]
+        sources = self._ceilings(part), self._ceilings(trajectories), last
+        found = [next((ceiling for ceiling in each if ceiling is not None), None) for each in zip(*sources, strict=True)]
         if None in found:
             table = self.prior.condition_table
             of = "" if table is None else f" of {table.names[found.index(None)]}"
@@ -102,15 +113,26 @@ class EnergyEvaluation:
                 " Soften the constraint, or raise alpha."
             )
         self._ceiling = [ceiling for ceiling in found if ceiling is not None]
-        capped = energy.nan_to_num(nan=0.0, posinf=math.inf)
-        for index, ceiling in zip(groups, self._ceiling, strict=True):
-            capped[index] = capped[index].clamp(max=ceiling)
-        return capped, valid
+        return self._cut(trajectories, self._ceiling)
 
-    def _ceiling_of(self, energy: Tensor) -> float:
-        """Of the policy's finite energies. Penalties lie above the lowest tenth, so that its width is that of other energies."""
-        low = energy.quantile(LOW).item()
-        return low + max(self._room, WIDTHS * (low - energy.min().item()))
+    def cut_alike(self, *parts: Trajectories) -> list[tuple[Tensor, Tensor]]:
+        """(finite energies, valid mask) of each, all cut at the ceiling of the first: what is compared has one ceiling."""
+        ceilings = [math.inf if ceiling is None else ceiling for ceiling in self._ceilings(parts[0])]
+        return [self._cut(part, ceilings) for part in parts]
+
+    def _cut(self, trajectories: Trajectories, ceilings: list[float]) -> tuple[Tensor, Tensor]:
+        assert trajectories.energy is not None
+        capped = trajectories.energy.nan_to_num(nan=0.0, posinf=math.inf)
+        for index, ceiling in zip(trajectories.groups, ceilings, strict=True):
+            capped[index] = capped[index].clamp(max=ceiling)
+        return capped, ~trajectories.energy.isnan()
+
+    def _ceilings(self, trajectories: Trajectories) -> list[float | None]:
+        """Of each condition, from the finite energies of all processes; None where there are none."""
+        assert trajectories.energy is not None
+        energy, group = self.processes.gather(trajectories.energy), self.processes.gather(trajectories.group)
+        finite = [energy[index][energy[index].isfinite()] for index in members(group, len(trajectories.groups))]
+        return [ceiling_of(some, self._room) if len(some) else None for some in finite]
 
     def counts(self) -> dict[str, int]:
         """What the meters of all processes have counted, by the names of the metrics."""

@@ -22,8 +22,8 @@ ROWS = 8192  # states at once
 class Critic:
     """log h_k(s_k), nats, by the mean of both networks of a soft value, which goes on learning from what an objective asks.
 
-    It starts as the population's soft value. Below that one's temperature (tempering, few effective paths) log h is taken to grow
-    with 1/alpha, and learns the rest. Every process holds the same weights.
+    It starts as the population's soft value, that of the first process where there are several: all hold the same weights. At
+    another temperature than that one's (tempering, few effective paths) log h is taken to grow with 1/alpha, and learns the rest.
     """
 
     def __init__(self, prior: Prior, alpha: float, processes: Processes) -> None:
@@ -31,9 +31,17 @@ class Critic:
         self._value: SoftValue | None = None
         self._optimizer: torch.optim.Optimizer | None = None
 
+    @property
+    def value(self) -> SoftValue | None:
+        """As it is now; None before the updates of a horizon."""
+        return self._value
+
     def begin(self, value: SoftValue) -> None:
         """Start from a population's soft value, which stays as it is."""
-        self._take(value.state_dict())
+        state = value.state_dict()
+        networks = [{name: self.processes.gather(tensor[None])[0] for name, tensor in one.items()} for one in state["networks"]]
+        # Which half of the population each of them saw says nothing any more.
+        self._take(state | {"networks": networks, "half": state["half"][:0]})
 
     def _take(self, value: dict[str, Any]) -> None:
         prior = self.prior
@@ -44,9 +52,9 @@ class Critic:
     def _rows(self, trajectories: Trajectories, alpha: float, first: int) -> Float[Tensor, " rows"]:
         """Of the rows (k, b) from ``first`` on, at most `ROWS`, with a graph where one is kept."""
         assert self._value is not None
-        count, trained = len(trajectories), self.prior.chain.trained
-        row = torch.arange(first, min(first + ROWS, count * len(trained)), device=self.prior.device)
-        step, path = trained[0] + row // count, row % count
+        count, chain = len(trajectories), self.prior.chain
+        row = torch.arange(first, min(first + ROWS, count * chain.num_kernels), device=self.prior.device)
+        step, path = chain.step_of_row(row // count), row % count
         state, group = trajectories.states[step, path], trajectories.group[path]
         one, two = (network(state, step, group) for network in self._value.networks)
         return 0.5 * (one + two) * (self._value.times * self.alpha / alpha)
@@ -54,7 +62,7 @@ class Critic:
     @torch.no_grad()
     def __call__(self, trajectories: Trajectories, alpha: float) -> Float[Tensor, "kernels batch"]:
         """Of the states that trained steps lead from, at this temperature."""
-        shape = len(self.prior.chain.trained), len(trajectories)
+        shape = self.prior.chain.num_kernels, len(trajectories)
         parts = [self._rows(trajectories, alpha, first) for first in range(0, shape[0] * shape[1], ROWS)]
         return torch.cat(parts).view(shape)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...samplers.condition import members
 from ...samplers.prior import Prior
 from ...samplers.rollout import rollout
+from ...samplers.trajectory import Trajectories
 from ..distributed.processes import Processes
 from ..distributed.signals import uninterrupted
 from ..energies.evaluation import EnergyEvaluation
@@ -78,17 +79,19 @@ class Monitor:
         What is the closest already, the prior itself at first, is not judged again.
         """
         paths = population.prior_paths
-        energy, valid = self.energies.capped(paths)
+        drawn = None if self._is_closest() else self._rollouts()
+        # One ceiling, the prior paths', for both sides and all judgements.
+        (energy, valid), *policy_side = self.energies.cut_alike(paths, *([] if drawn is None else [drawn]))
         own = [-side / self.alpha for side in self._by_condition(energy, valid, paths.group)]
         # A tilt that is steeper by the reach has a gap that is larger by its square, if log h is linear.
         reach, count = held_out.times, len(own)
         level = sum(side.mean().item() for side in own) / count
         gap_prior = reach**2 * (self.processes.mean(held_out.eubo) - level / reach)
-        if self._is_closest():
+        if drawn is None:
             self.improvement = self.improvement or Improvement(0.0, 0.0, gap_prior, "prior", reach)
             self._judged_at = global_step
             return
-        looks, log_weights = held_out.look_by_condition(self.policy), self._log_weight()
+        looks, log_weights = held_out.look_by_condition(self.policy), self._log_weight(drawn, *policy_side[0])
         each = [self._gained(*sides) for sides in zip(looks, log_weights, own, strict=True)]
         nats, se = sum(one[0] for one in each) / count, math.hypot(*(one[1] for one in each)) / count
         table = self.prior.condition_table
@@ -119,15 +122,19 @@ class Monitor:
         pairs = zip(self.optimization.weights, self.closest.weights, strict=True)
         return self.processes.mean(float(all(torch.equal(weight, kept) for weight, kept in pairs))) == 1.0
 
-    def _log_weight(self) -> list[Float[Tensor, " _"]]:
-        """Log-weights of new rollouts of the policy, those of all processes, for each condition."""
+    def _rollouts(self) -> Trajectories:
+        """New ones of the policy, with their energies."""
         conditions = self.prior.num_conditions
         count = max(2 * conditions, max(JUDGED, EACH * conditions) // self.processes.count)
         noise = self.noise.fresh("judging")
         drawn = rollout(self.prior, self.policy, count, noise, keep=False, on_step=self.processes.poll)
-        drawn = self.energies.evaluate(drawn)
+        return self.energies.evaluate(drawn)
+
+    def _log_weight(
+        self, drawn: Trajectories, energy: Float[Tensor, " batch"], valid: Bool[Tensor, " batch"]
+    ) -> list[Float[Tensor, " _"]]:
+        """Log-weights of rollouts, those of all processes, for each condition."""
         assert drawn.step_log_ratio is not None
-        energy, valid = self.energies.capped(drawn)
         return self._by_condition(-energy / self.alpha - drawn.step_log_ratio.sum(0), valid, drawn.group)
 
     # --- its state ---------------------------------------------------------------------------------------------------

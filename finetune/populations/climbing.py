@@ -82,6 +82,6 @@ def renewed(
 
 
 def temperature_for_all(population: Population, alpha: float, wanted: float, most: float, processes: Processes) -> float:
-    """The temperature, from ``alpha`` up to ``most``, at which every process has so many effective paths."""
+    """The highest of the temperatures, from ``alpha`` to ``most``, at which the processes have so many effective paths."""
     own = torch.tensor([population.within_reach(alpha, wanted, most)], dtype=torch.float64, device=processes.device)
     return processes.gather(own).max().item()

@@ -210,7 +210,7 @@ def _save(training: _Training, record: dict[str, Any], stopped: Exception | Keyb
     with suppress(KeyboardInterrupt), uninterrupted(), waiting:
         if processes.main:
             training.policy.save(folder / "policy")
-            soft_value = trainer.state.preparation.soft_value
+            soft_value = trainer.state.critic.value or trainer.state.preparation.soft_value
             if soft_value is not None:
                 from .state_file import write_state
 

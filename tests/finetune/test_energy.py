@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.energies.energy import EnergyMeter, from_density, from_reward
 from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.energies.evaluation import ceiling_of
 from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.mlp import MLPDenoiser
@@ -207,7 +208,7 @@ def test_infinite_energies_reach_every_objective_capped(name: str) -> None:
     trainer = Trainer(prior, lambda x: x.sum(1), config, progress=False)
     energy = torch.tensor([1.0, math.inf, 3.0, math.nan, 1e9, 2.0])
     capped, valid = trainer.state.energies.capped(with_energy(energy))
-    ceiling = 1.3 + 30.0 * 0.5  # above the lowest tenth of the finite ones, 1, 2, 3 and 1e9, of width .3
+    ceiling = 1.2 + 30.0 * 0.5  # above the lowest tenth of 1, 2 and 3; 1e9 is a penalty
     assert capped.tolist() == pytest.approx([1.0, ceiling, 3.0, 0.0, ceiling, 2.0])
     assert valid.tolist() == [True, True, True, False, True, True]
     ratio = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
@@ -226,7 +227,7 @@ def test_infinite_energies_reach_every_objective_capped(name: str) -> None:
 
 def test_the_ceiling_leaves_the_differences_of_what_the_policy_drew() -> None:
     """Neither a population that is a thousand nats ahead of the policy, nor an earlier policy that was, says what the policy's
-    samples may cost; and where energies spread by more than the room, hardly any is cut. Penalties are, a third of them."""
+    samples may cost; and where energies spread by more than the room, hardly any is cut."""
     prior = Prior(MLPDenoiser(dim=1, width=4, depth=1, fourier_features=2), brownian_chain(2), (1,))
     energies = Trainer(prior, lambda x: x.sum(1), progress=False).state.energies
     ahead = torch.full((300,), -1000.0)
@@ -234,8 +235,18 @@ def test_the_ceiling_leaves_the_differences_of_what_the_policy_drew() -> None:
     own = 100 * torch.randn(200, generator=torch.Generator().manual_seed(0))
     capped, _ = energies.capped(with_energy(torch.cat([own, ahead])), 200)
     assert (capped[:200] == own).sum() > 190
-    capped, _ = energies.capped(with_energy(torch.cat([own, torch.full((100,), 1e9)])))
-    assert (capped[:200] == own).sum() > 190 and capped.max() < 700
+    # A policy that draws nothing finite has the ceiling of the others.
+    capped, _ = energies.capped(with_energy(torch.cat([torch.full((200,), math.inf), ahead])), 200)
+    assert capped.tolist() == [-970.0] * 200 + [-1000.0] * 300
+
+
+@pytest.mark.parametrize("feasible", [5, 9, 10, 11, 50, 95])
+def test_penalties_are_cut_however_few_escape_them(feasible: int) -> None:
+    energy = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    energy[feasible:] += 1e6
+    assert ceiling_of(energy, 30.0) < 40
+    assert ceiling_of(100 * torch.randn(200, generator=torch.Generator().manual_seed(0)), 30.0) > 150
+    assert ceiling_of(torch.tensor([3.0]), 30.0) == 33.0
 
 
 def test_a_batch_without_any_finite_energy_is_refused() -> None:

@@ -36,17 +36,17 @@ def make_batch(masked: int = 2) -> Batch:
 
 
 def by_loops(batch: Batch, alpha: float, log_z: Tensor, horizon: int) -> Tensor:
-    """½ (-V_k + V_{k+d} - alpha sum l)², one window at a time; the mean over windows and valid trajectories."""
+    """½ (-V_k + V_{k+d} - alpha sum l)², one window at a time, of which every step is in d; the mean over valid trajectories."""
     assert batch.soft_value is not None
     losses: list[Tensor] = []
     for b in batch.valid.nonzero()[:, 0]:
-        for k in range(STEPS):
-            end = min(k + horizon, STEPS)
+        for first in range(1 - horizon, STEPS):
+            k, end = max(first, 0), min(first + horizon, STEPS)
             value = alpha * (batch.soft_value[k, b] + log_z)
             after = -batch.energy[b] if end == STEPS else alpha * (batch.soft_value[end, b] + log_z)
             reward = -alpha * sum(batch.step_log_ratio[j, b] for j in range(k, end))
             losses.append(0.5 * (-value + reward + after) ** 2)
-    return torch.stack(losses).mean()
+    return torch.stack(losses).sum() / horizon / batch.valid.sum()
 
 
 def gradients(loss: Any, batch: Batch, alpha: float) -> tuple[Tensor, ...]:
@@ -73,16 +73,18 @@ def test_trust_pcl_is_alpha_squared_rtb_over_every_horizon(alpha: float, horizon
     assert cut[0] == pytest.approx(alpha**2 * cut[1], rel=1e-12) and cut[1] < rtb[0]
 
 
-def test_the_first_window_of_all_steps_is_the_whole_path() -> None:
-    batch, log_z = make_batch(), torch.tensor(0.3, dtype=torch.float64)
-    assert batch.soft_value is not None
-    batch.soft_value[0] = 0
-    ended = -batch.energy / 0.5 - log_z  # where the windows that begin later have no residual
-    for k in range(1, STEPS):
-        batch.soft_value[k] = ended - batch.step_log_ratio[k:].sum(0)
-    assert sub_trajectory_rtb(batch, 0.5, log_z, horizon=STEPS) == pytest.approx(
-        OBJECTIVES["rtb"].loss(batch, 0.5, log_z, None).item() / STEPS, rel=1e-12
-    )
+@pytest.mark.parametrize("horizon", [1, 2, 5, 7, 20])
+def test_every_step_weighs_the_same(horizon: int) -> None:
+    """Where all values are exact, one step that is off costs what it costs over the whole path, whatever the horizon."""
+    batch, log_z = make_batch(masked=0), torch.tensor(0.3, dtype=torch.float64)
+    ratio = torch.zeros_like(batch.step_log_ratio)
+    exact = replace(batch, step_log_ratio=ratio, soft_value=(-batch.energy / 0.5 - log_z).repeat(STEPS, 1))
+    off = 0.1  # of one step's log-ratio: every window with this step has the residual
+    for step in range(STEPS):
+        ratio[step] = off
+        loss = sub_trajectory_rtb(exact, 0.5, log_z, horizon=horizon)
+        assert loss.item() == pytest.approx(0.5 * off**2, rel=1e-9)
+        ratio[step] = 0
 
 
 @pytest.fixture(scope="module")

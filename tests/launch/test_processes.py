@@ -63,6 +63,12 @@ def test_weights_that_drifted_apart_are_detected(found: Any) -> None:
         assert "drifted apart" in process["diverged"][0] and process["diverged"][1] == "nothing was raised"
 
 
+def test_the_value_of_a_horizon_is_one_on_both(found: Any) -> None:
+    """Each has learned another soft value, on its own paths; what learns with the policy is the first one's, with one gradient."""
+    for process in found:
+        assert process["critic"]["apart"] == 0 < 0.1 < process["critic"]["populations"]
+
+
 def test_a_size_that_cannot_be_shared_evenly_is_refused(found: Any) -> None:
     assert all("give a multiple of 2" in process["uneven"] for process in found)
 

@@ -376,6 +376,20 @@ def resuming(rank: int) -> dict[str, Any]:
     }
 
 
+def one_critic() -> dict[str, Any]:
+    """By how much the values of a horizon differ between the processes after a training, and what they learned with it."""
+    config = replace(CONFIG, objective="trust_pcl", horizon=2, forward_rows=0)
+    training = trainer(config)
+    training.train()
+    state, value = training.state, training.state.critic.value
+    begun = state.preparation.soft_value
+    assert value is not None and begun is not None
+    own = torch.cat([tensor.detach().double().flatten() for one in value.networks for tensor in one.state_dict().values()])
+    first = torch.cat([tensor.double().flatten() for one in begun.networks for tensor in one.state_dict().values()])
+    every, before = state.processes.gather(own[None]), state.processes.gather(first[None])
+    return {"apart": (every[0] - every[1]).abs().max().item(), "populations": (before[0] - before[1]).abs().max().item()}
+
+
 def uneven() -> str:
     return caught(ValueError, lambda: trainer(replace(CONFIG, batch_size=7)))
 
@@ -392,6 +406,7 @@ def main() -> None:
         **{kind: failing(kind, rank) for kind in ("exception", "decoder", "shape", "nan", "inf")},
         "stop": stopping(rank),
         "resume": resuming(rank),
+        "critic": one_critic(),
         "shards": sharded_gradients(rank, prior),
         "collected": collected(prior),
         "refused": refused(prior),
