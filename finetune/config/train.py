@@ -31,8 +31,8 @@ class TrainConfig:
     learning_rate: float = 2e-4
     """Peak of a one-cycle schedule."""
     horizon: int | None = None
-    """For rtb and trust_pcl: they ask for consistency over every so many steps, with a soft value that is learned along with the
-    policy from that of the population (soft_value_updates). 1 is detailed balance. None: over the whole path."""
+    """For rtb and trust_pcl: they ask for consistency over every so many steps. Between them stands a soft value, which starts
+    as the population's (soft_value_updates) and learns with the policy. 1: detailed balance. None: over the whole path."""
     log_z_learning_rate: float = 0.02
     """For objectives that learn log Z."""
     step_nats: float = 1.0
@@ -65,8 +65,8 @@ class TrainConfig:
     huber: float | None = 20.0
     """Residuals beyond this many nats count linearly. None: never."""
     max_energy: float = 30.0
-    """E/alpha is capped this many nats above the lowest tenth of what the policy draws in a batch, further where that tenth is
-    wide; what +inf becomes in training."""
+    """E/alpha is capped this many nats above the lowest tenth of what the policy draws in a batch, or four of that tenth's
+    own widths where this is more; what +inf becomes in training."""
     noise_scale: float = 1.5
     """Initial noise inflation of the behavior 'inflated', annealed to 1."""
     max_grad_norm: float = 10.0

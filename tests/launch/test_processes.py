@@ -64,7 +64,7 @@ def test_weights_that_drifted_apart_are_detected(found: Any) -> None:
 
 
 def test_the_value_of_a_horizon_is_one_on_both(found: Any) -> None:
-    """Each has learned another soft value, on its own paths; what learns with the policy is the first one's, with one gradient."""
+    """Each has learned another soft value, on its own paths; what learns with the policy is one value."""
     for process in found:
         assert process["critic"]["apart"] == 0 < 0.1 < process["critic"]["populations"]
 
