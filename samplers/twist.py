@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .denoiser import evaluate
 from .policy import Policy
-from .rollout import draw_start, step_noise
+from .rollout import draw_start, step, step_noise
 from .shapes import States
 from .trajectory import Trajectories
 
@@ -68,11 +68,10 @@ class Twist:
         chosen_by, noise = state.new_zeros(batch), state.new_zeros(batch)
         each = torch.arange(batch, device=state.device)
         for k in range(chain.num_steps):
-            prior_output = evaluate(prior.denoiser, chain, state, k, condition)
             if k not in chain.trained:
-                drawn = step_noise(chain, k, state, generator)
-                state = kernel.mean(state, k, prior_output) if drawn is None else kernel.sample(state, k, prior_output, drawn)
+                state = step(prior, None, state, k, step_noise(chain, k, state, generator), condition).following
             else:
+                prior_output = evaluate(prior.denoiser, chain, state, k, condition)
                 output = evaluate(policy, chain, state, k, condition)
                 shift = kernel.shift(state, k, output, prior_output)
                 candidates, ratio = list[Tensor](), list[Tensor]()

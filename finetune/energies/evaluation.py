@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ def ceiling_of(energy: Tensor, room: float) -> float:
         order = order[: int(apart.nonzero()[0]) + 1]
     low = order.quantile(LOW).item()
     return low + max(room, WIDTHS * (low - order[0].item()))
+
+
+def _first_known(found: Sequence[float | None], others: Sequence[float | None]) -> list[float | None]:
+    return [other if one is None else one for one, other in zip(found, others, strict=True)]
 
 
 class EnergyEvaluation:
@@ -102,9 +106,11 @@ class EnergyEvaluation:
         Errors: EnergyError where no batch has had a finite energy of some condition.
         """
         part = trajectories.select(torch.arange(own, device=trajectories.states.device)) if own else trajectories
-        last: list[float | None] = [None] * len(trajectories.groups) if self._ceiling is None else [*self._ceiling]
-        sources = self._ceilings(part), self._ceilings(trajectories), last
-        found = [next((ceiling for ceiling in each if ceiling is not None), None) for each in zip(*sources, strict=True)]
+        found = self._ceilings(part)
+        if None in found and part is not trajectories:
+            found = _first_known(found, self._ceilings(trajectories))
+        if self._ceiling is not None:
+            found = _first_known(found, self._ceiling)
         if None in found:
             table = self.prior.condition_table
             of = "" if table is None else f" of {table.names[found.index(None)]}"

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from ...samplers.chain import Chain
 from ...samplers.shapes import Index, States
+from ...samplers.trajectory import Trajectories
 from ...samplers.typed import backward, forked_rng
 from ..populations.population import Population
 from .value_network import ValueNetwork
@@ -67,6 +68,11 @@ class SoftValue:
         """Nats, for states that no path of the population has."""
         values = [network(state, step, group) for network in self.networks]
         return (0.5 * self.times * (values[0] + values[1])).clamp(max=LARGEST)
+
+    def along(self, trajectories: Trajectories, chain: Chain) -> Float[Tensor, "kernels batch"]:
+        """Nats, of the states that the trained steps of such trajectories lead from."""
+        step = torch.zeros(len(trajectories), dtype=torch.long, device=trajectories.states.device)
+        return torch.stack([self(trajectories.states[k], step + k, trajectories.group) for k in chain.trained])
 
     @torch.no_grad()
     def of_paths(self, state: States, step: Index, path: Index, group: Index | None = None) -> Float[Tensor, " n"]:

@@ -60,16 +60,7 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
     state.temperature.lower(batch, on_policy, progress, state.log_z, state.preparation.population)
     if state.objective.learns_soft_value:
         batch = replace(batch, soft_value=state.critic(trajectories, state.temperature.alpha))
-    loss, gradients = objective_gradient(
-        state.objective,
-        batch,
-        state.temperature.alpha,
-        state.log_z.parameter,
-        config.huber,
-        gather=state.processes.gather,
-        rank=state.processes.rank,
-        world_size=state.processes.count,
-    )
+    loss, gradients = _gradient(state, batch)
     if state.bound.state is None:  # without a population
         state.measure_steps_on(trajectories)
         state.bound.begin()
@@ -79,8 +70,7 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
         if state.objective.learns_log_z:
             state.log_z.step(gradients["log_z"], taken=nats is not None)
         if state.objective.learns_soft_value and nats is not None:
-            state.critic.step(trajectories, state.temperature.alpha, gradients["soft_value"])
-            _learn_value(state, trajectories, batch)
+            _learn_value(state, trajectories, batch, gradients["soft_value"])
         record: dict[str, Any] = {"loss": loss.item(), **_metrics(state, batch, on_policy), "step_nats": nats}
         if nats is None:
             record["skipped"] = True
@@ -93,21 +83,26 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
     return chunk
 
 
-def _learn_value(state: TrainState, trajectories: Trajectories, batch: Batch) -> None:
-    """Further steps of the value on the same log-ratios: the policy of the next update can then trust it."""
-    alpha, processes = state.temperature.alpha, state.processes
+def _gradient(state: TrainState, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Pass 1, at the temperature of this update."""
+    return objective_gradient(
+        state.objective,
+        batch,
+        state.temperature.alpha,
+        state.log_z.parameter,
+        state.config.huber,
+        gather=state.processes.gather,
+        rank=state.processes.rank,
+        world_size=state.processes.count,
+    )
+
+
+def _learn_value(state: TrainState, trajectories: Trajectories, batch: Batch, gradient: Float[Tensor, "kernels batch"]) -> None:
+    """Steps of the value on the same log-ratios, the first along ``gradient``: the next update's policy can then trust it."""
+    alpha = state.temperature.alpha
+    state.critic.step(trajectories, alpha, gradient)
     for _ in range(VALUE_STEPS - 1):
-        batch = replace(batch, soft_value=state.critic(trajectories, alpha))
-        _, gradients = objective_gradient(
-            state.objective,
-            batch,
-            alpha,
-            state.log_z.parameter,
-            state.config.huber,
-            gather=processes.gather,
-            rank=processes.rank,
-            world_size=processes.count,
-        )
+        _, gradients = _gradient(state, replace(batch, soft_value=state.critic(trajectories, alpha)))
         state.critic.step(trajectories, alpha, gradients["soft_value"])
 
 
@@ -135,18 +130,10 @@ def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Traj
         raise EnergyError(
             f"only {usable} of this update's energies are valid; the policy moved to where the energy is NaN or -inf."
         )
-    value = _soft_values(state, trajectories) if state.objective.takes_soft_value else None
+    soft_value = state.preparation.soft_value if state.objective.takes_soft_value else None
+    value = None if soft_value is None else soft_value.along(trajectories, state.prior.chain)
     group = None if trajectories.condition is None else trajectories.group  # nothing to gather without conditions
     return Batch(_log_ratios(state, parts), energy, valid, trajectories.log_behavior, value, group)
-
-
-def _soft_values(state: TrainState, trajectories: Trajectories) -> Float[Tensor, " kernels batch"] | None:
-    """log h_k(s_k) of stored states, None without a soft value."""
-    soft_value = state.preparation.soft_value
-    if soft_value is None:
-        return None
-    step = torch.zeros(len(trajectories), dtype=torch.long, device=state.prior.device)
-    return torch.stack([soft_value(trajectories.states[k], step + k, trajectories.group) for k in state.prior.chain.trained])
 
 
 def _log_ratios(state: TrainState, parts: dict[str, Trajectories]) -> Float[Tensor, " kernels batch"]:

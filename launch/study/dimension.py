@@ -8,9 +8,9 @@ is the prior. The seed changes problem and training.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,10 +23,8 @@ from .dimension_answer import answer
 from .dimension_figure import figure
 from .methods import METHODS, PRIOR, PROBE, train_config
 from .problem import Problem, measure, problem_of
-from .study import Study
+from .study import Size, Study, plain, with_seeds
 from .table import Row
-
-Size = Literal["quick", "default", "full"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,7 @@ def study(size: Size, seeds: int | None) -> Study:
 
     Errors: ValueError for fewer than two seeds, which have no interval.
     """
-    settings = SIZES[size] if seeds is None else replace(SIZES[size], seeds=seeds)
-    if settings.seeds < 2:
-        raise ValueError(f"seeds is {settings.seeds}; an interval takes 2 at least.")
-    return study_of(settings)
+    return study_of(with_seeds(SIZES[size], seeds))
 
 
 def study_of(settings: Settings) -> Study:
@@ -95,9 +90,8 @@ def study_of(settings: Settings) -> Study:
         for dim in settings.dims
         for method in (PRIOR, *METHODS)
     }
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
     said = partial(answer, steps=settings.steps)
-    return Study("dimension", plain, runs, perform, KEYS, METRICS, said, figure)
+    return Study("dimension", plain(settings), runs, perform, KEYS, METRICS, said, figure)
 
 
 def perform(run: Run) -> list[Row]:

@@ -8,8 +8,8 @@ paths of the target.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from ...samplers.make_policy import make_policy
 from ...tasks.random_mixture import random_mixture
 from .horizon_answer import KEYS, answer, figure
 from .problem import Problem, measure, problem_of
-from .study import Study
+from .study import Size, Study, plain, with_seeds
 from .table import Row
-
-Size = Literal["quick", "default", "full"]
 
 
 @dataclass(frozen=True)
@@ -75,10 +73,7 @@ def study(size: Size, seeds: int | None) -> Study:
 
     Errors: ValueError for fewer than two seeds, which have no interval.
     """
-    settings = SIZES[size] if seeds is None else replace(SIZES[size], seeds=seeds)
-    if settings.seeds < 2:
-        raise ValueError(f"seeds is {settings.seeds}; an interval takes 2 at least.")
-    return study_of(settings)
+    return study_of(with_seeds(SIZES[size], seeds))
 
 
 def study_of(settings: Settings) -> Study:
@@ -89,8 +84,7 @@ def study_of(settings: Settings) -> Study:
         for dim in settings.dims
         for horizon in settings.horizons
     }
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
-    return Study("horizon", plain, runs, perform, KEYS, METRICS, answer, figure)
+    return Study("horizon", plain(settings), runs, perform, KEYS, METRICS, answer, figure)
 
 
 def perform(run: Run) -> list[Row]:
@@ -136,8 +130,7 @@ def _value_errors(problem: Problem, state: TrainState) -> Row:
     truth = torch.stack([log_h(problem, paths.states[k], k) for k in chain.trained]) + problem.log_z
     soft_value = state.preparation.soft_value
     assert soft_value is not None
-    step = torch.zeros(len(paths), dtype=torch.long)
-    before = torch.stack([soft_value(paths.states[k], step + k) for k in chain.trained]) + problem.log_z
+    before = soft_value.along(paths, chain) + problem.log_z
     learned = state.config.horizon is not None
     after = state.critic(paths, 1.0) + state.log_z.values()[0] if learned else before
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from ..._version import __version__
 from ...finetune.runs.lock import RunLock
@@ -24,7 +24,18 @@ from .side_by_side import perform_all
 from .table import Row, as_csv, as_markdown, averaged
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
+
+    class Seeded(DataclassInstance, Protocol):
+        """Settings of a study that is repeated over seeds."""
+
+        @property
+        def seeds(self) -> int: ...
+
+
+S = TypeVar("S", bound="Seeded")
+Size = Literal["quick", "default", "full"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +56,22 @@ class Study:
     metrics: dict[str, str]
     answer: Callable[[list[Row]], str]
     figure: Callable[[list[Row]], Figure]
+
+
+def with_seeds(settings: S, seeds: int | None) -> S:
+    """A study's settings with other ``seeds`` where they are given.
+
+    Errors: ValueError for fewer than two seeds, which have no interval.
+    """
+    found = settings if seeds is None else replace(settings, seeds=seeds)
+    if found.seeds < 2:
+        raise ValueError(f"seeds is {found.seeds}; an interval takes 2 at least.")
+    return found
+
+
+def plain(settings: DataclassInstance) -> dict[str, Any]:
+    """Settings as JSON gives them back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
 
 
 def carry_out(study: Study, out: Path, jobs: int) -> str:
