@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...samplers.log_ratio import step_log_ratio
-from ...samplers.shapes import Index
+from ...samplers.shapes import AnyShape, Index
 from ...samplers.trajectory import Trajectories, concatenate
 from ..distributed.signals import uninterrupted
 from ..energies.error import EnergyError
@@ -83,7 +83,7 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
     return chunk
 
 
-def _gradient(state: TrainState, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+def _gradient(state: TrainState, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, AnyShape]]:
     """Pass 1, at the temperature of this update."""
     return objective_gradient(
         state.objective,
