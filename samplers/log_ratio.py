@@ -36,6 +36,14 @@ def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Stat
     return flat[here], flat[following], step, selected(trajectories.condition, path)
 
 
+def rows_at(trajectories: Trajectories, chain: Chain, row: Index) -> tuple[States, States, Index, Condition | None]:
+    """The same of any flat rows, copied."""
+    batch = len(trajectories)
+    step, path = chain.step_of_row(torch.div(row, batch, rounding_mode="floor")), row % batch
+    flat, at = trajectories.states.flatten(0, 1), step * batch + path
+    return flat[at], flat[at + batch], step, selected(trajectories.condition, path)
+
+
 @torch.no_grad()
 def step_log_ratio(
     chain: Chain,
@@ -44,11 +52,13 @@ def step_log_ratio(
     trajectories: Trajectories,
     chunk: int | None = None,
 ) -> Float[Tensor, " kernels batch"]:
-    """Log-ratios of stored trajectories, both networks evaluated over flat chunks of (k, b)."""
+    """Log-ratios of stored trajectories, over flat chunks of (k, b): the policy's network is evaluated, and the prior's where the
+    trajectories do not hold its outputs."""
+    known = None if trajectories.prior_outputs is None else trajectories.prior_outputs.flatten(0, 1)
     ratios: list[Tensor] = []
     for rows in _chunks(trajectories, chain, chunk):
         state, following, step, condition = rows_of(trajectories, chain, rows)
-        prior_output = evaluate(prior, chain, state, step, condition)
+        prior_output = evaluate(prior, chain, state, step, condition) if known is None else known[rows]
         policy_output = evaluate(policy, chain, state, step, condition)
         z = chain.kernel.standardize(following, state, step, prior_output)
         shift = chain.kernel.shift(state, step, policy_output, prior_output)

@@ -20,10 +20,12 @@ Drawing = Literal["policy", "prior"]
 
 
 class Step(NamedTuple):
-    """following: the next state. log_ratio: nats, None where the step is not trained or there is no policy."""
+    """following: the next state. log_ratio: nats, None where the step is not trained or there is no policy. prior_output: of the
+    prior's network."""
 
     following: States
     log_ratio: Float[Tensor, " n"] | None
+    prior_output: States
 
 
 @torch.no_grad()
@@ -46,13 +48,13 @@ def step(
     prior_output = evaluate(prior.denoiser, chain, state, k, condition)
     if policy is None or k not in chain.trained:
         drawn = kernel.mean(state, k, prior_output) if noise is None else kernel.sample(state, k, prior_output, noise)
-        return Step(drawn, None)
+        return Step(drawn, None, prior_output)
     assert noise is not None
     policy_output = evaluate(policy, chain, state, k, condition)
     shift = kernel.shift(state, k, policy_output, prior_output)
     if drawn_by == "prior":
-        return Step(kernel.sample(state, k, prior_output, noise), kernel.log_ratio_from_states(noise, shift))
-    return Step(kernel.sample(state, k, policy_output, noise), kernel.log_ratio_from_noise(noise, shift))
+        return Step(kernel.sample(state, k, prior_output, noise), kernel.log_ratio_from_states(noise, shift), prior_output)
+    return Step(kernel.sample(state, k, policy_output, noise), kernel.log_ratio_from_noise(noise, shift), prior_output)
 
 
 @torch.no_grad()
@@ -66,6 +68,7 @@ def rollout(
     start: Float[Tensor, " {batch} *state"] | None = None,
     condition: Condition | None = None,
     keep: bool = True,
+    keep_outputs: bool = False,
     noise: Callable[[int, States], States | None] | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Trajectories:
@@ -75,6 +78,7 @@ def rollout(
     start: fixed starts, whose dtype is that of the trajectories; drawn where None.
     condition: of each trajectory; those of the prior in turn where None.
     keep: False keeps only the terminal samples, as the one state of each trajectory.
+    keep_outputs: also keep what the prior's network says at trained steps, which takes as much memory as the states.
     noise: (k, state) → what is drawn at step k, in place of `step_noise`; the density of it is the caller's to know.
     on_step: called before every step; what it raises ends the rollout.
 
@@ -87,11 +91,14 @@ def rollout(
     states = state.new_empty((chain.num_steps + 1 if keep else 1, *state.shape))
     states[0] = state
     ratios: list[Tensor] = []
+    outputs: list[Tensor] = []
     for k in range(chain.num_steps):
         if on_step is not None:
             on_step()
         drawn = step_noise(chain, k, state, generator) if noise is None else noise(k, state)
-        state, ratio = step(prior, policy, state, k, drawn, condition, drawn_by=drawn_by)
+        state, ratio, prior_output = step(prior, policy, state, k, drawn, condition, drawn_by=drawn_by)
+        if keep_outputs and k in chain.trained:
+            outputs.append(prior_output)
         if ratio is not None:
             ratios.append(ratio)
         if keep:
@@ -99,7 +106,13 @@ def rollout(
     states[-1] = state
     log_ratio = torch.stack(ratios) if ratios else None
     behavior = log_ratio.sum(0) if log_ratio is not None and drawn_by == "policy" else state.new_zeros(len(state))
-    return Trajectories(states=states, step_log_ratio=log_ratio, log_behavior=behavior, condition=condition)
+    return Trajectories(
+        states=states,
+        step_log_ratio=log_ratio,
+        log_behavior=behavior,
+        condition=condition,
+        prior_outputs=torch.stack(outputs) if outputs else None,
+    )
 
 
 def draw_start(

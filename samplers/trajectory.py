@@ -36,6 +36,7 @@ class Trajectories:
         the density is unknown (noised-back, replayed and user samples).
     energy: None until evaluated.
     condition: what each one is conditioned on, or None.
+    prior_outputs: of the prior's network at the states that trained steps lead from, where they are kept.
     """
 
     states: Float[Tensor, " states batch *state"]
@@ -43,6 +44,7 @@ class Trajectories:
     log_behavior: Float[Tensor, " batch"] | None = None
     energy: Float[Tensor, " batch"] | None = None
     condition: Condition | None = None
+    prior_outputs: Float[Tensor, " kernels batch *state"] | None = None
 
     @cached_property
     def group(self) -> Int[Tensor, " batch"]:
@@ -77,6 +79,7 @@ class Trajectories:
             log_behavior=None if self.log_behavior is None else self.log_behavior[index],
             energy=None if self.energy is None else self.energy[index],
             condition=selected(self.condition, index),
+            prior_outputs=None if self.prior_outputs is None else self.prior_outputs[:, index],
         )
 
     def with_(self, **changes: Any) -> Trajectories:
@@ -98,6 +101,7 @@ def concatenate(parts: list[Trajectories]) -> Trajectories:
         log_behavior=join("log_behavior", 0),
         energy=join("energy", 0),
         condition=_joined([part.condition for part in parts]),
+        prior_outputs=join("prior_outputs", 1),
     )
 
 

@@ -17,8 +17,9 @@ from tiltune.finetune.certificate.path_metrics import expectation, path_metrics
 from tiltune.finetune.certificate.verdict import judge_unknown
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.estimators import ess
+from tiltune.finetune.learning.batch import Batch
 from tiltune.finetune.learning.behaviors import BEHAVIORS
-from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.objective_table import OBJECTIVES
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.bridge import bridge_of, noise_back
 from tiltune.samplers.chain import Chain

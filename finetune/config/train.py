@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .refusals import refuse
 
-ObjectiveName = Literal["rtb", "log_variance", "trust_pcl", "reinforce_kl", "tlm"]
-BEHAVIOR_NAMES = ("on_policy", "prior", "inflated", "tilted_prior", "noised_back")
+ObjectiveName = Literal["rtb", "log_variance", "trust_pcl", "reinforce_kl", "ppo_kl", "tlm", "ddpo", "grpo"]
+BEHAVIOR_NAMES = ("on_policy", "prior", "inflated", "tilted_prior", "noised_back", "replay")
+CLIP = 0.2  # of objectives that always have one
+CLIPPED_NAMES = ("rtb", "log_variance", "trust_pcl", "ppo_kl", "ddpo", "grpo")
 
 
 @dataclass(frozen=True)
@@ -19,17 +21,28 @@ class TrainConfig:
     """
 
     objective: ObjectiveName = "log_variance"
-    """What is minimised; all five share their optimum, the tilted law."""
+    """What is minimised. All but the last two share their optimum, the tilted law. ddpo and grpo are other toolkits' objectives,
+    to compare with: they do NOT target it."""
     alpha: float = 1.0
     """Temperature: the target is p_prior · exp(-E/alpha)."""
     behavior: dict[str, float] | None = None
-    """Share of each behavior in a batch. None: half on_policy, half tilted_prior; reinforce_kl on_policy; tlm tilted_prior."""
+    """Share of each behavior in a batch. None: half on_policy, half tilted_prior; reinforce_kl, ppo_kl, ddpo and grpo on_policy;
+    tlm tilted_prior."""
     updates: int = 40
     """Gradient steps on the objective, after the warm start."""
     batch_size: int = 384
     """Trajectories an update, over all processes."""
     learning_rate: float = 2e-4
     """Peak of a one-cycle schedule."""
+    epochs: int = 1
+    """Gradient steps on each batch of trajectories. The first is on fresh ones; by the last, the policy is no longer the one
+    that drew them, which rtb, log_variance and trust_pcl allow, reinforce_kl weights, and a clip bounds."""
+    clip: float | None = None
+    """For rtb, log_variance, trust_pcl and ppo_kl: a step of a trajectory counts only while the policy's density there is within
+    1 ± clip of what it was at the first epoch. None: no clip; .2 for ppo_kl, ddpo and grpo."""
+    step_share: float = 1.0
+    """Share of each trajectory's steps whose gradient an update computes. They are drawn anew each time and weighted by the
+    inverse of their probability, so that the gradient is the same in the mean."""
     horizon: int | None = None
     """For rtb and trust_pcl: they ask for consistency over every so many steps. Between them stands a soft value, which starts
     as the population's (soft_value_updates) and learns with the policy. 1: detailed balance. None: over the whole path."""
@@ -96,7 +109,7 @@ class TrainConfig:
         self._refuse_behaviors()
 
     def _refuse_numbers(self) -> None:
-        names = ("rtb", "log_variance", "trust_pcl", "reinforce_kl", "tlm")
+        names = get_args(ObjectiveName)
         refuse(self.objective not in names, f"unknown objective {self.objective!r}; choose one of {', '.join(names)}.")
         refuse(
             not (self.alpha > 0 and self.alpha < float("inf")),
@@ -120,6 +133,17 @@ class TrainConfig:
         refuse(
             self.horizon is not None and not self.soft_value_updates,
             f"horizon {self.horizon} needs a value of the states between: give soft_value_updates, 1500 say.",
+        )
+        refuse(self.epochs < 1, f"epochs is {self.epochs}; a batch serves for one gradient step at least.")
+        refuse(not 0 < self.step_share <= 1, f"step_share is {self.step_share}; it is a share, above 0 and at most 1.")
+        refuse(self.clip is not None and not 0 < self.clip < 1, f"clip is {self.clip}; give a share between 0 and 1, or None.")
+        refuse(
+            self.clip is not None and self.objective not in CLIPPED_NAMES,
+            f"clip is {self.clip}, and {self.objective} has none; {', '.join(CLIPPED_NAMES)} have.",
+        )
+        refuse(
+            self.clip is not None and self.horizon is not None,
+            f"clip is {self.clip}, which is for whole paths; leave out horizon {self.horizon}, or the clip.",
         )
         kinds = ("auto", "importance", "smc")
         refuse(self.population not in kinds, f"population is {self.population!r}; choose one of {', '.join(kinds)}.")
@@ -165,6 +189,15 @@ class TrainConfig:
             " rtb, log_variance or trust_pcl, which need no density.",
         )
         refuse(
+            self.objective in ("ppo_kl", "ddpo", "grpo") and set(self.shares) != {"on_policy"},
+            f"{self.objective} clips by the policy that drew, and {', '.join(set(self.shares) - {'on_policy'})} trajectories"
+            " were drawn otherwise. Use behavior on_policy, or rtb, log_variance or trust_pcl with clip.",
+        )
+        refuse(
+            "replay" in self.shares and "on_policy" not in self.shares,
+            "replay hands out what earlier updates drew on-policy, and no update would; give behavior on_policy a share too.",
+        )
+        refuse(
             self.objective == "tlm" and not set(self.shares) <= {"tilted_prior", "noised_back"},
             "tlm maximizes the likelihood of trajectories of the tilted law; on others it fits the wrong law."
             " Use behavior tilted_prior or noised_back.",
@@ -177,7 +210,7 @@ class TrainConfig:
             return dict(sorted(self.behavior.items(), key=lambda item: item[0] != "on_policy"))
         if self.objective == "tlm":
             return {"tilted_prior": 1.0}
-        if self.objective == "reinforce_kl":
+        if self.objective in ("reinforce_kl", "ppo_kl", "ddpo", "grpo"):
             return {"on_policy": 1.0}
         return {"on_policy": 0.5, "tilted_prior": 0.5}
 

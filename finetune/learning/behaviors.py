@@ -15,13 +15,15 @@ from ...samplers.rollout import rollout
 from ...samplers.trajectory import Trajectories
 from ..config.train import TrainConfig
 from ..populations.population import Population
+from .replay import Replay
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
     """What a behavior may use. ``alpha`` is the configured temperature, ``progress`` runs from 0 to 1 over the run.
 
-    on_step: called between two steps of a rollout."""
+    replay: what earlier updates drew. keep_outputs: rollouts keep the prior's outputs. on_step: called between two steps of a
+    rollout."""
 
     prior: Prior
     policy: nn.Module
@@ -30,6 +32,8 @@ class Context:
     progress: float
     noise_scale: float = 1.0
     on_step: Callable[[], None] | None = None
+    replay: Replay | None = None
+    keep_outputs: bool = False
 
 
 Behavior = Callable[[Context, int, torch.Generator], Trajectories]
@@ -37,7 +41,8 @@ Behavior = Callable[[Context, int, torch.Generator], Trajectories]
 
 def on_policy(context: Context, count: int, generator: torch.Generator) -> Trajectories:
     """Rollouts of the current policy."""
-    return rollout(context.prior, context.policy, count, generator, on_step=context.on_step)
+    keep = context.keep_outputs
+    return rollout(context.prior, context.policy, count, generator, on_step=context.on_step, keep_outputs=keep)
 
 
 def prior(context: Context, count: int, generator: torch.Generator) -> Trajectories:
@@ -73,6 +78,12 @@ def noised_back(context: Context, count: int, generator: torch.Generator) -> Tra
     return fresh.with_(energy=drawn.energy) if unchanged else fresh
 
 
+def replay(context: Context, count: int, generator: torch.Generator) -> Trajectories:
+    """Rollouts of the policies of the last updates, each with the density that drew it; new ones where there are none yet."""
+    assert context.replay is not None, "the trainer keeps what it drew for a behavior that needs it"
+    return on_policy(context, count, generator) if context.replay.empty else context.replay.draw(count, generator)
+
+
 def _population(context: Context) -> Population:
     assert context.population is not None, "the trainer fills the population before a behavior that needs it"
     return context.population
@@ -84,6 +95,7 @@ BEHAVIORS: dict[str, Behavior] = {
     "inflated": inflated,
     "tilted_prior": tilted_prior,
     "noised_back": noised_back,
+    "replay": replay,
 }
 NEEDS_POPULATION = frozenset({"tilted_prior", "noised_back"})
 

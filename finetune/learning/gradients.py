@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from ...samplers.chain import Chain
 from ...samplers.condition import Condition
 from ...samplers.denoiser import evaluate
-from ...samplers.log_ratio import rows_of
+from ...samplers.log_ratio import rows_at, rows_of
 from ...samplers.shapes import AnyShape, Index, States
 from ...samplers.trajectory import Trajectories
 from ...samplers.typed import backward
-from .objectives import Batch, Objective
+from .batch import Batch
+from .objective_table import Objective
 
 Gather = Callable[[Shaped[Tensor, " batch ..."]], Shaped[Tensor, " gathered ..."]]
 Scale = Callable[[AnyShape], AnyShape]  # that of a gradient scaler
 NoSync = Callable[[], AbstractContextManager[Any]]
+Sampled = tuple[Index, Float[Tensor, " n"]]
 # More rows a chunk bring no more throughput, but push a small network's activations out of the processor's cache.
 MAX_CHUNK = 2048
 
@@ -55,7 +57,7 @@ def objective_gradient(
     """
     local = batch.step_log_ratio.shape[1]
     if gather is not None and world_size > 1:
-        behavior, value = batch.log_behavior, batch.soft_value
+        behavior, value, old = batch.log_behavior, batch.soft_value, batch.old_step_log_ratio
         batch = Batch(
             step_log_ratio=gather(batch.step_log_ratio.T.contiguous()).T,
             energy=gather(batch.energy),
@@ -63,6 +65,7 @@ def objective_gradient(
             log_behavior=None if behavior is None else gather(behavior),
             soft_value=None if value is None else gather(value.T.contiguous()).T,
             group=None if batch.group is None else gather(batch.group),
+            old_step_log_ratio=None if old is None else gather(old.T.contiguous()).T,
         )
     values = {"step_log_ratio": batch.step_log_ratio, "log_z": log_z.reshape(-1)}
     if objective.learns_soft_value:
@@ -135,14 +138,17 @@ def backward_trajectories(
     chunk: int,
     no_sync: NoSync = nullcontext,
     last: NoSync = nullcontext,
+    sampled: Sampled | None = None,
 ) -> None:
     """Pass 2: accumulate the gradient of sum g · log policy over stored trajectories, ``chunk`` rows at a time.
 
-    no_sync, last: what goes around the forward and backward of all chunks but the last, and of the last."""
-    flat = g.flatten()
+    no_sync, last: what goes around the forward and backward of all chunks but the last, and of the last. sampled: rows and their
+    weights (`sampled_steps`), which stand for all of them."""
+    flat = g.flatten() if sampled is None else g.flatten()[sampled[0]] * sampled[1]
     for first in range(0, len(flat), chunk):
         rows = slice(first, first + chunk)
-        state, following, step, condition = rows_of(trajectories, chain, rows)
+        found = rows_of(trajectories, chain, rows) if sampled is None else rows_at(trajectories, chain, sampled[0][rows])
+        state, following, step, condition = found
         with no_sync() if first + chunk < len(flat) else last():
             backward_rows(policy, chain, state, following, step, flat[rows], condition)
 

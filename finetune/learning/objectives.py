@@ -1,72 +1,18 @@
-"""The objectives: pure functions of log-ratios and energies. One sign: x = Λ + E/alpha, residual = log Z + x.
+"""The objectives on whole trajectories: pure functions of log-ratios and energies.
+
+One sign: x = Λ + E/alpha, residual = log Z + x.
 
 Each takes a `Batch` and returns a scalar; its gradient with respect to ``step_log_ratio`` is all that training needs
-(`gradients`), so a term that must not be differentiated is detached here.
+(`gradients`), so a term that must not be differentiated is detached here. `objective_table` names them, and what each asks for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from ...samplers.condition import members
-from ...samplers.shapes import Index
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What a loss is a function of: the global batch of trajectories. An objective sees those of one condition.
-
-    step_log_ratio: nats. energy: finite (capped). valid: False where the energy was NaN.
-    log_behavior: log behavior - log prior, normalized if behaviors are mixed, or None.
-    soft_value: nats, an estimate of log h_k(s_k) (`soft_value`), or None.
-    group: the row of each one's condition; None where all have the same one.
-    """
-
-    step_log_ratio: Float[Tensor, " kernels batch"]
-    energy: Float[Tensor, " batch"]
-    valid: Bool[Tensor, " batch"]
-    log_behavior: Float[Tensor, " batch"] | None = None
-    soft_value: Float[Tensor, " kernels batch"] | None = None
-    group: Int[Tensor, " batch"] | None = None
-
-    def __post_init__(self) -> None:
-        assert self.step_log_ratio.ndim == 2, self.step_log_ratio.shape
-        batch = self.step_log_ratio.shape[1]
-        assert self.energy.shape == self.valid.shape == (batch,), (self.energy.shape, self.valid.shape)
-
-    @property
-    def log_ratio(self) -> Float[Tensor, " batch"]:
-        """Λ: nats, summed over steps."""
-        return self.step_log_ratio.sum(0)
-
-    def select(self, index: Index) -> Batch:
-        """The trajectories at ``index``, all of one condition."""
-        return Batch(
-            self.step_log_ratio[:, index],
-            self.energy[index],
-            self.valid[index],
-            None if self.log_behavior is None else self.log_behavior[index],
-            None if self.soft_value is None else self.soft_value[:, index],
-        )
-
-    def groups(self, count: int) -> list[Int[Tensor, " _"]]:
-        """The indices of the trajectories of each of ``count`` conditions."""
-        if self.group is None:
-            assert count == 1
-            return [torch.arange(len(self.energy), device=self.energy.device)]
-        return members(self.group, count)
-
-    @property
-    def weight(self) -> Float[Tensor, " batch"]:
-        """1 for a valid trajectory and 0 for a masked one."""
-        return self.valid.to(self.energy)
-
+from .batch import Batch
 
 ALONE = 1.5  # effective trajectories, below which one of them decides
 
@@ -103,6 +49,26 @@ def trust_pcl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float
     return (batch.weight * half_square(residual, width)).sum() / batch.weight.sum()
 
 
+@torch.no_grad()
+def leave_one_out(
+    batch: Batch,
+    alpha: float,
+    step_log_ratio: Float[Tensor, " kernels batch"],
+    weight: Float[Tensor, " batch"],
+    huber: float | None,
+) -> Float[Tensor, "*kernels batch"]:
+    """-E - alpha Λ minus the weighted mean of the others; of each step where there is a soft value: `reinforce_kl`.
+
+    step_log_ratio: of the policy whose advantage it is. weight: sums to 1. huber: a limit to it, nats.
+    """
+    to_go = step_log_ratio.flip(0).cumsum(0).flip(0)  # of each step and those after it
+    ahead = step_log_ratio.sum(0) if batch.soft_value is None else to_go + batch.soft_value
+    value = -batch.energy - alpha * ahead
+    others = ((weight * value).sum(-1, keepdim=True) - weight * value) / (1 - weight).clamp(min=1e-6)
+    advantage = value - others
+    return advantage if huber is None else advantage.clamp(-alpha * huber, alpha * huber)
+
+
 def reinforce_kl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
     """-sum w sg[A] Λ, A = -E - alpha Λ minus the leave-one-out mean (arXiv 2509.01632, section 3.1).
 
@@ -131,44 +97,10 @@ def reinforce_kl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: fl
                 " trajectories. Lower the noise inflation, use on_policy trajectories, or use rtb or log_variance, which need no"
                 " weights."
             )
-        per_step = batch.soft_value is not None
-        to_go = batch.step_log_ratio.flip(0).cumsum(0).flip(0)  # of each step and those after it
-        ahead = to_go + batch.soft_value if batch.soft_value is not None else batch.log_ratio
-        value = -batch.energy - alpha * ahead  # [num_kernels, B] or [B]
-        others = ((weight * value).sum(-1, keepdim=True) - weight * value) / (1 - weight).clamp(min=1e-6)
-        advantage = value - others
-        if huber is not None:
-            advantage = advantage.clamp(-alpha * huber, alpha * huber)
-    return -(weight * advantage * (batch.step_log_ratio if per_step else batch.log_ratio)).sum()
+        advantage = leave_one_out(batch, alpha, batch.step_log_ratio, weight, huber)
+    return -(weight * advantage * (batch.step_log_ratio if advantage.ndim == 2 else batch.log_ratio)).sum()
 
 
 def tlm(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | None = None) -> Float[Tensor, ""]:
     """-mean Λ on trajectories of the tilted law: trajectory likelihood, the forward KL up to a constant."""
     return -(batch.weight * batch.log_ratio).sum() / batch.weight.sum()
-
-
-class Objective(NamedTuple):
-    """An objective and what it asks of its surroundings."""
-
-    loss: Callable[[Batch, float, Float[Tensor, ""], float | None], Float[Tensor, ""]]
-    learns_log_z: bool = False
-    takes_soft_value: bool = False
-    learns_soft_value: bool = False
-    # On-policy its gradient is alpha^alpha_power times that of the KL to the tilted law, in nats.
-    alpha_power: int = 0
-    # Behaviors whose trajectories it is right on; anything else is refused before the first update.
-    behaviors: frozenset[str] = frozenset({"on_policy", "prior", "inflated", "tilted_prior", "noised_back"})
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "rtb": Objective(rtb, learns_log_z=True),
-    "log_variance": Objective(log_variance),
-    "trust_pcl": Objective(trust_pcl, learns_log_z=True, alpha_power=2),
-    "reinforce_kl": Objective(
-        reinforce_kl,
-        takes_soft_value=True,
-        alpha_power=1,
-        behaviors=frozenset({"on_policy", "prior", "inflated", "tilted_prior"}),
-    ),
-    "tlm": Objective(tlm, behaviors=frozenset({"tilted_prior", "noised_back"})),
-}

@@ -34,24 +34,24 @@ class Optimization:
         self.torn = self._restored = False
         self._create(config.learning_rate, 1)
 
-    def _create(self, learning_rate: float, updates: int) -> None:
+    def _create(self, learning_rate: float, steps: int) -> None:
         weights = [weight for weight in self._wrapped.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.Adam(weights, learning_rate)
-        # OneCycleLR divides by zero where its rise has a single step (10 updates at 10%).
-        total = max(4, updates)
+        # OneCycleLR divides by zero where its rise has a single step (10 steps at 10%).
+        total = max(4, steps)
         rise = max(0.1, 2 / total)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(self._optimizer, learning_rate, total_steps=total, pct_start=rise)
         self._peak = learning_rate
 
     # --- a phase -----------------------------------------------------------------------------------------------------
 
-    def begin(self, learning_rate: float, updates: int) -> None:
-        """A phase of so many updates begins, or goes on where `load_state_dict` found it."""
+    def begin(self, learning_rate: float, steps: int) -> None:
+        """A phase of so many steps begins, or goes on where `load_state_dict` found it."""
         self._peak = learning_rate
         if self._restored:
             self._restored = False
             return
-        self._create(learning_rate, updates)
+        self._create(learning_rate, steps)
         self._average = [weight.clone() for weight in self.weights] if self.config.ema_decay else None
 
     def end(self) -> None:

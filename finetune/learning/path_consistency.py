@@ -12,15 +12,14 @@ population's estimate.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config.train import TrainConfig
-from .objectives import OBJECTIVES, Batch, Objective, half_square
+from .batch import Batch
+from .objectives import half_square
 
 
 class Windows(NamedTuple):
@@ -77,12 +76,3 @@ def path_consistency(
 
 
 OF_PARTS = {"rtb": sub_trajectory_rtb, "trust_pcl": path_consistency}
-
-
-def objective_of(config: TrainConfig) -> Objective:
-    """The config's objective, on parts of a path where it has a horizon."""
-    whole = OBJECTIVES[config.objective]
-    if config.horizon is None:
-        return whole
-    loss = partial(OF_PARTS[config.objective], horizon=config.horizon)
-    return whole._replace(loss=loss, learns_soft_value=True, learns_log_z=False)

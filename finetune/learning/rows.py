@@ -1,4 +1,4 @@
-"""Which trained steps of the chain the rows of a batch are at."""
+"""Which trained steps of the chain are looked at, where not all of them are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...samplers.chain import Chain
+from ...samplers.shapes import Index
 
 
 def step_share(chain: Chain) -> Float[Tensor, " kernels"]:
@@ -28,3 +29,18 @@ def stratified(probability: Float[Tensor, " kernels"], count: int, generator: to
     first = torch.rand((), generator=generator, device=cumulative.device)
     points = (torch.arange(count, device=cumulative.device) + first) / count
     return torch.searchsorted(cumulative, points).clamp(max=len(probability) - 1)
+
+
+def sampled_steps(chain: Chain, batch: int, share: float, generator: torch.Generator) -> tuple[Index, Float[Tensor, " n"]]:
+    """(rows, weight) of this share of the steps of each of ``batch`` trajectories: flat (k, b), k slowest, in order.
+
+    Each trajectory draws its own G steps by `step_share`, at equal strides from a start of its own. weight is 1 / (G p_k), so
+    that the weighted sum over them has the sum over all steps as its mean.
+    """
+    probability = step_share(chain).to(generator.device)
+    count = max(1, round(share * chain.num_kernels))
+    first = torch.rand((1, batch), generator=generator, device=generator.device)
+    points = (torch.arange(count, device=generator.device)[:, None] + first) / count
+    kernel = torch.searchsorted(probability.cumsum(0), points).clamp(max=chain.num_kernels - 1)
+    row = (kernel * batch + torch.arange(batch, device=generator.device)).flatten().sort().values
+    return row, 1 / (count * probability[row // batch])

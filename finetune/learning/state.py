@@ -26,14 +26,15 @@ from .log_z import LogZ
 from .metrics_log import MetricsLog
 from .monitor import Monitor
 from .noise import Noise
+from .objective_table import objective_of
 from .optimization import Optimization
-from .path_consistency import objective_of
 from .preparation import Preparation
+from .replay import Replay
 from .step_bound import StepBound
 from .step_guard import StepGuard
 from .temperature import Temperature
 
-FORMAT = 6  # of a checkpoint's state; 1 was that of 0.3.0
+FORMAT = 7  # of a checkpoint's state; 1 was that of 0.3.0
 SHARED_SIZES = ("batch_size", "population_size", "warm_start_rows", "forward_rows")  # the processes split these
 ON_ALL = (FloatingPointError, EnergyError, ProcessError)  # errors that all processes raise at the same place
 
@@ -70,6 +71,7 @@ class TrainState:
             prior, energy, processes, alpha=config.alpha, cap=config.max_energy, max_invalid=config.max_invalid
         )
         self.log_z = LogZ(prior.num_conditions, config.log_z_learning_rate, processes.device)
+        self.replay = Replay(prior)
         self.critic = Critic(prior, config.alpha, processes)
         self.temperature = Temperature(config, processes, prior.num_conditions)
         self.bound = StepBound(prior, self.wrapped, processes.mean)
@@ -89,7 +91,12 @@ class TrainState:
             "monitor": self.monitor,
             "log": self.log,
         }
-        self.own: dict[str, Stateful] = {"noise": self.noise, "bound": self.bound, "preparation": self.preparation}
+        self.own: dict[str, Stateful] = {
+            "noise": self.noise,
+            "bound": self.bound,
+            "preparation": self.preparation,
+            "replay": self.replay,
+        }
         if isinstance(energy, CachedEnergy):
             self.own["energy_cache"] = energy
 
@@ -107,8 +114,10 @@ class TrainState:
     # --- steps -------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def phase(self, first: int, count: int, learning_rate: float) -> Generator[range, None, None]:
+    def phase(self, first: int, count: int, learning_rate: float, *, epochs: int = 1) -> Generator[range, None, None]:
         """The steps of a phase that are still to be taken, out of ``count`` from ``global_step`` ``first`` on.
+
+        Each of them moves the weights ``epochs`` times.
 
         The phase has an optimizer, a schedule and a running average of its own. At its end (Ctrl-C included) the policy takes
         the average. On any exception, the last complete step is saved, where checkpoints are kept.
@@ -116,7 +125,7 @@ class TrainState:
         if first + count < self.global_step:  # a restored run is past it
             yield range(0)
             return
-        self.optimization.begin(learning_rate, count)
+        self.optimization.begin(learning_rate, count * epochs)
         self.settle()
         if self.preparation.population is not None and self.global_step == first:
             self.measure_steps_on(self.preparation.population.trajectories)

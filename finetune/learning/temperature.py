@@ -12,8 +12,8 @@ from ..config.train import TrainConfig
 from ..distributed.processes import Processes
 from ..estimators import adequate_alpha
 from ..populations.population import Population
+from .batch import Batch
 from .log_z import LogZ
-from .objectives import Batch
 
 ENOUGH = 4.0  # effective trajectories of a condition, at the share that is asked for, from which on its own share counts
 

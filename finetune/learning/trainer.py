@@ -21,7 +21,7 @@ from ..config.train import TrainConfig
 from ..distributed.signals import Preempted
 from ..energies.energy import Energy
 from .improvement import Improvement
-from .objectives import OBJECTIVES
+from .objective_table import OBJECTIVES
 from .state import TrainState
 from .updates import updates
 from .warm_start import warm_start

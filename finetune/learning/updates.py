@@ -12,16 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...samplers.log_ratio import step_log_ratio
+from ...samplers.log_ratio import outputs, step_log_ratio
 from ...samplers.shapes import AnyShape, Index
 from ...samplers.trajectory import Trajectories, concatenate
 from ..distributed.signals import uninterrupted
 from ..energies.error import EnergyError
 from ..estimators import ess, log_mean_exp
+from .batch import Batch
 from .behaviors import NEEDS_POPULATION, Context, draw
 from .critic import VALUE_STEPS
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
-from .objectives import Batch
+from .rows import sampled_steps
 from .state import TrainState
 
 
@@ -43,7 +44,7 @@ def updates(state: TrainState) -> None:
     chunk: int | None = None
     with (
         state.log.bar(config.updates, config.objective) as bar,
-        state.phase(first, config.updates, config.learning_rate) as steps,
+        state.phase(first, config.updates, config.learning_rate, epochs=config.epochs) as steps,
     ):
         for update in steps:
             chunk = _update(state, bar, update, chunk)
@@ -54,6 +55,8 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
     config = state.config
     progress = update / max(1, config.updates - 1)
     parts, terms = _trajectories(state, progress)
+    if config.epochs > 1:
+        parts = {name: _with_prior_outputs(state, part) for name, part in parts.items()}
     trajectories = concatenate(list(parts.values()))
     on_policy = len(parts["on_policy"]) if "on_policy" in parts else 0
     batch = _batch(state, parts, trajectories, on_policy)
@@ -66,12 +69,12 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
         state.bound.begin()
     chunk = _backward(state, trajectories, gradients["step_log_ratio"], chunk)
     with uninterrupted():
-        nats = state.optimization.step(config.step_nats)
-        if state.objective.learns_log_z:
-            state.log_z.step(gradients["log_z"], taken=nats is not None)
-        if state.objective.learns_soft_value and nats is not None:
-            _learn_value(state, trajectories, batch, gradients["soft_value"])
-        record: dict[str, Any] = {"loss": loss.item(), **_metrics(state, batch, on_policy), "step_nats": nats}
+        nats = _step(state, trajectories, batch, gradients)
+        record: dict[str, Any] = {"loss": loss.item(), **_metrics(state, batch, on_policy)}
+        for _ in range(1, config.epochs):
+            chunk, moved = _epoch(state, trajectories, batch, chunk)
+            nats = moved if nats is None else nats + (moved or 0.0)
+        record["step_nats"] = nats
         if nats is None:
             record["skipped"] = True
         if len(terms) > 1:
@@ -97,6 +100,27 @@ def _gradient(state: TrainState, batch: Batch) -> tuple[Float[Tensor, ""], dict[
     )
 
 
+def _step(state: TrainState, trajectories: Trajectories, batch: Batch, gradients: dict[str, AnyShape]) -> float | None:
+    """Move what learns; returns the policy's nats, None where its step was left out."""
+    nats = state.optimization.step(state.config.step_nats)
+    if state.objective.learns_log_z:
+        state.log_z.step(gradients["log_z"], taken=nats is not None)
+    if state.objective.learns_soft_value and nats is not None:
+        _learn_value(state, trajectories, batch, gradients["soft_value"])
+    return nats
+
+
+def _epoch(state: TrainState, trajectories: Trajectories, batch: Batch, chunk: int) -> tuple[int, float | None]:
+    """One more step on trajectories that a policy of some steps ago drew; (rows of a chunk, nats)."""
+    now = step_log_ratio(state.prior.chain, state.prior.denoiser, state.wrapped, trajectories)
+    again = replace(batch, step_log_ratio=now, old_step_log_ratio=batch.step_log_ratio)
+    if state.objective.learns_soft_value:
+        again = replace(again, soft_value=state.critic(trajectories, state.temperature.alpha))
+    _, gradients = _gradient(state, again)
+    chunk = _backward(state, trajectories, gradients["step_log_ratio"], chunk)
+    return chunk, _step(state, trajectories, again, gradients)
+
+
 def _learn_value(state: TrainState, trajectories: Trajectories, batch: Batch, gradient: Float[Tensor, "kernels batch"]) -> None:
     """Steps of the value on the same log-ratios, the first along ``gradient``: the next update's policy can then trust it."""
     alpha = state.temperature.alpha
@@ -110,7 +134,18 @@ def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Traject
     """({behavior: trajectories with energies}, {term: its mean over the policy's own samples})."""
     config = state.config
     population = state.preparation.population
-    context = Context(state.prior, state.wrapped, population, config.alpha, progress, config.noise_scale, state.processes.poll)
+    replays = "replay" in config.shares
+    context = Context(
+        state.prior,
+        state.wrapped,
+        population,
+        config.alpha,
+        progress,
+        config.noise_scale,
+        on_step=state.processes.poll,
+        replay=state.replay,
+        keep_outputs=replays or config.epochs > 1,
+    )
     parts: dict[str, Trajectories] = {}
     terms: dict[str, float] = {}
     drawn = draw(config.shares, context, state.size["batch_size"], state.noise.generator)
@@ -118,7 +153,18 @@ def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Traject
         parts[name] = part
         if name == "on_policy":
             terms = state.energies.meter.term_means
+    if replays:
+        state.replay.add(parts["on_policy"])
     return parts, terms
+
+
+def _with_prior_outputs(state: TrainState, part: Trajectories) -> Trajectories:
+    """Evaluated once for all epochs, where the rollout has not kept them."""
+    if part.prior_outputs is not None:
+        return part
+    chain = state.prior.chain
+    flat = outputs(chain, state.prior.denoiser, part)
+    return part.with_(prior_outputs=flat.view(chain.num_kernels, len(part), *flat.shape[1:]))
 
 
 def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Trajectories, on_policy: int) -> Batch:
@@ -138,12 +184,11 @@ def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Traj
 
 def _log_ratios(state: TrainState, parts: dict[str, Trajectories]) -> Float[Tensor, " kernels batch"]:
     """Known from the rollout where the policy drew them, evaluated elsewhere."""
-    ratios: list[Tensor] = []
-    for part in parts.values():
-        known = part.step_log_ratio
-        if known is None:
-            known = step_log_ratio(state.prior.chain, state.prior.denoiser, state.wrapped, part)
-        ratios.append(known)
+    chain, prior = state.prior.chain, state.prior.denoiser
+    ratios = [
+        step_log_ratio(chain, prior, state.wrapped, part) if part.step_log_ratio is None else part.step_log_ratio
+        for part in parts.values()
+    ]
     return torch.cat(ratios, 1)
 
 
@@ -158,7 +203,10 @@ def _backward(state: TrainState, trajectories: Trajectories, g: Float[Tensor, " 
     scale = state.optimization.scaler.scale
     # The processes average their gradients in the last backward pass of an update.
     last = no_sync if config.forward_rows else nullcontext
-    backward_trajectories(policy, chain, trajectories, scale(g), chunk, no_sync=no_sync, last=last)
+    sampled = None
+    if config.step_share < 1:
+        sampled = sampled_steps(chain, len(trajectories), config.step_share, state.noise.generator)
+    backward_trajectories(policy, chain, trajectories, scale(g), chunk, no_sync, last, sampled)
     if config.forward_rows:
         forward = state.preparation.forward_kl
         assert forward is not None

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ...finetune.energies.energy import EnergyMeter
+from ...finetune.learning.batch import Batch
 from ...finetune.learning.gradients import backward_trajectories, objective_gradient
-from ...finetune.learning.objectives import OBJECTIVES, Batch, log_variance
+from ...finetune.learning.objective_table import OBJECTIVES
+from ...finetune.learning.objectives import log_variance
 from ...samplers.denoiser import evaluate
 from ...samplers.rollout import rollout
 from .case import Case, quadratic

@@ -14,6 +14,7 @@ from torch.distributions import Normal
 
 from tiltune.finetune.estimators import weighted_mean
 from tiltune.finetune.learning.behaviors import BEHAVIORS, NEEDS_POPULATION, Context, draw
+from tiltune.finetune.learning.replay import UPDATES, Replay
 from tiltune.finetune.populations.population import Population, temperature_within_reach
 from tiltune.samplers.chain import Chain
 from tiltune.samplers.denoiser import Denoiser, evaluate
@@ -63,7 +64,10 @@ def make_context(chain: Chain, noise_scale: float = 1.0, progress: float = 0.0, 
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     drawn = rollout(prior, None, size, generator)
     population = Population(drawn.with_(energy=energy(prior.to_data(drawn.terminal)), log_behavior=None))
-    return Context(prior, policy, population, ALPHA, progress, noise_scale)
+    kept = Replay(prior)
+    own = rollout(prior, policy, size, generator)
+    kept.add(own.with_(energy=energy(prior.to_data(own.terminal))))
+    return Context(prior, policy, population, ALPHA, progress, noise_scale, replay=kept)
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -231,3 +235,28 @@ def test_population_behaviors_reproduce_the_weighted_mean(name: str) -> None:
 def test_draw_splits_the_batch(shares: dict[str, float], count: int, sizes: dict[str, int]) -> None:
     parts = dict(draw(shares, make_context(brownian_chain(3)), count, torch.Generator().manual_seed(0)))
     assert {name: len(part) for name, part in parts.items()} == sizes
+
+
+def test_what_is_replayed_keeps_the_density_that_drew_it_and_the_oldest_is_given_up() -> None:
+    context = make_context(CHAINS["explicit last sigma"](), size=40)
+    prior, generator = context.prior, torch.Generator().manual_seed(1)
+    kept = Replay(prior)
+    assert kept.empty
+    policies = [trainable_copy(prior) for _ in range(UPDATES + 1)]
+    for number, policy in enumerate(policies):
+        for parameter in policy.parameters():
+            parameter.data.add_(0.05 * number * torch.randn(parameter.shape, generator=generator))
+        drawn = rollout(prior, policy, 40, generator)
+        kept.add(drawn.with_(energy=torch.full((40,), float(number))))
+    replayed = kept.draw(2000, generator)
+    assert replayed.energy is not None
+    assert replayed.log_behavior is not None
+    assert set(replayed.energy.long().tolist()) == set(range(1, UPDATES + 1))
+    for number in (1, UPDATES):
+        own = replayed.select((replayed.energy == number).nonzero()[:, 0])
+        known = step_log_ratio(prior.chain, prior.denoiser, policies[number], own).sum(0)
+        assert own.log_behavior is not None
+        assert torch.allclose(own.log_behavior, known, atol=1e-4)
+        if number == UPDATES:  # the control: of another policy it is another one
+            other = step_log_ratio(prior.chain, prior.denoiser, policies[1], own).sum(0)
+            assert (other - known).abs().mean() > 0.1

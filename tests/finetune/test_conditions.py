@@ -17,10 +17,11 @@ from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.distributed.processes import Processes
 from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.learning.batch import Batch
 from tiltune.finetune.learning.gradients import objective_gradient
 from tiltune.finetune.learning.improvement import Improvement
 from tiltune.finetune.learning.log_z import LogZ
-from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.objective_table import OBJECTIVES
 from tiltune.finetune.learning.soft_value import fit_soft_value, standardized
 from tiltune.finetune.learning.temperature import Temperature
 from tiltune.finetune.learning.trainer import Trainer

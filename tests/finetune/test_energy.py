@@ -14,7 +14,8 @@ from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.energies.energy import EnergyMeter, from_density, from_reward
 from tiltune.finetune.energies.error import EnergyError
 from tiltune.finetune.energies.evaluation import ceiling_of
-from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.batch import Batch
+from tiltune.finetune.learning.objective_table import OBJECTIVES
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.prior import Prior

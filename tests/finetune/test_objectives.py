@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
+from tiltune.finetune.learning.batch import Batch
+from tiltune.finetune.learning.objective_table import OBJECTIVES
 from tiltune.samplers.schedulers.brownian import brownian_chain
 
 ALPHAS = (0.1, 0.5, 2.0)

@@ -12,9 +12,10 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from tiltune.finetune.config.train import TrainConfig
+from tiltune.finetune.learning.batch import Batch
 from tiltune.finetune.learning.gradients import objective_gradient
-from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
-from tiltune.finetune.learning.path_consistency import objective_of, path_consistency, sub_trajectory_rtb
+from tiltune.finetune.learning.objective_table import OBJECTIVES, objective_of
+from tiltune.finetune.learning.path_consistency import path_consistency, sub_trajectory_rtb
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser

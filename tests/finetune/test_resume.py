@@ -17,7 +17,7 @@ from tiltune.finetune.distributed.signals import Preempted
 from tiltune.finetune.energies.cache import CachedEnergy
 from tiltune.finetune.energies.error import EnergyError
 from tiltune.finetune.learning.metrics_log import MetricsLog
-from tiltune.finetune.learning.objectives import OBJECTIVES
+from tiltune.finetune.learning.objective_table import OBJECTIVES
 from tiltune.finetune.learning.state import FORMAT
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.runs import checkpoint, checkpointer
@@ -38,7 +38,7 @@ SIZES = TrainConfig(
 CASES: dict[str, TrainConfig] = {
     f"{name} {behavior}": replace(SIZES, objective=name, behavior={behavior: 1.0}, noise_scale=1.2)
     for name, objective in OBJECTIVES.items()
-    for behavior in sorted(objective.behaviors)
+    for behavior in sorted(objective.behaviors - {"replay"})
 } | {
     "mixture": replace(SIZES, behavior={"on_policy": 0.5, "noised_back": 0.5}),
     "average": replace(SIZES, ema_decay=0.9),
@@ -50,6 +50,9 @@ CASES: dict[str, TrainConfig] = {
     "short steps": replace(SIZES, warm_start="value_drift", soft_value_updates=3, warm_start_step_nats=1e-6, step_nats=1e-6),
     "no warm start": replace(SIZES, objective="rtb", warm_start="none", behavior={"on_policy": 1.0}),
     "horizon": replace(SIZES, objective="trust_pcl", horizon=2, soft_value_updates=3, tempering_ess=0.9),
+    "replay": replace(SIZES, behavior={"on_policy": 0.5, "replay": 0.5}, warm_start="none"),
+    "epochs, a share of the steps": replace(SIZES, objective="rtb", epochs=3, clip=0.1, step_share=0.5),
+    "epochs on what is replayed": replace(SIZES, objective="reinforce_kl", behavior={"on_policy": 0.5, "replay": 0.5}, epochs=2),
     "huber, tempered": replace(SIZES, objective="rtb", huber=1.0, tempering_ess=0.9),
 }
 

@@ -8,9 +8,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from tiltune.finetune.config.train import TrainConfig
+from tiltune.finetune.learning.batch import Batch
 from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.gradients import backward_likelihood
-from tiltune.finetune.learning.objectives import Batch, reinforce_kl
+from tiltune.finetune.learning.objectives import reinforce_kl
 from tiltune.finetune.learning.soft_value import (
     SoftValue,
     fit_soft_value,

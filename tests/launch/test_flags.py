@@ -46,6 +46,9 @@ VALUES: dict[str, list[str]] = {
     "--batch-size": ["5"],
     "--learning-rate": ["1e-3"],
     "--horizon": ["4"],
+    "--epochs": ["3"],
+    "--clip": ["0.1"],
+    "--step-share": ["0.5"],
     "--log-z-learning-rate": ["0.5"],
     "--step-nats": ["0.5"],
     "--warm-start-step-nats": ["0.5"],
@@ -128,6 +131,7 @@ def test_a_flag_reaches_its_field_and_no_other(flag: str) -> None:
         "--targets": ("--policy", "policy.kind", "lora"),
         "--energy-timeout": ("--energy-workers", "energy.workers", 2),
         "--horizon": ("--objective", "train.objective", "trust_pcl"),
+        "--clip": ("--objective", "train.objective", "ppo_kl"),
     }
     other, leaf, value = needed.get(flag, (None, "", None))
     after = flat(config(flag, *VALUES[flag], *([other, str(value)] if other else [])))

@@ -22,9 +22,9 @@ from tiltune.finetune.distributed import sharding, signals
 from tiltune.finetune.distributed.processes import Processes
 from tiltune.finetune.distributed.sharding import collect, shard
 from tiltune.finetune.distributed.signals import Preempted, ProcessError
+from tiltune.finetune.learning.batch import Batch
 from tiltune.finetune.learning.gradients import backward_trajectories, objective_gradient
-from tiltune.finetune.learning.objectives import OBJECTIVES, Batch
-from tiltune.finetune.learning.path_consistency import objective_of
+from tiltune.finetune.learning.objective_table import OBJECTIVES, objective_of
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.runs.export import export_policy
 from tiltune.launch.cluster.torchrun import end_at_once

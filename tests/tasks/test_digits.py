@@ -11,7 +11,7 @@ from tiltune.finetune.certificate.evidence import Evidence
 from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.config.prior import PriorConfig
 from tiltune.finetune.energies.names import combine
-from tiltune.finetune.learning.objectives import Objective
+from tiltune.finetune.learning.objective_table import Objective
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.resampling import systematic
 from tiltune.samplers.rollout import rollout
