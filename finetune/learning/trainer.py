@@ -121,9 +121,12 @@ class Trainer:
         )
 
     def _take_closest(self) -> None:
-        """End at what came closest: the updates, the warm start before them, or where it all began."""
+        """End at what came closest: the updates, the warm start before them, or where it all began.
+
+        A comparator ends where it ends.
+        """
         state = self.state
-        if state.preparation.held_out is not None:
+        if state.preparation.held_out is not None and state.objective.targets_tilted_law:
             if not state.monitor.judged(state.global_step):
                 state.judge("the updates")
             state.optimization.set_weights(state.monitor.closest.weights)

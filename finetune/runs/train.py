@@ -101,7 +101,7 @@ def _load_libraries(speaks: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """A training, ready to start. conditions: of the chain, in words. policy: unwrapped, as it will be saved."""
+    """A training, ready to start. conditions: of the chain, in words, and of an objective without the target. policy: unwrapped, as it will be saved."""
 
     folder: Path
     config: RunConfig
@@ -115,11 +115,14 @@ class _Training:
 def _build(config: RunConfig, folder: Path, task: Task | None, energy: Energy, speaks: bool, progress: bool) -> _Training:
     """Prior, policy, tracker and trainer; prints what the loader decided."""
     from ...samplers.loading.hints import widest_variance
+    from ..learning.objective_table import OBJECTIVES
     from ..learning.trainer import Trainer
     from .checkpointer import Checkpointer
 
     prior = load_prior(config, task)
     conditions = prior.chain.conditions(prior.data_variance or widest_variance(prior.shape))
+    if not OBJECTIVES[config.train.objective].targets_tilted_law:
+        conditions["target"] = f"{config.train.objective} does NOT target p_prior · exp(-E/alpha): it is there to compare with"
     if speaks:
         print(*prior.decisions, *(f"  {name:<10} {text}" for name, text in conditions.items()), sep="\n")
     policy = initial_policy(config, prior)
