@@ -10,21 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from torch import Tensor, nn
-
-from ...finetune.config.train import TrainConfig
-from ...finetune.distributed.signals import Preempted
-from ...finetune.learning.trainer import Trainer
-from ...samplers.denoiser import ResidualDenoiser
-from ...samplers.make_policy import make_policy
 from .dimension_answer import answer
 from .dimension_figure import figure
 from .methods import METHODS, PRIOR, PROBE, train_config
-from .problem import Problem, measure, problem_of
+from .problem import measure, problem_of
 from .study import Size, Study, plain, with_seeds
 from .table import Row
+from .training import trained
 
 
 @dataclass(frozen=True)
@@ -104,54 +97,12 @@ def perform(run: Run) -> list[Row]:
         return {**own, **measured, "gap_left": measured["gap"] / problem.gap_prior, **known}
 
     if run.method == PRIOR:
-        return [row(0, {"calls": 0, "network_evaluations": 0, **measure(problem, problem.prior.denoiser)})]
+        return [row(0, {"calls": 0, "network_evaluations": 0, "diverged": 0, **measure(problem, problem.prior.denoiser)})]
     method = METHODS[run.method]
-    configs = [train_config(method, problem, updates, run.batch_size) for updates in run.updates]
-    budgets = [PROBE + updates * run.batch_size for updates in run.updates]
-    return [row(budget, _trained(problem, config)) for budget, config in zip(budgets, configs, strict=True)]
-
-
-def _trained(problem: Problem, config: TrainConfig) -> Row:
-    """What the training comes to, and at what cost.
-
-    Without a warm start that is the policy of the last update. Whether the prior was closer is not asked, since on-policy
-    trainings have no held-out paths to see it by. The recipe ends at what came closest.
-    """
-    policy = make_policy(problem.prior)
-    network = policy.denoiser
-    assert isinstance(network, ResidualDenoiser) and isinstance(problem.prior.denoiser, nn.Module)
-    meter = Evaluations(network.residual, problem.prior.denoiser)
-    found: Row = {}
-
-    def look(calls: int) -> None:
-        found.update(calls=calls, network_evaluations=meter.count, **measure(problem, policy))
-
-    def on_record(step: int, line: dict[str, Any]) -> None:
-        if config.warm_start == "none" and line["phase"] == config.objective and line["update"] == config.updates - 1:
-            look(line["energy_calls"])
-
-    with meter:
-        result = Trainer(problem.prior, problem.energy, config, policy=policy, progress=False, on_record=on_record).train()
-        if result.interrupted:  # the trainer keeps what is trained; half of a run is none
-            raise Preempted if result.preempted else KeyboardInterrupt
-        if config.warm_start != "none":
-            look(result.energy_calls)
-    return found
-
-
-class Evaluations:
-    """Counts states that networks are called with, within its block; count: so far, of all of them."""
-
-    def __init__(self, *networks: nn.Module) -> None:
-        self._networks, self.count = networks, 0
-
-    def _note(self, network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.count += len(inputs[0])
-
-    def __enter__(self) -> Evaluations:
-        self._hooks = [network.register_forward_hook(self._note) for network in self._networks]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    rows: list[Row] = []
+    for updates in run.updates:
+        config = train_config(method, problem, updates, run.batch_size)
+        # On-policy trainings have no held-out paths to see by whether the prior was closer. The recipe ends at what came closest.
+        [measured], _ = trained(problem, config, () if config.warm_start != "none" else (config.updates,))
+        rows.append(row(PROBE + updates * run.batch_size, measured))
+    return rows

@@ -9,20 +9,18 @@ paths of the target.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...finetune.config.train import TrainConfig
-from ...finetune.distributed.signals import Preempted
-from ...finetune.learning.trainer import Trainer, TrainState
-from ...samplers.make_policy import make_policy
+from ...finetune.learning.trainer import TrainState
 from ...tasks.random_mixture import random_mixture
 from .horizon_answer import KEYS, answer, figure
-from .problem import Problem, measure, problem_of
+from .problem import Problem, problem_of
 from .study import Size, Study, plain, with_seeds
 from .table import Row
+from .training import trained
 
 
 @dataclass(frozen=True)
@@ -108,19 +106,9 @@ def perform(run: Run) -> list[Row]:
         checkpoint_every=0,
         seed=run.seed,
     )
-    policy = make_policy(problem.prior)
-    found: Row = {}
-
-    def on_record(step: int, line: dict[str, Any]) -> None:
-        if line["phase"] == "trust_pcl" and line["update"] == config.updates - 1:  # and not what came closest
-            found.update(calls=line["energy_calls"], **measure(problem, policy))
-
-    trainer = Trainer(problem.prior, problem.energy, config, policy=policy, progress=False, on_record=on_record)
-    result = trainer.train()
-    if result.interrupted:  # the trainer keeps what is trained; half of a run is none
-        raise Preempted if result.preempted else KeyboardInterrupt
+    [found], state = trained(problem, config, (config.updates,))
     known = {"gap_prior": problem.gap_prior, "gap_exact": problem.gap_exact}
-    return [{"dim": run.dim, "horizon": run.horizon, "seed": run.seed, **found, **_value_errors(problem, trainer.state), **known}]
+    return [{"dim": run.dim, "horizon": run.horizon, "seed": run.seed, **found, **_value_errors(problem, state), **known}]
 
 
 def _value_errors(problem: Problem, state: TrainState) -> Row:

@@ -92,6 +92,20 @@ def measure(problem: Problem, policy: Denoiser) -> dict[str, float]:
     }
 
 
+W2_SAMPLES = 400
+
+
+@torch.no_grad()
+def w2_ratio(problem: Problem, policy: Denoiser) -> float:
+    """W2 between samples of the policy and exact ones, over that between two sets of exact ones, `W2_SAMPLES` each."""
+    from ...tasks.metrics.known_truth import w2
+
+    generator = stream("certificate", problem.seed)
+    paths = rollout(problem.prior, policy, W2_SAMPLES, generator, keep=False)
+    exact, twin = (problem.target.sample(W2_SAMPLES, generator) for _ in range(2))
+    return w2(problem.prior.to_data(paths.terminal), exact) / w2(twin, exact)
+
+
 def _weighted(
     prior: Prior, policy: Denoiser | None, energy: Energy, count: int, generator: torch.Generator
 ) -> tuple[Trajectories, torch.Tensor]:

@@ -1,0 +1,38 @@
+"""Which baseline serves an on-policy training best (arXiv 2509.01632, section 3: log Z of RTB is one)?
+
+All arms have the same gradient in the mean, REINFORCE of the reward -E - alpha Λ, and differ in what they subtract from it:
+nothing, a log Z that is learned, the mean of the batch, that of the others, or beside it what a soft value expects at each step.
+The soft value is learned from a population, whose energy calls the others do not have: the table states them.
+"""
+
+from __future__ import annotations
+
+from .comparison import Arm, Settings, comparison
+from .study import Size, Study, with_seeds
+
+QUESTION = "Which baseline serves an on-policy training best?"
+ARMS = {
+    "leave_one_out": Arm("leave-one-out (REINFORCE-KL)", {"objective": "reinforce_kl"}),
+    "none": Arm("none (RTB with log Z fixed at 0)", {"objective": "rtb", "log_z_learning_rate": 1e-12}, "leave_one_out"),
+    "learned": Arm("learned log Z (RTB), from 0, rate .3", {"objective": "rtb"}, "leave_one_out"),
+    "slow": Arm("learned log Z (RTB), from 0, rate .02", {"objective": "rtb", "log_z_learning_rate": 0.02}, "leave_one_out"),
+    "batch": Arm("mean of the batch (log-variance)", {"objective": "log_variance"}, "leave_one_out"),
+    "soft_value": Arm(
+        "soft value of each step, and leave-one-out",
+        {"objective": "reinforce_kl", "soft_value_updates": 600, "population_size": 4000, "population": "importance"},
+        "leave_one_out",
+    ),
+}
+SIZES: dict[Size, Settings] = {
+    "quick": Settings(dims=(2,), steps=20, updates=(5, 10), seeds=2, samples=300),
+    "default": Settings(),
+    "full": Settings(dims=(2, 10, 50), updates=(20, 80, 320), samples=2000, seeds=10),
+}
+
+
+def study(size: Size, seeds: int | None) -> Study:
+    """The study at this size, with other ``seeds`` than the size has where they are given.
+
+    Errors: ValueError for fewer than two seeds, which have no interval.
+    """
+    return comparison("baselines", QUESTION, ARMS, with_seeds(SIZES[size], seeds))
