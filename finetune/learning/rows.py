@@ -31,13 +31,19 @@ def stratified(probability: Float[Tensor, " kernels"], count: int, generator: to
     return torch.searchsorted(cumulative, points).clamp(max=len(probability) - 1)
 
 
-def sampled_steps(chain: Chain, batch: int, share: float, generator: torch.Generator) -> tuple[Index, Float[Tensor, " n"]]:
+def sampled_steps(
+    chain: Chain,
+    batch: int,
+    share: float,
+    generator: torch.Generator,
+    probability: Float[Tensor, " kernels"] | None = None,
+) -> tuple[Index, Float[Tensor, " n"]]:
     """(rows, weight) of this share of the steps of each of ``batch`` trajectories: flat (k, b), k slowest, in order.
 
-    Each trajectory draws its own G steps by `step_share`, at equal strides from a start of its own. weight is 1 / (G p_k), so
-    that the weighted sum over them has the sum over all steps as its mean.
+    Each trajectory draws its own G steps by ``probability``, `step_share` where None, at equal strides from a start of its own.
+    weight is 1 / (G p_k), so that the weighted sum over them has the sum over all steps as its mean.
     """
-    probability = step_share(chain).to(generator.device)
+    probability = (step_share(chain) if probability is None else probability).to(generator.device)
     count = max(1, round(share * chain.num_kernels))
     first = torch.rand((1, batch), generator=generator, device=generator.device)
     points = (torch.arange(count, device=generator.device)[:, None] + first) / count

@@ -101,7 +101,8 @@ def _load_libraries(speaks: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """A training, ready to start. conditions: of the chain, in words, and of an objective without the target. policy: unwrapped, as it will be saved."""
+    """A training, ready to start. conditions: of the chain, in words; of an objective that does not have the target, as well.
+    policy: unwrapped, as it will be saved."""
 
     folder: Path
     config: RunConfig
