@@ -1,9 +1,9 @@
 """What does clipping an update buy (arXiv 2509.01632, question 2)?
 
 Several gradient steps on each batch make an on-policy training one of old trajectories. A clip bounds how far each step of a
-trajectory may be pushed before a new rollout; a bound in nats shortens the optimizer's step, whatever pushes it. Arms: RTB and
-log-variance, which are right on any trajectories, without and with a clip, and PPO with the KL in its reward, at one and eight
-epochs and at two step sizes. The bound in nats is off but where it is named, for it would hide what the clip does.
+trajectory may be pushed before a new rollout; a bound in nats shortens the optimizer's step, whatever pushes it. Arms: RTB, which
+is right on any trajectories, without and with a clip, and PPO with the KL in its reward, which is the clipped log-variance, at
+one and eight epochs and at two step sizes. The bound in nats is off but where it is named, for it would hide what the clip does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ EPOCHS, RATES = (1, 8), (3e-3, 3e-2)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtb": ("RTB", {"objective": "rtb"}),
     "rtb_clipped": ("RTB, clipped", {"objective": "rtb", "clip": 0.2}),
-    "log_variance": ("log-variance", {"objective": "log_variance"}),
     "ppo_kl": ("PPO with KL", {"objective": "ppo_kl"}),
     "rtb_bounded": ("RTB, at most 1 nat a step", {"objective": "rtb", "step_nats": 1.0}),
 }

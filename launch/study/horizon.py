@@ -29,7 +29,7 @@ class Settings:
     ``population`` prior paths."""
 
     dims: tuple[int, ...] = (2, 10)
-    horizons: tuple[int, ...] = (1, 5, 20, 50, 0)
+    horizons: tuple[int, ...] = (1, 5, 50, 0)
     ess: float = 0.05
     steps: int = 100
     population: int = 4000
@@ -43,7 +43,9 @@ class Settings:
 SIZES: dict[Size, Settings] = {
     "quick": Settings(horizons=(1, 10, 0), steps=20, population=1000, value_updates=100, updates=10, seeds=2),
     "default": Settings(),
-    "full": Settings(dims=(2, 10, 50), population=14_000, value_updates=2000, updates=200, samples=2000, seeds=10),
+    "full": Settings(
+        dims=(2, 10, 50), horizons=(1, 5, 20, 50, 0), population=14_000, value_updates=2000, updates=200, samples=2000, seeds=10
+    ),
 }
 METRICS = {
     "gap": "gap (nats)",

@@ -1,4 +1,4 @@
-"""A random mixture with a linear energy, and how close a policy has come to its target; what is known of it is exact."""
+"""A prior with an energy whose target is known in closed form, and how close a policy has come to it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ...samplers.prior import Prior
 from ...samplers.rollout import rollout
 from ...samplers.streams import stream
 from ...samplers.trajectory import Trajectories
-from ...tasks import tilted_mixture
-from ...tasks.gaussian_mixture import GaussianMixture
+from ...tasks import mixture_chains, mixture_target, tilted_mixture
+from ...tasks.gaussian_mixture import GaussianMixture, MixtureDenoiser
 from ...tasks.metrics.exact_target import share_tv
 from ...tasks.tilts import linear
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A prior, an energy, and the truth about their tilted law at the temperature 1.
+    """A prior, an energy, and the truth about their tilted law at the temperature alpha.
 
     exact: paths of the target's exact denoiser, weighted so that they stand for the target on this chain; they measure the EUBO
     of any policy. log_z: of the chain, nats. gap_prior, gap_exact: EUBO - ELBO of the prior and of the exact denoiser, nats:
@@ -42,24 +42,43 @@ class Problem:
     ess_exact: float
     samples: int
     seed: int
+    alpha: float = 1.0
 
 
 @lru_cache(maxsize=1)  # a process takes the runs of one problem in a row
 @torch.no_grad()
-def problem_of(dim: int, ess_prior: float, seed: int, steps: int, samples: int) -> Problem:
+def problem_of(dim: int, ess_prior: float, seed: int, steps: int, samples: int, alpha: float = 1.0) -> Problem:
     """The random mixture of this dimension and seed, on ``steps`` steps, with a linear energy that leaves the share ``ess_prior``
-    of the prior effective."""
+    of the prior effective at the temperature 1."""
     config, energy = PriorConfig(steps=steps, dim=dim, seed=seed), linear(ess_prior, seed)
-    prior, reference = tilted_mixture.load_prior(config), tilted_mixture.reference(config, energy, 1.0)
+    prior, reference = tilted_mixture.load_prior(config), tilted_mixture.reference(config, energy, alpha)
+    assert reference is not None
+    return _problem(prior, energy, energy.at(dim).target(alpha)[0], reference, samples, seed, alpha)
+
+
+@lru_cache(maxsize=1)
+@torch.no_grad()
+def plane_problem(chain: str, steps: int, seed: int, samples: int) -> Problem:
+    """The task in the plane, 25 modes to nine, with its shipped prior on this chain, at the temperature 1."""
+    table = mixture_chains.build_chain(chain, steps)
+    target = mixture_target.target_mixture()
+    reference = MixtureDenoiser(mixture_chains.in_states(target, chain), table)
+    return _problem(mixture_chains.shipped_prior(chain, table), mixture_target.energy, target, reference, samples, seed, 1.0)
+
+
+def _problem(
+    prior: Prior, energy: Energy, target: GaussianMixture, reference: Denoiser, samples: int, seed: int, alpha: float
+) -> Problem:
+    """reference: the exact denoiser of the target on the prior's chain."""
     generator = stream("reference", seed)
-    paths, log_weight = _weighted(prior, reference, energy, samples, generator)
-    exact = HeldOut(prior, paths, log_weight.double().softmax(0), 1.0)
+    paths, log_weight = _weighted(prior, reference, energy, samples, generator, alpha)
+    exact = HeldOut(prior, paths, log_weight.double().softmax(0), alpha)
     eubo_exact = (exact.weight * log_weight.double()).sum().item()
-    _, prior_log_weight = _weighted(prior, None, energy, samples, generator)
+    _, prior_log_weight = _weighted(prior, None, energy, samples, generator, alpha)
     return Problem(
         prior,
         energy,
-        energy.at(dim).target(1.0)[0],
+        target,
         exact,
         log_mean_exp(log_weight)[0],
         exact.eubo - prior_log_weight.mean().item(),
@@ -67,6 +86,7 @@ def problem_of(dim: int, ess_prior: float, seed: int, steps: int, samples: int) 
         ess(log_weight),
         samples,
         seed,
+        alpha,
     )
 
 
@@ -79,7 +99,7 @@ def measure(problem: Problem, policy: Denoiser) -> dict[str, float]:
     paths, over that of the exact denoiser's. All policies of a problem are measured by the same noise.
     """
     generator = stream("certificate", problem.seed)
-    paths, log_weight = _weighted(problem.prior, policy, problem.energy, problem.samples, generator)
+    paths, log_weight = _weighted(problem.prior, policy, problem.energy, problem.samples, generator, problem.alpha)
     shares = problem.target.responsibilities(problem.prior.to_data(paths.terminal).double())
     elbo, eubo = log_weight.double().mean().item(), problem.exact.look(policy).eubo
     return {
@@ -107,11 +127,11 @@ def w2_ratio(problem: Problem, policy: Denoiser) -> float:
 
 
 def _weighted(
-    prior: Prior, policy: Denoiser | None, energy: Energy, count: int, generator: torch.Generator
+    prior: Prior, policy: Denoiser | None, energy: Energy, count: int, generator: torch.Generator, alpha: float
 ) -> tuple[Trajectories, torch.Tensor]:
     """Paths of ``policy`` (of the prior where None) with their energies, and their log-weights to the target, nats."""
     paths = rollout(prior, policy, count, generator)
     paths = paths.with_(energy=energy(prior.to_data(paths.terminal)).float())
     assert paths.energy is not None
     ratio = 0.0 if paths.step_log_ratio is None else paths.step_log_ratio.sum(0)
-    return paths, -paths.energy - ratio
+    return paths, -paths.energy / alpha - ratio

@@ -29,9 +29,10 @@ def averaged(rows: Sequence[Row], keys: Sequence[str], metrics: Sequence[str]) -
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """A header and a line for each row, numbers in full."""
+    """A header and a line for each row, numbers in full; without columns of lists."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -49,10 +50,14 @@ def as_markdown(means: Sequence[Row], keys: Sequence[str], metrics: Mapping[str,
         own = tuple(row[key] for key in outer)
         if own != before:
             before = own
-            lines += ["", "## " + ", ".join(f"{key} {value:,}" for key, value in zip(outer, own, strict=True)), ""]
+            lines += ["", "## " + ", ".join(f"{key} {_written(value)}" for key, value in zip(outer, own, strict=True)), ""]
             lines += [f"| {last} | " + " | ".join(metrics.values()) + " |", "|---" * (len(metrics) + 1) + "|"]
         lines.append(f"| {row[last]} | " + " | ".join(_cell(row, name) for name in metrics) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _written(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
 def _cell(row: Row, name: str) -> str:

@@ -41,7 +41,7 @@ def trained(
 
     def note(calls: int, *, diverged: bool = False) -> None:
         spent = meter.count
-        found = {name: _bounded(value) for name, value in look(problem, policy).items()}
+        found = {name: _bounded(value) if isinstance(value, float) else value for name, value in look(problem, policy).items()}
         meter.count = spent  # measuring is not training
         rows.append({"calls": calls, "network_evaluations": spent, "diverged": int(diverged), **found})
 

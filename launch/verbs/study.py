@@ -16,15 +16,22 @@ from ..cluster.torchrun import REQUEUE, UNSAVED
 if TYPE_CHECKING:
     from ..study.study import Study
 
-Name = Literal["dimension", "horizon"]
+Name = Literal["reward", "equivalence", "behaviors", "dimension", "baselines", "clipping", "horizon", "estimators", "temperature"]
 
 DESCRIPTION = """Answer a question by many trainings, and write the answer with its tables and a figure into --out. The same
 command goes on with a study that was stopped: runs that are finished are kept. A folder of anything else is refused. Exit status:
 0 the study is finished, 130 interrupted, 75 told to stop by SIGTERM or SIGUSR1 after new runs were saved, 76 before that, 2 bad
 input.
 
+reward: is the reward -E, or exp(-E)?
+equivalence: RTB and Trust-PCL are one loss up to alpha²; does that survive training?
+behaviors: where should trajectories come from, at equal energy calls?
 dimension: does the gap between on-policy and off-policy methods widen with the dimension?
+baselines: which baseline serves an on-policy training best?
+clipping: what does clipping an update buy?
 horizon: what does a short horizon of Trust-PCL cost in bias of the value, and what does it save in variance?
+estimators: which estimator of the gradient says most for each network evaluation?
+temperature: what does alpha trade between energy, KL to the prior, and diversity?
 
 example: tiltune study dimension --quick --out my-study
 """
