@@ -43,9 +43,9 @@ class Settings:
     dims: tuple[int, ...] = (2, 10)
     alphas: tuple[float, ...] = (0.01, 0.1, 0.5, 2.0)
     ess: float = 0.05
-    steps: int = 30
-    updates: int = 30
-    batch_size: int = 40
+    steps: int = 20
+    updates: int = 20
+    batch_size: int = 32
     digit_updates: int = 4
     samples: int = 500
     seeds: int = 5

@@ -25,7 +25,7 @@ def trained(
     problem: Problem,
     config: TrainConfig,
     at: Sequence[int] = (),
-    look: Callable[[Problem, Policy], Row] = measure,
+    look: Callable[[Problem, Policy], Row] | None = None,
     energy: Energy | None = None,
 ) -> tuple[list[Row], TrainState]:
     """Train from the prior on; a row after each of these updates (1 is the first), or one at the end where none are named.
@@ -41,7 +41,10 @@ def trained(
 
     def note(calls: int, *, diverged: bool = False) -> None:
         spent = meter.count
-        found = {name: _bounded(value) if isinstance(value, float) else value for name, value in look(problem, policy).items()}
+        found = {
+            name: _bounded(value) if isinstance(value, float) else value
+            for name, value in (look or measure)(problem, policy).items()
+        }
         meter.count = spent  # measuring is not training
         rows.append({"calls": calls, "network_evaluations": spent, "diverged": int(diverged), **found})
 

@@ -16,7 +16,7 @@ import pytest
 
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.distributed.signals import Preempted
-from tiltune.launch.study import dimension, methods, study
+from tiltune.launch.study import dimension, methods, study, training
 from tiltune.launch.study.dimension_answer import differences, meaning, trend
 from tiltune.launch.study.intervals import interval, slope
 from tiltune.launch.study.methods import METHODS, OFF_POLICY, ON_POLICY
@@ -128,7 +128,7 @@ def test_a_training_that_was_interrupted_is_no_run(monkeypatch: pytest.MonkeyPat
     def press(*_: Any) -> dict[str, float]:
         raise Preempted("SIGTERM")
 
-    monkeypatch.setattr(dimension, "measure", press)
+    monkeypatch.setattr(training, "measure", press)
     with pytest.raises(Preempted):  # the trainer itself would keep what is trained
         dimension.perform(run)
 
