@@ -4,7 +4,7 @@ On policies that on-policy training has reached after some updates, every estima
 and again. Its noise is the trace of its covariance. One that costs c evaluations and has the noise v is as good as one of c / 2
 and 2 v, since trajectories may be averaged. So its efficiency is v c of the whole path with all steps, over its own v c: 2 means
 half of the evaluations for the same noise. And each trains from the prior on, with Adam and as many network evaluations as the
-whole path takes for its updates.
+whole path takes for its updates. Adjoint Matching, which has another loss, is in the second comparison alone.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def answer(rows: Sequence[Row]) -> str:
         lines += ["", f"## D = {dim}", "", f"Training by the whole path leaves {whole.mean:.3g} nats.", ""]
         lines += ["| estimator | " + " | ".join([*heads, "gap at equal evaluations"]) + " |", "|---" * (len(stages) + 2) + "|"]
         for name, estimator in ESTIMATORS.items():
-            cells = [_factor(efficiency(own, dim, stage, name)) for stage in stages]
+            cells = [_factor(efficiency(own, dim, stage, name)) if estimator.unbiased else "" for stage in stages]
             lines.append("| " + " | ".join([estimator.label, *cells, _factor(gap_factor(own, dim, name))]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -69,10 +69,11 @@ def figure(rows: Sequence[Row]) -> Figure:
     panels: Any = shown.subplots(len(dims), 2, squeeze=False)
     for (left, right), dim in zip(panels, dims, strict=True):
         for place, (name, estimator) in enumerate(ESTIMATORS.items()):
-            found = [efficiency(rows, dim, stage, name) for stage in stages]
-            x = [stage * (1 + 0.04 * (place - 3)) for stage in stages]
-            _points(left, x, found, COLORS[place], estimator.label, "-")
-            _points(right, [place], [gap_factor(rows, dim, name)], COLORS[place], None, "")
+            color = COLORS[place % len(COLORS)] if estimator.unbiased else "#8a8a8a"
+            if estimator.unbiased:
+                found = [efficiency(rows, dim, stage, name) for stage in stages]
+                _points(left, [stage * (1 + 0.04 * (place - 3)) for stage in stages], found, color, "-")
+            _points(right, [place], [gap_factor(rows, dim, name)], color, "", estimator.label)
         for axes in (left, right):
             axes.axhline(1.0, color="black", linewidth=0.7)
             axes.set_yscale("log")
@@ -88,12 +89,12 @@ def figure(rows: Sequence[Row]) -> Figure:
         right.set_title(f"D = {dim}: gap at equal evaluations, over the whole path's", fontsize=9)
         right.set_xticks([])
     panels[-1][0].set_xlabel("updates before", fontsize=8)
-    handles, names = panels[0][0].get_legend_handles_labels()
+    handles, names = panels[0][1].get_legend_handles_labels()
     shown.legend(handles, names, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     return shown
 
 
-def _points(axes: Any, x: Sequence[float], found: Sequence[Interval], color: str, label: str | None, line: str) -> None:
+def _points(axes: Any, x: Sequence[float], found: Sequence[Interval], color: str, line: str, label: str | None = None) -> None:
     y = [math.exp(one.mean) for one in found]
     error = [
         [value - math.exp(one.low) for value, one in zip(y, found, strict=True)],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...finetune.learning.adjoint_matching import backward_adjoint_matching, lean_adjoint
 from ...finetune.learning.gradients import backward_rows, backward_trajectories
 from ...finetune.learning.rows import sampled_steps
 from ...samplers.denoiser import evaluate
@@ -23,6 +24,7 @@ from ...samplers.trajectory import Trajectories
 from .problem import Problem
 
 ROLLOUT, ROW = 2, 3  # network evaluations of a step that is drawn, and of one that is learned from
+ADJOINT = 2  # of one that an adjoint is carried back along: forward and backward by the state alone
 CHUNK = 2048
 
 Weights = Callable[[Tensor, Tensor], Tensor]  # ([kernels, B] of l, [B] of E) â†’ [kernels, B], by which log policy is weighted
@@ -30,12 +32,14 @@ Weights = Callable[[Tensor, Tensor], Tensor]  # ([kernels, B] of l, [B] of E) â†
 
 @dataclass(frozen=True)
 class Estimator:
-    """label: in tables. weights: None for `split`. share: of the steps that are learned from; even: drawn with equal chances."""
+    """label: in tables. weights: None for those with a backward pass of their own. share: of the steps that are learned from;
+    even: drawn with equal chances. unbiased: whether it has the mean of the others."""
 
     label: str
     weights: Weights | None
     share: float = 1.0
     even: bool = False
+    unbiased: bool = True
 
 
 def others(value: Tensor) -> Tensor:
@@ -67,6 +71,7 @@ ESTIMATORS = {
     "to_go": Estimator("what is still to come, all steps", to_go),
     "split": Estimator("split: exact KL, energy by REINFORCE, all steps", None),
     "no_baseline": Estimator("no baseline, all steps", no_baseline),
+    "adjoint": Estimator("Adjoint Matching (another loss; gradients of E)", None, unbiased=False),
 }
 
 
@@ -78,6 +83,10 @@ def estimate(name: str, problem: Problem, policy: Policy, count: int, generator:
     energy = problem.energy(problem.prior.to_data(drawn.terminal)).float()
     spent = ROLLOUT * chain.num_steps * count
     if estimator.weights is None:
+        if name == "adjoint":
+            adjoint = lean_adjoint(problem.prior, drawn, problem.energy, problem.alpha)
+            backward_adjoint_matching(policy, problem.prior, drawn, adjoint, CHUNK)
+            return spent + (ROW + ADJOINT) * chain.num_kernels * count
         _backward_split(problem, policy, drawn, energy)
         return spent + ROW * chain.num_kernels * count
     g = estimator.weights(drawn.step_log_ratio, energy)

@@ -70,7 +70,7 @@ def test_every_arm_is_a_training_and_is_compared_with_one_that_there_is(arms: di
 
 
 def test_estimators_have_one_mean_and_cost_what_they_say() -> None:
-    """300 estimates each at a policy that has left its prior: 10 projections within 4 standard errors of the whole path's
+    """100 estimates each at a policy that has left its prior: 10 projections within 4 standard errors of the whole path's
     (p = .004 in all of 60)."""
     problem = problem_of(2, 0.3, 0, 6, 40)
     policy = make_policy(problem.prior)
@@ -82,23 +82,24 @@ def test_estimators_have_one_mean_and_cost_what_they_say() -> None:
     assert isinstance(network, ResidualDenoiser)
     directions = torch.randn(sum(weight.numel() for weight in weights), 10, generator=generator)
     found = {}
-    for name, estimator in ESTIMATORS.items():
+    unbiased = {name: estimator for name, estimator in ESTIMATORS.items() if estimator.unbiased}
+    for name, estimator in unbiased.items():
         each = []
         spent, meter = 0, Evaluations(network.residual)
         with meter:
-            for _ in range(300):
+            for _ in range(100):
                 policy.zero_grad()
                 spent = estimate(name, problem, policy, 16, generator)
                 each.append(torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]) @ directions)
         rows = 16 * max(1, round(6 * estimator.share))
         assert spent == ROLLOUT * 6 * 16 + ROW * rows
         again = 6 * 16 if name == "split" else 0  # it computes shifts that the rollout has known
-        assert meter.count == 300 * (6 * 16 + rows + again)
+        assert meter.count == 100 * (6 * 16 + rows + again)
         found[name] = torch.stack(each)
     whole = found["whole"]
-    assert (whole.mean(0).abs() > 5 * whole.std(0) / 300**0.5).any()  # there is something to agree on
+    assert (whole.mean(0).abs() > 5 * whole.std(0) / 10).any()  # there is something to agree on
     for name, own in found.items():
-        error = ((own.var(0) + whole.var(0)) / 300).sqrt()
+        error = ((own.var(0) + whole.var(0)) / 100).sqrt()
         assert ((own.mean(0) - whole.mean(0)).abs() < 4 * error).all(), name
 
 
