@@ -1,26 +1,24 @@
-"""What a comparison of arms comes to: paired factors in words, and learning curves."""
+"""What a comparison of arms comes to: paired factors in words, and a figure."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...tasks.plots.curves import new_figure
+from .axes import COLORS, log_scale
 from .intervals import Interval, interval
-from .table import Row, averaged
+from .table import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colors, which stay apart for color-blind readers, then line styles.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LEAST = 0.02  # nats, about the noise of a gap by 500 rollouts
-LINES = ("-", "--", ":")
 PANELS = {  # column: (label, scale)
-    "gap": ("gap, EUBO − ELBO (nats)", "log"),
+    "gap": ("gap (nats)", "log"),
     "component_tv": ("component TV", "linear"),
-    "log_z_error": ("|log Z error| (nats)", "log"),
 }
 
 
@@ -73,38 +71,27 @@ def _said(value: Interval) -> str:
 
 
 def figure(rows: Sequence[Row], labels: Mapping[str, str]) -> Figure:
-    """Learning curves: a column of panels for each dimension, a row for each metric."""
+    """After the last update: a line for each arm, gap and component TV of each dimension beside each other."""
     dims = sorted({row["dim"] for row in rows})
-    shown = new_figure(3.6 * len(dims) + 0.4, 2.2 * len(PANELS) + 0.2 + 0.11 * len(labels))
-    panels: Any = shown.subplots(len(PANELS), len(dims), squeeze=False, sharex="col", sharey="row")
-    means = averaged(rows, ("dim", "updates", "arm"), (*PANELS, "calls"))
-    for line, (column, (label, scale)) in zip(panels, PANELS.items(), strict=True):
-        for axes, dim in zip(line, dims, strict=True):
-            for place, (arm, name) in enumerate(labels.items()):
-                own = [mean for mean in means if mean["dim"] == dim and mean["arm"] == arm]
-                # A little aside, so that intervals are seen beside each other.
-                x = [mean["calls"] * (1 + 0.012 * (place - 0.5 * len(labels))) for mean in own]
-                error = [[abs(mean[column] - mean[f"{column}_{end}"]) for mean in own] for end in ("low", "high")]
-                style: dict[str, Any] = {"color": COLORS[place % 7], "linestyle": LINES[place // 7 % 3], "label": name}
-                y = [mean[column] for mean in own]
-                axes.errorbar(x, y, error, marker="o", markersize=3, linewidth=1.1, elinewidth=0.6, **style)
-            values = [mean[column] for mean in means if mean["dim"] == dim]
-            if scale == "log":
-                axes.set_yscale("log", nonpositive="clip")
-                axes.yaxis.set_major_formatter("{x:g}")
-            else:
-                axes.set_ylim(0, 1.2 * max(*values, 0.01))
-            axes.grid(alpha=0.25, linewidth=0.5)
-            axes.tick_params(labelsize=7)
-        line[0].set_ylabel(label, fontsize=8)
-    for axes, dim in zip(panels[0], dims, strict=True):
+    shown = new_figure(2.6 + 2.1 * len(PANELS) * len(dims), 0.9 + 0.24 * len(labels))
+    panels: Any = shown.subplots(1, len(PANELS) * len(dims), squeeze=False, sharey=True)
+    places = list(range(len(labels)))[::-1]
+    for (dim, (column, (label, scale))), axes in zip(itertools.product(dims, PANELS.items()), panels[0], strict=True):
+        last = last_rows(rows, dim)
+        ends: list[float] = []
+        for place, (number, arm) in zip(places, enumerate(labels), strict=True):
+            own = [max(row[column], LEAST) if scale == "log" else row[column] for (name, _), row in last.items() if name == arm]
+            found = interval([math.log(value) for value in own] if scale == "log" else own)
+            mean, low, high = (math.exp(min(one, 20.0)) if scale == "log" else one for one in (found.mean, found.low, found.high))
+            axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], marker="o", markersize=4, color=COLORS[number % 7])
+            ends += [mean, *own]
+        if scale == "log":
+            log_scale(axes, "x", 0.7 * min(ends), 1.5 * max(ends))
+        else:
+            axes.set_xlim(0, 1.05 * max(*ends, 0.01))
         axes.set_title(f"D = {dim}", fontsize=9)
-    for axes in panels[-1]:
-        axes.set_xlabel("energy calls", fontsize=8)
-    for line, (column, (_, scale)) in zip(panels, PANELS.items(), strict=True):
-        if scale == "log":  # by the means: of few seeds, the intervals of some go far beyond
-            values = [mean[column] for mean in means]
-            line[0].set_ylim(max(0.4 * min(values), 1e-3), 2.5 * max(values))
-    handles, names = panels[0, 0].get_legend_handles_labels()
-    shown.legend(handles, names, loc="outside lower center", ncols=2 if len(labels) > 3 else 1, fontsize=7, frameon=False)
+        axes.set_xlabel(label, fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25, linewidth=0.5)
+    panels[0, 0].set_yticks(places, list(labels.values()), fontsize=7)
     return shown

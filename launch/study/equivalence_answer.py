@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...tasks.plots.curves import new_figure
-from .comparison_answer import COLORS
+from .axes import COLORS
 from .table import Row, averaged
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...tasks.plots.curves import new_figure
-from .comparison_answer import COLORS, LEAST
+from .axes import COLORS, log_scale
+from .comparison_answer import LEAST
 from .gradient_estimators import ESTIMATORS
 from .intervals import Interval, interval
 from .table import Row
@@ -68,18 +69,19 @@ def figure(rows: Sequence[Row]) -> Figure:
     shown = new_figure(8.0, 2.6 * len(dims) + 0.9)
     panels: Any = shown.subplots(len(dims), 2, squeeze=False)
     for (left, right), dim in zip(panels, dims, strict=True):
+        ends: tuple[list[float], list[float]] = ([1.0], [1.0])
         for place, (name, estimator) in enumerate(ESTIMATORS.items()):
             color = COLORS[place % len(COLORS)] if estimator.unbiased else "#8a8a8a"
             if estimator.unbiased:
                 found = [efficiency(rows, dim, stage, name) for stage in stages]
+                ends[0].extend(math.exp(one.mean) for one in found)
                 _points(left, [stage * (1 + 0.04 * (place - 3)) for stage in stages], found, color, "-")
-            _points(right, [place], [gap_factor(rows, dim, name)], color, "", estimator.label)
-        for axes in (left, right):
+            gap = gap_factor(rows, dim, name)
+            ends[1].append(math.exp(gap.mean))
+            _points(right, [place], [gap], color, "", estimator.label)
+        for axes, means in zip((left, right), ends, strict=True):  # by the means: intervals of few seeds go far beyond
+            log_scale(axes, "y", 0.4 * min(means), 2.5 * max(means))
             axes.axhline(1.0, color="black", linewidth=0.7)
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-            axes.tick_params(which="both", labelsize=7)
             axes.grid(alpha=0.25, linewidth=0.5)
         left.set_xscale("log")
         left.set_xticks(stages, [str(stage) for stage in stages])

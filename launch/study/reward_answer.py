@@ -10,7 +10,7 @@ import torch
 from ...tasks.mixture_target import target_mixture
 from ...tasks.plots.curves import new_figure
 from ...tasks.plots.mixture import contours
-from .comparison_answer import COLORS
+from .axes import COLORS, log_scale
 from .intervals import Interval, interval
 from .table import Row, averaged
 
@@ -90,16 +90,14 @@ def figure(rows: Sequence[Row]) -> Figure:
         for axes, name in ((left, "mode_tv"), (right, "gap")):
             error = [[abs(mean[name] - mean[f"{name}_{end}"]) for mean in own] for end in ("low", "high")]
             axes.errorbar(x, [mean[name] for mean in own], error, label=method, **style)
-    right.set_yscale("log", nonpositive="clip")
-    right.yaxis.set_major_formatter("{x:g}")
-    gaps = [mean["gap"] for mean in means]
-    right.set_ylim(max(0.4 * min(gaps), 1e-3), 2.5 * max(gaps))
     left.set_ylim(bottom=0)
     for axes, label in ((left, "mode TV"), (right, "gap, EUBO − ELBO (nats)")):
         axes.set_ylabel(label, fontsize=8)
         axes.set_xlabel("energy calls", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25, linewidth=0.5)
+    gaps = [mean["gap"] for mean in means]
+    log_scale(right, "y", max(0.6 * min(gaps), 1e-3), 1.6 * max(gaps))
     handles, names = left.get_legend_handles_labels()
     lower.legend(handles, names, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     return shown

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...tasks.plots.curves import new_figure
+from .axes import COLORS
 from .intervals import Interval, interval
-from .table import Row, averaged
+from .table import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,23 +43,22 @@ def _off(rows: Sequence[Row], name: str) -> str:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """The front: energy and diversity against the KL, policies as points, the tilted law as a line; a row for each dimension."""
-    dims = sorted({row["dim"] for row in rows})
+    """The front, a color for each seed: energy and diversity against the KL, policies as points, the tilted law as a line."""
+    dims, seeds = (sorted({row[name] for row in rows}) for name in ("dim", "seed"))
     shown = new_figure(7.6, 3.0 * len(dims) + 0.3)
     panels: Any = shown.subplots(len(dims), 2, squeeze=False)
-    columns = [column for name in PAIRS for column in (name, f"{name}_exact")]
-    means = averaged(rows, KEYS, columns)
     for line, dim in zip(panels, dims, strict=True):
-        own = [mean for mean in means if mean["dim"] == dim]
         for axes, name in zip(line, ("energy", "diversity"), strict=True):
-            exact = [mean["kl_exact"] for mean in own], [mean[f"{name}_exact"] for mean in own]
-            axes.plot(*exact, color="#444444", linewidth=1.1, marker="x", markersize=5, label="tilted law (exact)")
-            error = [[abs(mean[name] - mean[f"{name}_{end}"]) for mean in own] for end in ("low", "high")]
-            style: dict[str, Any] = {"color": "#0072B2", "marker": "o", "markersize": 5, "linestyle": "", "elinewidth": 0.8}
-            axes.errorbar([mean["kl"] for mean in own], [mean[name] for mean in own], error, label="policy", **style)
-            for mean in own:
-                place = (mean["kl"], mean[name])
-                axes.annotate(f"α = {mean['alpha']:g}", place, (5, 4), textcoords="offset points", fontsize=7)
+            for place, seed in enumerate(seeds):
+                own = sorted((row for row in rows if (row["dim"], row["seed"]) == (dim, seed)), key=lambda row: row["alpha"])
+                color, first = COLORS[place % len(COLORS)], place == 0
+                exact = [row["kl_exact"] for row in own], [row[f"{name}_exact"] for row in own]
+                axes.plot(*exact, color=color, linewidth=1.1, label="tilted law (exact)" if first else None)
+                policy = [row["kl"] for row in own], [row[name] for row in own]
+                axes.plot(*policy, color=color, marker="o", markersize=4, linestyle="", label="policy" if first else None)
+                for row in own if first else ():
+                    place_of = (row["kl"], row[name])
+                    axes.annotate(f"α = {row['alpha']:g}", place_of, (4, 4), textcoords="offset points", fontsize=6, color=color)
             axes.set_ylabel(PAIRS[name], fontsize=8)
             axes.set_title(f"D = {dim}", fontsize=9)
             axes.tick_params(labelsize=7)
