@@ -106,6 +106,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._refuse_numbers()
+        self._refuse_pairs()
         self._refuse_behaviors()
 
     def _refuse_numbers(self) -> None:
@@ -120,6 +121,31 @@ class TrainConfig:
         )
         for name in f"{positive} max_grad_norm memory_mb monitor_every process_timeout step_nats warm_start_step_nats".split():
             refuse(not getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
+        refuse(self.epochs < 1, f"epochs is {self.epochs}; a batch serves for one gradient step at least.")
+        refuse(not 0 < self.step_share <= 1, f"step_share is {self.step_share}; it is a share, above 0 and at most 1.")
+        refuse(self.clip is not None and not 0 < self.clip < 1, f"clip is {self.clip}; give a share between 0 and 1, or None.")
+        kinds = ("auto", "importance", "smc")
+        refuse(self.population not in kinds, f"population is {self.population!r}; choose one of {', '.join(kinds)}.")
+        refuse(not 0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it is a share, at least 0 and below 1.")
+        refuse(not 0 <= self.max_invalid <= 1, f"max_invalid is {self.max_invalid}; it is a share, between 0 and 1.")
+        for name in ("updates", "warm_start_updates", "soft_value_updates", "forward_rows", "checkpoint_every", "max_skipped"):
+            refuse(getattr(self, name) < 0, f"{name} is {getattr(self, name)}; it must not be negative.")
+        refuse(self.batch_size < 2, "batch_size must be at least 2: baselines and variances compare trajectories.")
+        starts = ("tlm", "value_drift", "none")
+        refuse(self.warm_start not in starts, f"warm_start is {self.warm_start!r}; choose one of {', '.join(starts)}.")
+        refuse(self.noise_scale < 1, f"noise_scale is {self.noise_scale}; inflated noise is at least 1.")
+        refuse(
+            self.tempering_ess is not None and not 0 < self.tempering_ess < 1,
+            f"tempering_ess is {self.tempering_ess}; it is a share of the batch, between 0 and 1, or None.",
+        )
+        spike = self.spike_factor
+        refuse(
+            spike is not None and not spike > 1, f"spike_factor is {spike}; a spike is over once the median: give more than 1."
+        )
+        refuse(self.huber is not None and not self.huber > 0, f"huber is {self.huber}; give positive nats, or None.")
+
+    def _refuse_pairs(self) -> None:
+        """Settings that do not go together."""
         refuse(
             self.forward_rows > 0 and not self.soft_value_updates,
             "forward_rows needs soft_value_updates: without the control variate the population's few effective paths would be"
@@ -134,9 +160,6 @@ class TrainConfig:
             self.horizon is not None and not self.soft_value_updates,
             f"horizon {self.horizon} needs a value of the states between: give soft_value_updates, 1500 say.",
         )
-        refuse(self.epochs < 1, f"epochs is {self.epochs}; a batch serves for one gradient step at least.")
-        refuse(not 0 < self.step_share <= 1, f"step_share is {self.step_share}; it is a share, above 0 and at most 1.")
-        refuse(self.clip is not None and not 0 < self.clip < 1, f"clip is {self.clip}; give a share between 0 and 1, or None.")
         refuse(
             self.clip is not None and self.objective not in CLIPPED_NAMES,
             f"clip is {self.clip}, and {self.objective} has none; {', '.join(CLIPPED_NAMES)} have.",
@@ -145,29 +168,10 @@ class TrainConfig:
             self.clip is not None and self.horizon is not None,
             f"clip is {self.clip}, which is for whole paths; leave out horizon {self.horizon}, or the clip.",
         )
-        kinds = ("auto", "importance", "smc")
-        refuse(self.population not in kinds, f"population is {self.population!r}; choose one of {', '.join(kinds)}.")
-        refuse(not 0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it is a share, at least 0 and below 1.")
-        refuse(not 0 <= self.max_invalid <= 1, f"max_invalid is {self.max_invalid}; it is a share, between 0 and 1.")
-        for name in ("updates", "warm_start_updates", "soft_value_updates", "forward_rows", "checkpoint_every", "max_skipped"):
-            refuse(getattr(self, name) < 0, f"{name} is {getattr(self, name)}; it must not be negative.")
-        refuse(self.batch_size < 2, "batch_size must be at least 2: baselines and variances compare trajectories.")
-        starts = ("tlm", "value_drift", "none")
-        refuse(self.warm_start not in starts, f"warm_start is {self.warm_start!r}; choose one of {', '.join(starts)}.")
         refuse(
             self.warm_start == "value_drift" and not self.soft_value_updates,
             "warm_start value_drift needs a soft value to take the gradient of; give soft_value_updates, 400 say.",
         )
-        refuse(self.noise_scale < 1, f"noise_scale is {self.noise_scale}; inflated noise is at least 1.")
-        refuse(
-            self.tempering_ess is not None and not 0 < self.tempering_ess < 1,
-            f"tempering_ess is {self.tempering_ess}; it is a share of the batch, between 0 and 1, or None.",
-        )
-        spike = self.spike_factor
-        refuse(
-            spike is not None and not spike > 1, f"spike_factor is {spike}; a spike is over once the median: give more than 1."
-        )
-        refuse(self.huber is not None and not self.huber > 0, f"huber is {self.huber}; give positive nats, or None.")
         refuse(
             self.soft_value_updates > 0 and self.population_size < 2,
             f"population_size is {self.population_size}; the soft value is learned on two halves of the population, so"
