@@ -33,7 +33,7 @@ class Trajectories:
     step_log_ratio: nats, log policy - log prior of the policy that drew them, or that they were compared with;
         None where unknown.
     log_behavior: nats, log behavior - log prior of the whole trajectory, up to one constant for the batch; None where
-        the density is unknown (noised-back, replayed and user samples).
+        the density is unknown (noised-back and user samples).
     energy: None until evaluated.
     condition: what each one is conditioned on, or None.
     prior_outputs: of the prior's network at the states that trained steps lead from, where they are kept.

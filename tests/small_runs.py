@@ -56,8 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "reinforce_kl": {"warm_start": "none", "soft_value_updates": 4},
     "ppo_kl": {"warm_start": "none", "soft_value_updates": 4, "epochs": 2},
     "tlm": {"warm_start": "tlm"},
-    "ddpo": {"warm_start": "none"},
-    "grpo": {"warm_start": "none"},
+    "ddpo": {"warm_start": "none", "tempering_ess": None},
+    "grpo": {"warm_start": "none", "tempering_ess": None},
 }
 
 

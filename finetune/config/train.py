@@ -29,17 +29,18 @@ class TrainConfig:
     """Share of each behavior in a batch. None: half on_policy, half tilted_prior; reinforce_kl, ppo_kl, ddpo and grpo on_policy;
     tlm tilted_prior."""
     updates: int = 40
-    """Gradient steps on the objective, after the warm start."""
+    """Batches of trajectories that the objective takes gradient steps on, after the warm start."""
     batch_size: int = 384
     """Trajectories an update, over all processes."""
     learning_rate: float = 2e-4
     """Peak of a one-cycle schedule."""
     epochs: int = 1
-    """Gradient steps on each batch of trajectories. The first is on fresh ones; by the last, the policy is no longer the one
-    that drew them, which rtb, log_variance and trust_pcl allow, reinforce_kl weights, and a clip bounds."""
+    """Gradient steps on each batch of trajectories. From the second one on the policy is no longer the one that drew them, which
+    rtb, log_variance and trust_pcl allow, reinforce_kl weights as far as the weights carry, and a clip bounds. A signal waits
+    for all of them."""
     clip: float | None = None
-    """For rtb, log_variance, trust_pcl and ppo_kl: a step of a trajectory counts only while the policy's density there is within
-    1 ± clip of what it was at the first epoch. None: no clip; .2 for ppo_kl, ddpo and grpo."""
+    """For rtb, log_variance, trust_pcl and ppo_kl: from the second epoch on, a step of a trajectory counts only while the
+    policy's density there is within 1 ± clip of what it was at the first. None: no clip; .2 for ppo_kl, ddpo and grpo."""
     step_share: float = 1.0
     """Share of each trajectory's steps whose gradient an update computes. They are drawn anew each time and weighted by the
     inverse of their probability, so that the gradient is the same in the mean."""
@@ -49,7 +50,7 @@ class TrainConfig:
     log_z_learning_rate: float = 0.02
     """For objectives that learn log Z."""
     step_nats: float = 1.0
-    """An update is shortened where it would move the policy by more than this, nats of KL(before || after); the schedule of
+    """A gradient step is shortened where it would move the policy by more than this, nats of KL(before || after); the schedule of
     the learning rate lowers the bound with its square."""
     warm_start: Literal["tlm", "value_drift", "none"] = "tlm"
     """Before the objective, on prior trajectories and nearly free. tlm: forward-KL fit to those weighted by exp(-E/alpha).
@@ -159,6 +160,12 @@ class TrainConfig:
         refuse(
             self.horizon is not None and not self.soft_value_updates,
             f"horizon {self.horizon} needs a value of the states between: give soft_value_updates, 1500 say.",
+        )
+        refuse(
+            self.objective in ("ddpo", "grpo")
+            and (self.warm_start != "none" or self.forward_rows > 0 or self.tempering_ess is not None),
+            f"{self.objective} is there to compare with, from the prior on and at one alpha: give warm_start none,"
+            " tempering_ess None, and no forward_rows.",
         )
         refuse(
             self.clip is not None and self.objective not in CLIPPED_NAMES,

@@ -38,8 +38,10 @@ def lean_adjoint(
             raise ValueError("Adjoint Matching follows the energy's gradient, and torch finds none: the energy is a black box.")
         (adjoint,) = torch.autograd.grad(value.sum() / alpha, last)
         found: dict[int, Tensor] = {}
-        for k in reversed(range(chain.num_steps)):
+        for k in reversed(range(chain.trained[0], chain.num_steps)):
             found[k] = adjoint
+            if k == chain.trained[0]:
+                break
             state = drawn.states[k].detach().requires_grad_(True)
             mean = chain.kernel.mean(state, k, evaluate(prior.denoiser, chain, state, k, drawn.condition))
             (adjoint,) = torch.autograd.grad(mean, state, adjoint.to(mean))

@@ -1,4 +1,4 @@
-"""What the loss of an update is a function of."""
+"""The trajectories of an update as an objective sees them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Batch:
     log_behavior: log behavior - log prior, normalized if behaviors are mixed, or None.
     soft_value: nats, an estimate of log h_k(s_k) (`soft_value`), or None.
     group: the row of each one's condition; None where all have the same one.
-    old_step_log_ratio: step_log_ratio as it was when these trajectories were drawn, of the first of several epochs; None there.
+    old_step_log_ratio: step_log_ratio as it was in the first epoch; None during that one.
     """
 
     step_log_ratio: Float[Tensor, " kernels batch"]

@@ -79,9 +79,9 @@ def noised_back(context: Context, count: int, generator: torch.Generator) -> Tra
 
 
 def replay(context: Context, count: int, generator: torch.Generator) -> Trajectories:
-    """Rollouts of the policies of the last updates, each with the density that drew it; new ones where there are none yet."""
+    """Rollouts of the policies of the last updates, each with the density of the one that drew it."""
     assert context.replay is not None, "the trainer keeps what it drew for a behavior that needs it"
-    return on_policy(context, count, generator) if context.replay.empty else context.replay.draw(count, generator)
+    return context.replay.draw(count, generator)
 
 
 def _population(context: Context) -> Population:
@@ -109,9 +109,11 @@ def needs_population(config: TrainConfig) -> bool:
 def draw(
     shares: dict[str, float], context: Context, count: int, generator: torch.Generator
 ) -> Iterator[tuple[str, Trajectories]]:
-    """``count`` trajectories split over behaviors by their shares (which sum to 1), each drawn when it is asked for."""
+    """``count`` trajectories split over behaviors by their shares (which sum to 1), each drawn when it is asked for.
+
+    Nothing is replayed in the first update, which is so much smaller."""
     for name, size in sizes(shares, count).items():
-        if size:
+        if size and not (name == "replay" and context.replay is not None and context.replay.empty):
             yield name, BEHAVIORS[name](context, size, generator)
 
 

@@ -1,15 +1,18 @@
-"""Objectives whose trajectories serve for several steps of the optimizer, each kept near the policy that drew them.
+"""Objectives whose trajectories serve for several steps of the optimizer, which stay near the policy that took the first.
 
-After a step the policy is no longer the one that drew. Its ratio to that one at step k is r_k = exp(l_k - l_k old). What a
-trajectory says about step k counts only while r_k is within 1 ± clip (PPO, arXiv 1707.06347, eq. 7; for denoising steps DDPO,
+After a step the policy is no longer the one of the first epoch. Its ratio to that one at step k is r_k = exp(l_k - l_k old). What
+a trajectory says about step k counts only while r_k is within 1 ± clip (PPO, arXiv 1707.06347, eq. 7; for denoising steps DDPO,
 arXiv 2305.13301). In the first epoch all r_k are 1, and the gradient is that of the objective without a clip.
 
 What a trajectory says is here its residual under the old policy, which holds the KL to the prior in full: -alpha times the
 residual log Z + Λ + E/alpha is the advantage of the reward -E - alpha Λ with the baseline alpha log Z. So clipped balance
-objectives and PPO with that reward are one thing: `ppo_kl` is alpha times the clipped `log_variance`.
+objectives and PPO with that reward are one thing: without a limit to residuals (huber), `ppo_kl` is alpha times the clipped
+`log_variance`. The limit is applied before the mean of the others is taken off in the one, and after it in the other.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from jaxtyping import Float
@@ -18,7 +21,12 @@ from torch import Tensor
 from .batch import Batch
 from .objectives import leave_one_out
 
-MOST = 20.0  # of log r_k, so that r_k is a number
+MOST = 20.0  # of a logarithm whose exponential is taken
+
+
+def bounded_exp(value: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """exp, and beyond `MOST` its tangent there: a number with a gradient, however large the value is."""
+    return torch.where(value <= MOST, value.clamp(max=MOST).exp(), math.exp(MOST) * (1 + value - MOST))
 
 
 def surrogate(batch: Batch, cost: Float[Tensor, "*kernels batch"], clip: float) -> Float[Tensor, " batch"]:
@@ -26,7 +34,7 @@ def surrogate(batch: Batch, cost: Float[Tensor, "*kernels batch"], clip: float) 
 
     cost: positive where a trajectory should become less likely; of each step, or one for all. No gradient goes through it.
     """
-    change = torch.expm1((batch.step_log_ratio - batch.old).clamp(max=MOST))
+    change = bounded_exp(batch.step_log_ratio - batch.old) - 1
     cost = cost.detach()
     return torch.maximum(change * cost, change.clamp(-clip, clip) * cost).sum(0)
 

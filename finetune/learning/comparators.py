@@ -1,17 +1,18 @@
 """Objectives of other toolkits, to be measured against. They do NOT target the tilted law p_prior(x) exp(-E(x)/alpha).
 
+They start from the prior, at one alpha, and take no huber.
+
 Both divide the reward R = -E by its standard deviation in the batch, which changes as the policy moves. So the temperature of
 what they would converge to changes with it, and a policy that has nothing more to gain is still pushed with full force.
 """
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .batch import Batch
-from .clipped import surrogate
+from .clipped import bounded_exp, surrogate
 
 SMALL = 1e-8
 
@@ -41,8 +42,7 @@ def grpo(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float | No
     trajectories are the policy's, the expected gradient of this estimator is that of KL(prior || policy), not of
     KL(policy || prior).
     """
-    ratio = batch.step_log_ratio.clamp(min=-20.0)  # exp(20) is enough of a push
-    kl = torch.expm1(-ratio) + ratio
+    kl = bounded_exp(-batch.step_log_ratio) - 1 + batch.step_log_ratio
     return ddpo(batch, alpha, log_z, huber, clip=clip) + alpha * (batch.weight * kl.sum(0)).sum() / batch.weight.sum()
 
 

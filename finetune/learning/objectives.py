@@ -14,6 +14,11 @@ from torch import Tensor
 
 from .batch import Batch
 
+
+class CollapsedWeights(ValueError):
+    """The importance weights of a batch rest on a few of its trajectories."""
+
+
 ALONE = 1.5  # effective trajectories, below which one of them decides
 
 
@@ -77,7 +82,7 @@ def reinforce_kl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: fl
     what was expected there: A_k = -E - alpha (sum_{j≥k} l_j + log h_k(s_k)), minus the leave-one-out mean. A baseline that
     depends on the state alone leaves the expected gradient as it is (Williams 1992), whatever its error.
 
-    Errors: ValueError where the weights' effective size falls below 10% of the batch, or hardly above one trajectory: the
+    Errors: CollapsedWeights where the weights' effective size falls below 10% of the batch, or hardly above one trajectory: the
     estimate is then the accident of a few (inflated noise does this as the dimension grows).
     """
     if batch.log_behavior is None:
@@ -91,7 +96,7 @@ def reinforce_kl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: fl
         number = 1 / weight.square().sum()
         effective = number / batch.weight.sum()
         if effective < 0.1 or number < min(ALONE, 0.5 * batch.weight.sum().item()):
-            raise ValueError(
+            raise CollapsedWeights(
                 f"the importance weights policy/behavior keep an effective {effective.item():.1%} of the"
                 f" {int(batch.weight.sum())} trajectories, below 10% or hardly more than one; reinforce_kl would follow a few"
                 " trajectories. Lower the noise inflation, use on_policy trajectories, or use rtb or log_variance, which need no"

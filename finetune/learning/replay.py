@@ -33,15 +33,21 @@ class Replay:
         self._kept = [*self._kept[1 - UPDATES :], drawn.with_(step_log_ratio=None)]
 
     def draw(self, count: int, generator: torch.Generator) -> Trajectories:
-        """With replacement, each with the same probability; the conditions in turn."""
-        every = concatenate(self._kept)
-        device = every.states.device
+        """With replacement, each of a condition with the same probability; as many of each condition."""
+        device = self._kept[0].states.device
         chance = torch.rand(count, generator=generator, device=device)
-        groups = every.groups
-        index = torch.empty(count, dtype=torch.long, device=device)
-        for row, members in enumerate(groups):
-            index[row :: len(groups)] = members[(chance[row :: len(groups)] * len(members)).long()]
-        return every.select(index)
+        number = len(self._kept[0].groups)
+        parts: list[Trajectories] = []
+        for row in range(number):
+            own = [one.groups[row] for one in self._kept]
+            ends = torch.tensor([len(members) for members in own], device=device).cumsum(0)
+            place = (chance[row::number] * ends[-1]).long().clamp(max=int(ends[-1]) - 1)
+            part = torch.searchsorted(ends, place, right=True)
+            for index, (one, members) in enumerate(zip(self._kept, own, strict=True)):
+                mine = place[part == index] - (ends[index] - len(members))
+                if len(mine):
+                    parts.append(one.select(members[mine]))
+        return concatenate(parts)
 
     def settle(self) -> None:
         """A step is complete: `state_dict` is of now."""

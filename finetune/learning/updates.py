@@ -21,6 +21,7 @@ from .behaviors import NEEDS_POPULATION
 from .critic import VALUE_STEPS
 from .drawing import draw_batch
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
+from .objectives import CollapsedWeights
 from .rows import sampled_steps
 from .state import TrainState
 
@@ -64,11 +65,16 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
     chunk = _backward(state, trajectories, gradients["step_log_ratio"], chunk)
     with uninterrupted():
         nats = _step(state, trajectories, batch, gradients)
-        record: dict[str, Any] = {"loss": loss.item(), **batch_metrics(state, batch, on_policy)}
+        taken = 1
         for _ in range(1, config.epochs):
-            chunk, moved = _epoch(state, trajectories, batch, chunk)
-            nats = moved if nats is None else nats + (moved or 0.0)
-        record["step_nats"] = nats
+            try:
+                chunk, moved = _epoch(state, trajectories, batch, chunk)
+            except CollapsedWeights:  # the batch has nothing more to say to a policy this far from the one that drew it
+                break
+            taken, nats = taken + 1, moved if nats is None else nats + (moved or 0.0)
+        record: dict[str, Any] = {"loss": loss.item(), **batch_metrics(state, batch, on_policy), "step_nats": nats}
+        if taken < config.epochs:
+            record["epochs"] = taken
         if nats is None:
             record["skipped"] = True
         if len(terms) > 1:

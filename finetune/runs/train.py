@@ -101,7 +101,7 @@ def _load_libraries(speaks: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """A training, ready to start. conditions: of the chain, in words; of an objective that does not have the target, as well.
+    """A training, ready to start. conditions: what the chain guarantees, in words, and whether the objective has another target.
     policy: unwrapped, as it will be saved."""
 
     folder: Path

@@ -1,8 +1,8 @@
 """Where should trajectories come from, at equal energy calls: coverage, gap and W2 (arXiv 2509.01632, question 1)?
 
-RTB is right on any trajectories. Each arm spends the same energy calls on its source: rollouts of the policy, the same with
-inflated noise, prior paths, weighted prior paths drawn whole or noised back, half of each batch from the policy, or the policy's
-rollouts of the last updates once more.
+Log-variance is right on any trajectories, and learns nothing beside the policy that could start otherwise in one arm. Each arm
+spends the same energy calls on its source: rollouts of the policy, the same with inflated noise, prior paths, weighted prior
+paths drawn whole or noised back, half of each batch from the policy, or the policy's rollouts of the last updates once more.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ SIZES: dict[Size, Settings] = {
 def arms(settings: Settings) -> dict[str, Arm]:
     """Each with as many energy calls as on-policy updates of this batch size."""
     updates, batch = settings.updates[-1], settings.batch_size
-    calls = updates * batch
+    calls = updates * batch  # without the probe, which all have
     whole, half = importance_size(calls), importance_size(calls // 2)
-    population = {"objective": "rtb", "population": "importance"}
+    population = {"objective": "log_variance", "population": "importance"}
     return {
-        "on_policy": Arm("on-policy", {"objective": "rtb"}),
-        "inflated": Arm("inflated noise", {"objective": "rtb", "behavior": {"inflated": 1.0}}, "on_policy"),
+        "on_policy": Arm("on-policy", {"objective": "log_variance"}),
+        "inflated": Arm("inflated noise", {"objective": "log_variance", "behavior": {"inflated": 1.0}}, "on_policy"),
         "replay": Arm(
             "on-policy, and as many replayed",
-            {"objective": "rtb", "behavior": {"on_policy": 0.5, "replay": 0.5}, "batch_size": 2 * batch},
+            {"objective": "log_variance", "behavior": {"on_policy": 0.5, "replay": 0.5}, "batch_size": 2 * batch},
             "on_policy",
         ),
-        "prior": Arm("prior", {"objective": "rtb", "behavior": {"prior": 1.0}}, "on_policy"),
+        "prior": Arm("prior", {"objective": "log_variance", "behavior": {"prior": 1.0}}, "on_policy"),
         "tilted_prior": Arm(
             "tilted prior", {**population, "behavior": {"tilted_prior": 1.0}, "population_size": whole}, "on_policy"
         ),

@@ -85,7 +85,8 @@ def comparison(name: str, question: str, arms: dict[str, Arm], settings: Setting
     def shown(rows: list[Row]) -> Any:
         return figure(rows, labels)
 
-    return Study(name, plain(settings), runs, perform, KEYS, METRICS, said, shown)
+    own = {arm: own.changes for arm, own in arms.items()}
+    return Study(name, plain(settings) | {"arms": own}, runs, perform, KEYS, METRICS, said, shown)
 
 
 def perform(run: Run) -> list[Row]:

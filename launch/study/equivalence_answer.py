@@ -43,7 +43,19 @@ def answer(rows: Sequence[Row]) -> str:
             if own:
                 worst = [max(row["parted"] for row in own if row["alpha"] == alpha) for alpha in alphas]
                 lines.append(f"| {problem} | {setting} | " + " | ".join(_said(value) for value in worst) + " |")
-    return "\n".join([*lines, "", f"Bold: beyond {SAME:g}, where they are no longer one training."]) + "\n"
+    lines += ["", f"Bold: beyond {SAME:g}, where they are no longer one training.", ""]
+    lines += [
+        "Mean gap of RTB and of Trust-PCL at the end, nats:",
+        "",
+        "| problem | setting | alpha | RTB | Trust-PCL |",
+        "|---" * 5 + "|",
+    ]
+    gaps = averaged([row for row in rows if "gap_rtb" in row], KEYS, ("gap_rtb", "gap_pcl"))
+    lines += [
+        f"| {mean['problem']} | {mean['setting']} | {mean['alpha']:g} | {mean['gap_rtb']:.3g} | {mean['gap_pcl']:.3g} |"
+        for mean in gaps
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _said(value: float) -> str:

@@ -45,7 +45,7 @@ class Estimator:
 def others(value: Tensor) -> Tensor:
     """Less the mean of the other trajectories, over B: the weights of an average."""
     count = value.shape[-1]
-    return (value - value.mean(-1, keepdim=True)) * count / (count - 1) / count
+    return (value - value.mean(-1, keepdim=True)) / (count - 1)
 
 
 def whole_path(ratio: Tensor, energy: Tensor) -> Tensor:

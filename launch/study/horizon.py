@@ -54,6 +54,7 @@ METRICS = {
     "ess_share": "ESS over the exact denoiser's",
     "value_error": "RMS error of the value over its spread",
     "value_error_before": "the same, of the population's value",
+    "diverged": "diverged",
     "calls": "energy calls",
 }
 

@@ -27,9 +27,10 @@ class Problem:
     """A prior, an energy, and the truth about their tilted law at the temperature alpha.
 
     exact: paths of the target's exact denoiser, weighted so that they stand for the target on this chain; they measure the EUBO
-    of any policy. log_z: of the chain, nats. gap_prior, gap_exact: EUBO - ELBO of the prior and of the exact denoiser, nats:
-    where every training begins, and what the size of the chain's steps leaves. ess_exact: effective share of the exact
-    denoiser's paths. samples: rollouts of a policy that is measured.
+    of any policy. log_z: of the chain, nats, by these paths; log_z_ideal: in closed form, as of infinitely many steps.
+    gap_prior, gap_exact: EUBO - ELBO of the prior and of the exact denoiser, nats: where every training begins, and what the
+    size of the chain's steps leaves. ess_exact: effective share of the exact denoiser's paths. samples: rollouts of a policy
+    that is measured.
     """
 
     prior: Prior
@@ -37,6 +38,7 @@ class Problem:
     target: GaussianMixture
     exact: HeldOut
     log_z: float
+    log_z_ideal: float
     gap_prior: float
     gap_exact: float
     ess_exact: float
@@ -53,7 +55,8 @@ def problem_of(dim: int, ess_prior: float, seed: int, steps: int, samples: int, 
     config, energy = PriorConfig(steps=steps, dim=dim, seed=seed), linear(ess_prior, seed)
     prior, reference = tilted_mixture.load_prior(config), tilted_mixture.reference(config, energy, alpha)
     assert reference is not None
-    return _problem(prior, energy, energy.at(dim).target(alpha)[0], reference, samples, seed, alpha)
+    target, log_z = energy.at(dim).target(alpha)
+    return _problem(prior, energy, target, float(log_z), reference, samples, seed, alpha)
 
 
 @lru_cache(maxsize=1)
@@ -63,11 +66,19 @@ def plane_problem(chain: str, steps: int, seed: int, samples: int) -> Problem:
     table = mixture_chains.build_chain(chain, steps)
     target = mixture_target.target_mixture()
     reference = MixtureDenoiser(mixture_chains.in_states(target, chain), table)
-    return _problem(mixture_chains.shipped_prior(chain, table), mixture_target.energy, target, reference, samples, seed, 1.0)
+    prior, log_z = mixture_chains.shipped_prior(chain, table), mixture_target.ideal_log_z()
+    return _problem(prior, mixture_target.energy, target, log_z, reference, samples, seed, 1.0)
 
 
 def _problem(
-    prior: Prior, energy: Energy, target: GaussianMixture, reference: Denoiser, samples: int, seed: int, alpha: float
+    prior: Prior,
+    energy: Energy,
+    target: GaussianMixture,
+    log_z_ideal: float,
+    reference: Denoiser,
+    samples: int,
+    seed: int,
+    alpha: float,
 ) -> Problem:
     """reference: the exact denoiser of the target on the prior's chain."""
     generator = stream("reference", seed)
@@ -81,6 +92,7 @@ def _problem(
         target,
         exact,
         log_mean_exp(log_weight)[0],
+        log_z_ideal,
         exact.eubo - prior_log_weight.mean().item(),
         eubo_exact - log_weight.mean().item(),
         ess(log_weight),

@@ -63,6 +63,7 @@ METRICS = {
     "mode_tv": "mode TV",
     "w2_ratio": "W2 over that of exact samples",
     "gap": "gap (nats)",
+    "diverged": "diverged",
     "calls": "energy calls",
 }
 
@@ -91,7 +92,7 @@ def study_of(settings: Settings) -> Study:
         for seed in range(settings.seeds)
         for method in METHODS
     }
-    return Study("reward", plain(settings), runs, perform, KEYS, METRICS, answer, figure)
+    return Study("reward", plain(settings) | {"methods": list(METHODS)}, runs, perform, KEYS, METRICS, answer, figure)
 
 
 def perform(run: Run) -> list[Row]:
@@ -107,7 +108,8 @@ def perform(run: Run) -> list[Row]:
         learning_rate=settings.learning_rate,
         log_z_learning_rate=0.1,
         warm_start="none",
-        tempering_ess=0.6,  # on-policy alone, coverage hangs on how slowly the temperature falls
+        # On-policy alone, coverage hangs on how slowly the temperature falls; ddpo has none.
+        tempering_ess=None if changes["objective"] == "ddpo" else 0.6,
         monitor_every=settings.updates[-1],
         checkpoint_every=0,
         seed=run.seed,

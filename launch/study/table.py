@@ -31,10 +31,11 @@ def averaged(rows: Sequence[Row], keys: Sequence[str], metrics: Sequence[str]) -
 def as_csv(rows: Sequence[Row]) -> str:
     """A header and a line for each row, numbers in full; without columns of lists."""
     text = io.StringIO()
-    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
-    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    found = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in rows]
+    columns = list(dict.fromkeys(name for row in found for name in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(found)
     return text.getvalue()
 
 

@@ -24,8 +24,8 @@ def answer(rows: Sequence[Row]) -> str:
     lines = [
         f"# {QUESTION}",
         "",
-        f"{seeds} seeds, 95% intervals, Student's t. Each cell: the policy's mean, and by how much it differs from the exact"
-        " value of the tilted law, seed by seed.",
+        f"{seeds} seeds, 95% intervals, Student's t. Each cell: the policy's mean, and by how much it differs from that"
+        " of the tilted law, seed by seed, which is known but for the steps: the chain's own law differs a little.",
     ]
     for dim in sorted({row["dim"] for row in rows}):
         own = [row for row in rows if row["dim"] == dim]

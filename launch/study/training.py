@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ...finetune.config.train import TrainConfig
 from ...finetune.distributed.signals import Preempted
 from ...finetune.energies.energy import Energy
+from ...finetune.energies.error import EnergyError
+from ...finetune.learning.objectives import CollapsedWeights
 from ...finetune.learning.trainer import Trainer, TrainState
 from ...samplers.denoiser import ResidualDenoiser
 from ...samplers.make_policy import make_policy
@@ -19,6 +21,7 @@ from .problem import Problem, measure
 from .table import Row
 
 MOST = 1e4  # nats, as which a policy counts that is further away, or no longer gives numbers
+WORST = {"component_tv": 1.0, "mode_tv": 1.0, "ess_share": 0.0, "elbo": -MOST}
 
 
 def trained(
@@ -32,8 +35,8 @@ def trained(
 
     A row has calls, network_evaluations, diverged and what ``look`` measures, by default `measure`. After the last update that is
     the policy as it is: whether another one was closer is not asked. At the end it is what the training ends with. energy: what
-    is trained with, in place of the problem's. A training that ends for gradients that are not finite has diverged, and is
-    measured as it stands.
+    is trained with, in place of the problem's. A training that ends for gradients or samples that are not finite, or for weights
+    that rest on a few trajectories, has diverged, and is measured as it stands.
     """
     policy = make_policy(problem.prior)
     meter = Evaluations(*_networks(policy, problem))
@@ -41,10 +44,7 @@ def trained(
 
     def note(calls: int, *, diverged: bool = False) -> None:
         spent = meter.count
-        found = {
-            name: _bounded(value) if isinstance(value, float) else value
-            for name, value in (look or measure)(problem, policy).items()
-        }
+        found = {name: bounded(name, value) for name, value in (look or measure)(problem, policy).items()}
         meter.count = spent  # measuring is not training
         rows.append({"calls": calls, "network_evaluations": spent, "diverged": int(diverged), **found})
 
@@ -56,7 +56,7 @@ def trained(
     with meter:
         try:
             result = trainer.train()
-        except FloatingPointError:
+        except (FloatingPointError, EnergyError, CollapsedWeights):
             while len(rows) < max(1, len(at)):
                 note(trainer.state.energies.meter.calls, diverged=True)
             return rows, trainer.state
@@ -73,9 +73,11 @@ def _networks(policy: Policy, problem: Problem) -> list[nn.Module]:
     return [network.residual if isinstance(network, ResidualDenoiser) else network, problem.prior.denoiser]
 
 
-def _bounded(value: float) -> float:
-    """A number that can be averaged."""
-    return MOST if math.isnan(value) else max(-MOST, min(MOST, value))
+def bounded(name: str, value: Any) -> Any:
+    """A number that can be averaged; where it is none, the worst that ``name`` can be."""
+    if not isinstance(value, float):
+        return value
+    return WORST.get(name, MOST) if math.isnan(value) else max(-MOST, min(MOST, value))
 
 
 class Evaluations:

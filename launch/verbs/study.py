@@ -45,11 +45,12 @@ class Options:
     quick: bool = False
     """Fewer and smaller problems, two seeds: under a minute on two cores."""
     full: bool = False
-    """Larger budgets, more seeds, a sharper energy besides: hours."""
+    """Larger budgets and more seeds: hours."""
     out: Path | None = None
     """The study's folder; study-NAME where not given, or study-NAME-quick and -full."""
     seeds: int | None = None
-    """How many random problems, each with a training of its own; 5, 2 with --quick, 10 with --full."""
+    """How many trainings of each kind, on a random problem each (on the same one in the study of rewards); 5, 2 with --quick, 10
+    with --full."""
     jobs: int = os.cpu_count() or 1
     """Trainings side by side, in a process of one thread each; the cores where not given. Numbers do not depend on it."""
 

@@ -237,6 +237,12 @@ def test_draw_splits_the_batch(shares: dict[str, float], count: int, sizes: dict
     assert {name: len(part) for name, part in parts.items()} == sizes
 
 
+def test_nothing_is_replayed_before_anything_was_drawn() -> None:
+    context = replace(make_context(CHAINS["brownian"]()), replay=Replay(make_context(CHAINS["brownian"]()).prior))
+    parts = dict(draw({"on_policy": 0.5, "replay": 0.5}, context, 10, torch.Generator().manual_seed(0)))
+    assert {name: len(part) for name, part in parts.items()} == {"on_policy": 5}
+
+
 def test_what_is_replayed_keeps_the_density_that_drew_it_and_the_oldest_is_given_up() -> None:
     context = make_context(CHAINS["explicit last sigma"](), size=40)
     prior, generator = context.prior, torch.Generator().manual_seed(1)

@@ -90,6 +90,22 @@ def test_it_is_the_definition_by_loops() -> None:
     assert torch.allclose(gradients(loss, batch, alpha, None)[0], expected, rtol=1e-12, atol=1e-14)
 
 
+def test_a_step_that_became_far_too_likely_is_pushed_back() -> None:
+    """Beyond what an exponential can hold, too: a tangent in its place."""
+    old = torch.zeros(1, 3, dtype=torch.float64)
+    for far in (15.0, 25.0, 800.0):
+        batch = Batch(
+            torch.full_like(old, far),
+            torch.tensor([1.0, 5.0, 9.0]).double(),
+            torch.ones(3, dtype=torch.bool),
+            old_step_log_ratio=old,
+        )
+        found, _ = gradients(objective_of(TrainConfig(objective="log_variance", clip=CLIP)).loss, batch, 1.0, None)
+        assert torch.isfinite(found).all() and found[0, 2] > 1e5 and found[0, 0] == 0
+        grpo, _ = gradients(OBJECTIVES["grpo"].loss, replace(batch, step_log_ratio=-batch.step_log_ratio), 0.5, None)
+        assert torch.isfinite(grpo).all() and (grpo < -1e4).all()  # the KL pulls it back to the prior
+
+
 def test_comparators_forget_the_scale_of_the_reward_and_the_prior() -> None:
     batch = make_batch()
     advantage = normalized_advantage(batch)[batch.valid]
@@ -124,6 +140,7 @@ def test_which_objectives_do_not_target_the_tilted_law() -> None:
         ({"step_share": 0.0}, "above 0"),
         ({"objective": "ppo_kl", "behavior": {"prior": 1.0}}, "clips by the policy that drew"),
         ({"behavior": {"replay": 1.0}}, "no update would"),
+        ({"objective": "ddpo"}, "from the prior on and at one alpha"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -22,6 +22,7 @@ from tiltune.finetune.learning.gradients import objective_gradient
 from tiltune.finetune.learning.improvement import Improvement
 from tiltune.finetune.learning.log_z import LogZ
 from tiltune.finetune.learning.objective_table import OBJECTIVES
+from tiltune.finetune.learning.replay import Replay
 from tiltune.finetune.learning.soft_value import fit_soft_value, standardized
 from tiltune.finetune.learning.temperature import Temperature
 from tiltune.finetune.learning.trainer import Trainer
@@ -164,7 +165,7 @@ QUICK = TrainConfig(
     learning_rate=0.01, tempering_ess=None,
 )  # fmt: skip
 RECIPES = {
-    **{name: replace(QUICK, objective=name) for name in OBJECTIVES},
+    **{name: replace(QUICK, objective=name) for name, objective in OBJECTIVES.items() if objective.targets_tilted_law},
     "rtb, tempered": replace(QUICK, objective="rtb", tempering_ess=0.5, warm_start="none", updates=150, learning_rate=0.05),
     "controlled": replace(QUICK, objective="reinforce_kl", soft_value_updates=200, forward_rows=128),
     "value drift": replace(QUICK, objective="log_variance", warm_start="value_drift", soft_value_updates=200),
@@ -351,3 +352,26 @@ def test_a_run_passes_where_every_condition_does(verdicts: tuple[str, str], expe
     whole = together({name: {"verdict": verdict, **own} for name, verdict in zip("ab", verdicts, strict=True)})
     assert (whole["verdict"], whole["exit_status"], whole["reasons"][0]) == expected
     assert (whole["energy_calls"], whole["certificate_energy_calls"]) == (7, 20)
+
+
+def test_replay_keeps_conditions_and_energies_that_are_none() -> None:
+    chain = chain_from_scheduler(DDPMScheduler(variance_type="fixed_large", clip_sample=False), 4)
+    problem = Conditional(chain, SLOPES)
+    prior, generator = problem.prior(), torch.Generator().manual_seed(0)
+    kept = Replay(prior)
+    for number in range(3):
+        drawn = rollout(prior, None, 9 + number, generator)
+        energy = torch.arange(len(drawn)) + 100.0 * number
+        energy[1] = math.nan
+        kept.add(drawn.with_(energy=energy))
+    kept.settle()
+    again = Replay(prior)
+    again.load_state_dict(kept.state_dict())
+    first, second = (one.draw(30, torch.Generator().manual_seed(1)) for one in (kept, again))
+    assert torch.equal(first.states, second.states) and torch.equal(first.group, second.group)
+    assert [len(members) for members in first.groups] == [10, 10, 10]
+    assert first.energy is not None
+    for part, row in ((part, row) for part in range(3) for row in range(len(first))):
+        if first.energy[row] // 100 == part:  # its condition is the one that its path was drawn with
+            assert first.group[row] == int(first.energy[row] - 100 * part) % 3
+    assert first.energy.isnan().any() and len({int(one) // 100 for one in first.energy[~first.energy.isnan()]}) == 3

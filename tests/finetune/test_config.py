@@ -65,7 +65,7 @@ def test_refused(values: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("objective", get_args(ObjectiveName))
 def test_every_objective_has_default_behaviors_it_is_right_on(objective: Any) -> None:
-    config = TrainConfig(objective=objective)
+    config = TrainConfig(objective=objective, warm_start="none", tempering_ess=None)
     assert sum(config.shares.values()) == pytest.approx(1.0)
     assert set(config.shares) <= OBJECTIVES[objective].behaviors
 
@@ -76,7 +76,8 @@ def test_config_and_objectives_agree_on_every_pair(objective: Any, behavior: str
     allowed = behavior in OBJECTIVES[objective].behaviors
     shares = {"replay": 0.5, "on_policy": 0.5} if behavior == "replay" else {behavior: 1.0}  # somebody has to draw
     try:
-        TrainConfig(objective=objective, behavior=shares)
+        # Comparators start from the prior, at one alpha.
+        TrainConfig(objective=objective, behavior=shares, warm_start="none", tempering_ess=None)
     except ValueError:
         assert not allowed
     else:

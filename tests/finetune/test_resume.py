@@ -34,9 +34,16 @@ VP = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "
 SIZES = TrainConfig(
     population_size=60, warm_start_updates=4, warm_start_rows=32, updates=4, batch_size=8, monitor_every=3, checkpoint_every=1
 )
+
+
+def from_the_prior(objective):
+    """What comparators ask for."""
+    return {} if objective.targets_tilted_law else {"warm_start": "none", "tempering_ess": None}
+
+
 # Every objective with every behavior that it admits, a mixture, and what keeps a state of its own.
 CASES: dict[str, TrainConfig] = {
-    f"{name} {behavior}": replace(SIZES, objective=name, behavior={behavior: 1.0}, noise_scale=1.2)
+    f"{name} {behavior}": replace(SIZES, objective=name, behavior={behavior: 1.0}, noise_scale=1.2, **from_the_prior(objective))
     for name, objective in OBJECTIVES.items()
     for behavior in sorted(objective.behaviors - {"replay"})
 } | {

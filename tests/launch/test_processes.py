@@ -67,6 +67,7 @@ def test_the_value_of_a_horizon_is_one_on_both(found: Any) -> None:
     """Each has learned another soft value, on its own paths; what learns with the policy is one value."""
     for process in found:
         assert process["critic"]["apart"] == 0 < 0.1 < process["critic"]["populations"]
+        assert process["reused"]["apart"] == 0 < 1e-4 < process["reused"]["moved"]
 
 
 def test_a_size_that_cannot_be_shared_evenly_is_refused(found: Any) -> None:

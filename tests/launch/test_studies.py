@@ -32,17 +32,18 @@ TINY = Settings(dims=(2,), ess=0.3, steps=5, updates=(1, 2), batch_size=10, samp
 def test_a_comparison_measures_every_arm_on_the_same_problems(tmp_path: Path) -> None:
     """Leave-one-out and the mean of the batch have one gradient, so that their gaps are one; a step of any size is another."""
     arms = {name: ARMS[name] for name in ("leave_one_out", "batch")}
-    arms["wild"] = Arm("steps of any size", {"learning_rate": 1e3, "step_nats": 1e9}, "leave_one_out")
-    whole = comparison("baselines", "Which?", arms, TINY)
+    arms["wild"] = Arm("steps of any size", {"learning_rate": 1e8, "step_nats": 1e9}, "leave_one_out")
+    whole = comparison("baselines", "Which?", arms, replace(TINY, updates=(1, 14)))
     said = study.carry_out(whole, tmp_path / "study", 1)
     rows = [row for run in whole.runs.values() for row in perform(run)]
     assert len(rows) == 2 * 3 * 2
-    assert {row["calls"] for row in rows if row["updates"] == 2} == {12 + 2 * 10}
+    assert {row["calls"] for row in rows if row["updates"] == 14 and row["arm"] != "wild"} == {12 + 14 * 10}
     by = {(row["arm"], row["seed"], row["updates"]): row for row in rows}
     for seed in (0, 1):
-        for updates in (1, 2):
+        for updates in (1, 14):
             assert by["batch", seed, updates]["gap"] == pytest.approx(by["leave_one_out", seed, updates]["gap"], abs=1e-4)
-        assert by["wild", seed, 2]["gap"] == MOST
+        assert by["wild", seed, 14]["gap"] == MOST and by["wild", seed, 14]["diverged"] == 1
+        assert by["wild", seed, 14]["component_tv"] <= 1
     assert abs(factor(rows, 2, "batch", "leave_one_out").mean) < 1e-3
     assert "**steps of any size**: gap 1e+04 nats (1e+04 to 1e+04)" in said
     assert "2 of 2 trainings further from the target than the prior" in said and "against leave-one-out" in said
@@ -67,6 +68,13 @@ def test_every_arm_is_a_training_and_is_compared_with_one_that_there_is(arms: di
         config_of(arm, TINY, 0)
         assert arm.against is None or arm.against in arms
     assert len({arm.label for arm in arms.values()}) == len(arms)
+
+
+def test_behaviors_spend_the_same_energy_calls() -> None:
+    small = replace(TINY, updates=(3,), seeds=2, batch_size=20)
+    runs = comparison("behaviors", "Where?", behavior_arms(small), small).runs.values()
+    calls = {run.name: perform(run)[0]["calls"] for run in runs if run.seed == 0}
+    assert set(calls.values()) == {12 + 3 * 20}, calls
 
 
 def test_estimators_have_one_mean_and_cost_what_they_say() -> None:
@@ -112,12 +120,12 @@ def test_trust_pcl_repeats_rtb_under_sgd_and_parts_from_it_where_a_step_sees_the
 
 
 def test_the_kl_of_the_tilted_law_is_that_of_its_densities() -> None:
-    """By 20,000 exact samples, whose mean log-ratio has an error of .01; the chain's log Z adds what 100 steps differ by."""
-    for alpha in (0.7, 2.0):
-        problem = problem_of(2, 0.05, 0, 100, 1000, alpha)
+    """By 20,000 exact samples on each side: energies of spread 2 at most, so that a difference of .08 is 4 standard errors."""
+    for alpha in (0.5, 2.0):
+        problem = problem_of(2, 0.05, 0, 20, 1000, alpha)
         x = problem.target.sample(20_000, torch.Generator().manual_seed(1))
         kl = (problem.target.log_density(x) - random_mixture(2, 0).log_density(x)).mean().item()
-        assert temperature.truth(problem)["kl_exact"] == pytest.approx(kl, abs=0.1)
+        assert temperature.truth(problem)["kl_exact"] == pytest.approx(kl, abs=0.08)
     assert temperature.truth(problem)["energy_exact"] == pytest.approx(problem.energy(x).mean().item(), abs=0.05)
 
 

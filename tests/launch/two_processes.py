@@ -390,6 +390,18 @@ def one_critic() -> dict[str, Any]:
     return {"apart": (every[0] - every[1]).abs().max().item(), "populations": (before[0] - before[1]).abs().max().item()}
 
 
+def reused() -> dict[str, Any]:
+    """Several epochs with a clip on what is drawn and replayed, a share of the steps: how far the processes' policies are apart,
+    and how far they came."""
+    shared = replace(CONFIG, objective="rtb", forward_rows=0, epochs=3, clip=0.2, step_share=0.5)
+    training = trainer(replace(shared, behavior={"on_policy": 0.5, "replay": 0.5}))
+    before = torch.cat([weight.detach().flatten().clone() for weight in training.state.policy.parameters()])
+    training.train()
+    own = torch.cat([weight.detach().flatten() for weight in training.state.policy.parameters()])
+    every = training.state.processes.gather(own[None])
+    return {"apart": (every[0] - every[1]).abs().max().item(), "moved": (own - before).abs().max().item()}
+
+
 def uneven() -> str:
     return caught(ValueError, lambda: trainer(replace(CONFIG, batch_size=7)))
 
@@ -407,6 +419,7 @@ def main() -> None:
         "stop": stopping(rank),
         "resume": resuming(rank),
         "critic": one_critic(),
+        "reused": reused(),
         "shards": sharded_gradients(rank, prior),
         "collected": collected(prior),
         "refused": refused(prior),
