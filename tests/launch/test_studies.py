@@ -155,8 +155,17 @@ def test_estimators_and_temperatures_leave_a_row_each() -> None:
     assert "| 0.7 |" in temperature.answer(rows) and all(row["kl"] >= 0 for row in rows)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in get_args(Name) if name not in ("dimension", "horizon")])
+OTHERS = ("dimension", "horizon")  # have such a test beside their own
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "equivalence" else pytest.mark.slow)
+        for name in get_args(Name)
+        if name not in OTHERS
+    ],
+)
 def test_the_quick_study(name: str, tmp_path: Path) -> None:
     """`tiltune study NAME --quick`."""
     said = study.carry_out(import_module(f"tiltune.launch.study.{name}").study("quick", None), tmp_path / "quick", 2)
