@@ -51,7 +51,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Gap and error of the value against the horizon, a column for each dimension."""
     dims = sorted({row["dim"] for row in rows})
     shown = new_figure(3.4 * len(dims), 5.2)
-    panels: Any = shown.subplots(2, len(dims), squeeze=False, sharex=True, sharey="row")
+    panels: Any = shown.subplots(2, len(dims), squeeze=False, sharex=True)
     means = averaged(rows, KEYS, ("gap", "value_error", "value_error_before"))
     longest = 2 * max(row["horizon"] for row in rows)  # where the whole path stands
     for column, dim in enumerate(dims):
@@ -66,6 +66,7 @@ def figure(rows: Sequence[Row]) -> Figure:
                 axes.errorbar([mean["horizon"] or longest for mean in some], [mean[name] for mean in some], error, **style)
             axes.set_xscale("log")
             axes.set_ylim(bottom=0)
+            axes.tick_params(labelsize=7)
             axes.grid(alpha=0.25, linewidth=0.5)
         panels[0, column].set_title(f"D = {dim}", fontsize=9)
         ticks = sorted({mean["horizon"] or longest for mean in own})
