@@ -21,8 +21,7 @@ class TrainConfig:
     """
 
     objective: ObjectiveName = "log_variance"
-    """What is minimised. All but the last two share their optimum, the tilted law. ddpo and grpo are other toolkits' objectives,
-    to compare with: they do NOT target it."""
+    """What is minimised; all but ddpo and grpo share their optimum, the tilted law, which these two do NOT target."""
     alpha: float = 1.0
     """Temperature: the target is p_prior · exp(-E/alpha)."""
     behavior: dict[str, float] | None = None

@@ -10,8 +10,6 @@ log-ratios do not have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,12 +18,11 @@ from ...samplers.denoiser import evaluate
 from ...samplers.log_ratio import rows_of
 from ...samplers.prior import Prior
 from ...samplers.trajectory import Trajectories
+from ..energies.energy import Energy
 from .gradients import backward_rows
 
 
-def lean_adjoint(
-    prior: Prior, drawn: Trajectories, energy: Callable[[Tensor], Tensor], alpha: float
-) -> Float[Tensor, "kernels batch *state"]:
+def lean_adjoint(prior: Prior, drawn: Trajectories, energy: Energy, alpha: float) -> Float[Tensor, "kernels batch *state"]:
     """a_{k+1} of every trained step k. K forward and backward passes through the prior.
 
     Errors: ValueError for an energy without a gradient.

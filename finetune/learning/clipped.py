@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...samplers.shapes import AnyShape
 from .batch import Batch
 from .objectives import leave_one_out
 
 MOST = 20.0  # of a logarithm whose exponential is taken
 
 
-def bounded_exp(value: Float[Tensor, ...]) -> Float[Tensor, ...]:
+def bounded_exp(value: AnyShape) -> AnyShape:
     """exp, and beyond `MOST` its tangent there: a number with a gradient, however large the value is."""
     return torch.where(value <= MOST, value.clamp(max=MOST).exp(), math.exp(MOST) * (1 + value - MOST))
 

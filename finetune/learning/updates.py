@@ -137,7 +137,9 @@ def _backward(state: TrainState, trajectories: Trajectories, g: Float[Tensor, " 
     no_sync = partial(state.processes.no_sync, policy)
     if chunk is None:
         with no_sync():
-            chunk = chunk_rows(policy, chain, trajectories, config.memory_mb)
+            # By the size of a whole batch: the first one may be smaller (`replay`), and a resumed run begins at another.
+            total = chain.num_kernels * max(len(trajectories), state.size["batch_size"])
+            chunk = chunk_rows(policy, chain, trajectories, config.memory_mb, total=total)
     scale = state.optimization.scaler.scale
     # The processes average their gradients in the last backward pass of an update.
     last = no_sync if config.forward_rows else nullcontext

@@ -152,7 +152,8 @@ def test_a_bomb_of_aliases_is_refused_in_a_short_message(tmp_path: Path) -> None
 
 
 def test_the_yaml_keys_are_frozen() -> None:
-    train = """objective alpha behavior updates batch_size learning_rate horizon log_z_learning_rate step_nats warm_start
+    train = """objective alpha behavior updates batch_size learning_rate epochs clip step_share
+    horizon log_z_learning_rate step_nats warm_start
     warm_start_updates warm_start_rows warm_start_learning_rate warm_start_step_nats soft_value_updates population_size
     population forward_rows tempering_ess huber max_energy noise_scale max_grad_norm ema_decay spike_factor max_skipped memory_mb
     max_invalid monitor_every checkpoint_every process_timeout seed"""
