@@ -9,7 +9,7 @@ The soft value is learned from a population, whose energy calls the others do no
 from __future__ import annotations
 
 from .comparison import Arm, Settings, comparison
-from .study import Size, Study, with_seeds
+from .study import Size, Study
 
 QUESTION = "Which baseline serves an on-policy training best?"
 ARMS = {
@@ -41,9 +41,6 @@ SIZES: dict[Size, Settings] = {
 }
 
 
-def study(size: Size, seeds: int | None) -> Study:
-    """The study at this size, with other ``seeds`` than the size has where they are given.
-
-    Errors: ValueError for fewer than two seeds, which have no interval.
-    """
-    return comparison("baselines", QUESTION, ARMS, with_seeds(SIZES[size], seeds))
+def study_of(settings: Settings) -> Study:
+    """The study with these settings."""
+    return comparison("baselines", QUESTION, ARMS, settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .comparison import Arm, Settings, comparison
 from .methods import importance_size
-from .study import Size, Study, with_seeds
+from .study import Size, Study
 
 QUESTION = "Where should trajectories come from, at equal energy calls?"
 SIZES: dict[Size, Settings] = {
@@ -48,10 +48,6 @@ def arms(settings: Settings) -> dict[str, Arm]:
     }
 
 
-def study(size: Size, seeds: int | None) -> Study:
-    """The study at this size, with other ``seeds`` than the size has where they are given.
-
-    Errors: ValueError for fewer than two seeds, which have no interval.
-    """
-    settings = with_seeds(SIZES[size], seeds)
+def study_of(settings: Settings) -> Study:
+    """The study with these settings."""
     return comparison("behaviors", QUESTION, arms(settings), settings)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from .comparison import Arm, Settings, comparison
-from .study import Size, Study, with_seeds
+from .study import Size, Study
 
 QUESTION = "What does clipping an update buy?"
 UNBOUNDED = 1e6  # nats
@@ -45,9 +45,6 @@ def arms() -> dict[str, Arm]:
     return found
 
 
-def study(size: Size, seeds: int | None) -> Study:
-    """The study at this size, with other ``seeds`` than the size has where they are given.
-
-    Errors: ValueError for fewer than two seeds, which have no interval.
-    """
-    return comparison("clipping", QUESTION, arms(), with_seeds(SIZES[size], seeds))
+def study_of(settings: Settings) -> Study:
+    """The study with these settings."""
+    return comparison("clipping", QUESTION, arms(), settings)

@@ -15,7 +15,7 @@ from .dimension_answer import answer
 from .dimension_figure import figure
 from .methods import METHODS, PRIOR, PROBE, train_config
 from .problem import measure, problem_of
-from .study import Size, Study, plain, with_seeds
+from .study import Size, Study, plain
 from .table import Row
 from .training import trained
 
@@ -63,14 +63,6 @@ class Run:
     batch_size: int
     updates: tuple[int, ...]
     samples: int
-
-
-def study(size: Size, seeds: int | None) -> Study:
-    """The study at this size, with other ``seeds`` than the size has where they are given.
-
-    Errors: ValueError for fewer than two seeds, which have no interval.
-    """
-    return study_of(with_seeds(SIZES[size], seeds))
 
 
 def study_of(settings: Settings) -> Study:

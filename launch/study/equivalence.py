@@ -28,7 +28,7 @@ from ...samplers.streams import stream
 from ...tasks import digits
 from .equivalence_answer import KEYS, SETTINGS, answer, figure
 from .problem import measure, problem_of
-from .study import Size, Study, plain, with_seeds
+from .study import Size, Study, plain
 from .table import Row
 
 CHUNK = 2048
@@ -71,14 +71,6 @@ class Run:
     alpha: float
     seed: int
     settings: Settings
-
-
-def study(size: Size, seeds: int | None) -> Study:
-    """The study at this size, with other ``seeds`` than the size has where they are given.
-
-    Errors: ValueError for fewer than two seeds, which have no interval.
-    """
-    return study_of(with_seeds(SIZES[size], seeds))
 
 
 def study_of(settings: Settings) -> Study:

@@ -22,7 +22,7 @@ from ...samplers.streams import stream
 from .estimators_answer import KEYS, answer, figure
 from .gradient_estimators import ESTIMATORS, ROLLOUT, ROW, estimate
 from .problem import Problem, measure, problem_of
-from .study import Size, Study, plain, with_seeds
+from .study import Size, Study, plain
 from .table import Row
 from .training import bounded, trained
 
@@ -64,14 +64,6 @@ class Run:
     dim: int
     seed: int
     settings: Settings
-
-
-def study(size: Size, seeds: int | None) -> Study:
-    """The study at this size, with other ``seeds`` than the size has where they are given.
-
-    Errors: ValueError for fewer than two seeds, which have no interval.
-    """
-    return study_of(with_seeds(SIZES[size], seeds))
 
 
 def study_of(settings: Settings) -> Study:

@@ -18,7 +18,7 @@ from ...finetune.learning.trainer import TrainState
 from ...tasks.random_mixture import random_mixture
 from .horizon_answer import KEYS, answer, figure
 from .problem import Problem, problem_of
-from .study import Size, Study, plain, with_seeds
+from .study import Size, Study, plain
 from .table import Row
 from .training import trained
 
@@ -67,14 +67,6 @@ class Run:
     horizon: int
     seed: int
     settings: Settings
-
-
-def study(size: Size, seeds: int | None) -> Study:
-    """The study at this size, with other ``seeds`` than the size has where they are given.
-
-    Errors: ValueError for fewer than two seeds, which have no interval.
-    """
-    return study_of(with_seeds(SIZES[size], seeds))
 
 
 def study_of(settings: Settings) -> Study:

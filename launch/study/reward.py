@@ -22,7 +22,7 @@ from ...samplers.streams import stream
 from ...tasks.mixture_target import energy
 from .problem import Problem, measure, plane_problem, w2_ratio
 from .reward_answer import BINS, KEYS, REACH, answer, figure
-from .study import Size, Study, plain, with_seeds
+from .study import Size, Study, plain
 from .table import Row
 from .training import trained
 
@@ -75,14 +75,6 @@ class Run:
     method: str
     seed: int
     settings: Settings
-
-
-def study(size: Size, seeds: int | None) -> Study:
-    """The study at this size, with other ``seeds`` than the size has where they are given.
-
-    Errors: ValueError for fewer than two seeds, which have no interval.
-    """
-    return study_of(with_seeds(SIZES[size], seeds))
 
 
 def study_of(settings: Settings) -> Study:

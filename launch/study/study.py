@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -56,6 +57,15 @@ class Study:
     metrics: dict[str, str]
     answer: Callable[[list[Row]], str]
     figure: Callable[[list[Row]], Figure]
+
+
+def named(name: str, size: Size, seeds: int | None) -> Study:
+    """The study of this name: its module's ``study_of`` on its ``SIZES``, with other ``seeds`` where they are given.
+
+    Errors: ValueError for fewer than two seeds, which have no interval.
+    """
+    module = import_module(f".{name}", __package__)
+    return module.study_of(with_seeds(module.SIZES[size], seeds))
 
 
 def with_seeds(settings: S, seeds: int | None) -> S:

@@ -18,7 +18,7 @@ from ...samplers.policy import Policy
 from ...samplers.rollout import rollout
 from ...samplers.streams import stream
 from .problem import Problem, measure, problem_of
-from .study import Size, Study, plain, with_seeds
+from .study import Size, Study, plain
 from .table import Row
 from .temperature_answer import KEYS, answer, figure
 from .training import trained
@@ -66,14 +66,6 @@ class Run:
     alpha: float
     seed: int
     settings: Settings
-
-
-def study(size: Size, seeds: int | None) -> Study:
-    """The study at this size, with other ``seeds`` than the size has where they are given.
-
-    Errors: ValueError for fewer than two seeds, which have no interval.
-    """
-    return study_of(with_seeds(SIZES[size], seeds))
 
 
 def study_of(settings: Settings) -> Study:

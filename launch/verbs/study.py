@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -68,8 +67,10 @@ def main(argv: list[str]) -> int:
     from ...finetune.runs.loading import loading
 
     with loading("torch"):
-        module = import_module(f"..study.{options.name}", __package__)
-    return _carried_out(module.study(size, options.seeds), out, options.jobs)
+        from ..study.study import named
+
+        study = named(options.name, size, options.seeds)
+    return _carried_out(study, out, options.jobs)
 
 
 def _carried_out(study: Study, out: Path, jobs: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
@@ -168,6 +167,6 @@ OTHERS = ("dimension", "horizon")  # have such a test beside their own
 )
 def test_the_quick_study(name: str, tmp_path: Path) -> None:
     """`tiltune study NAME --quick`."""
-    said = study.carry_out(import_module(f"tiltune.launch.study.{name}").study("quick", None), tmp_path / "quick", 2)
+    said = study.carry_out(study.named(name, "quick", None), tmp_path / "quick", 2)
     assert said.startswith("# ") and "2 seeds" in said
     assert {path.name for path in (tmp_path / "quick").iterdir()} >= {"rows.csv", "table.md", "figure.png", "figure.pdf"}

@@ -237,9 +237,9 @@ def test_the_verb_refuses_what_is_no_study(tiltune: Callable[..., Any], tmp_path
 def test_the_verb_goes_on_after_ctrl_c(tiltune: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for error, status in ((KeyboardInterrupt(), 130), (Preempted("SIGTERM"), 75)):
         tiny = replace(dimension.study_of(TINY), perform=broken(error, 1))
-        monkeypatch.setattr(dimension, "study", lambda size, seeds, tiny=tiny: tiny)
+        monkeypatch.setattr(study, "named", lambda name, size, seeds, tiny=tiny: tiny)
         shown = tiltune("study", "dimension", "--jobs", "1", "--out", tmp_path / "study")
         assert shown.status == status and "runs are kept" in shown.err
     assert len(list((tmp_path / "study" / "runs").iterdir())) == 2
-    monkeypatch.setattr(dimension, "study", lambda size, seeds: replace(tiny, perform=broken(Preempted("SIGTERM"), 0)))
+    monkeypatch.setattr(study, "named", lambda name, size, seeds: replace(tiny, perform=broken(Preempted("SIGTERM"), 0)))
     assert tiltune("study", "dimension", "--jobs", "1", "--out", tmp_path / "study").status == 76

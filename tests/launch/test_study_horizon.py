@@ -62,5 +62,5 @@ def test_the_values_closed_form_is_what_rollouts_of_the_prior_say() -> None:
 @pytest.mark.slow
 def test_the_quick_study(tmp_path: Path) -> None:
     """`tiltune study horizon --quick`."""
-    said = study.carry_out(horizon.study("quick", None), tmp_path / "quick", 2)
+    said = study.carry_out(study.named("horizon", "quick", None), tmp_path / "quick", 2)
     assert "**D = 10**, 2 seeds" in said
