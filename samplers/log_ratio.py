@@ -25,15 +25,13 @@ def rows_of(trajectories: Trajectories, chain: Chain, rows: slice) -> tuple[Stat
     batch = len(trajectories)
     first, stop, _ = rows.indices(chain.num_kernels * batch)
     row = torch.arange(first, stop, device=trajectories.states.device)
-    step = chain.step_of_row(torch.div(row, batch, rounding_mode="floor"))
-    path = row % batch
-    flat = trajectories.states.flatten(0, 1)
-    at: slice | Tensor = step * batch + path
     begin, end = (chain.trained[i // batch] * batch + i % batch for i in (first, stop - 1))
-    beside = slice(begin, end + 1), slice(begin + batch, end + 1 + batch)
+    if end - begin != stop - 1 - first:
+        return rows_at(trajectories, chain, row)
     # Steps that follow one another lie beside one another: views, where an index would copy.
-    here, following = beside if end - begin == stop - 1 - first else (at, at + batch)
-    return flat[here], flat[following], step, selected(trajectories.condition, path)
+    flat, step = trajectories.states.flatten(0, 1), chain.step_of_row(torch.div(row, batch, rounding_mode="floor"))
+    condition = selected(trajectories.condition, row % batch)
+    return flat[begin : end + 1], flat[begin + batch : end + 1 + batch], step, condition
 
 
 def rows_at(trajectories: Trajectories, chain: Chain, row: Index) -> tuple[States, States, Index, Condition | None]:

@@ -10,7 +10,9 @@ from .refusals import refuse
 ObjectiveName = Literal["rtb", "log_variance", "trust_pcl", "reinforce_kl", "ppo_kl", "tlm", "ddpo", "grpo"]
 BEHAVIOR_NAMES = ("on_policy", "prior", "inflated", "tilted_prior", "noised_back", "replay")
 CLIP = 0.2  # of objectives that always have one
-CLIPPED_NAMES = ("rtb", "log_variance", "trust_pcl", "ppo_kl", "ddpo", "grpo")
+COMPARATOR_NAMES = ("ddpo", "grpo")  # which do not target the tilted law
+ALWAYS_CLIPPED = ("ppo_kl", *COMPARATOR_NAMES)  # around the policy that drew
+CLIPPED_NAMES = ("rtb", "log_variance", "trust_pcl", *ALWAYS_CLIPPED)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class TrainConfig:
             f"horizon {self.horizon} needs a value of the states between: give soft_value_updates, 1500 say.",
         )
         refuse(
-            self.objective in ("ddpo", "grpo")
+            self.objective in COMPARATOR_NAMES
             and (self.warm_start != "none" or self.forward_rows > 0 or self.tempering_ess is not None),
             f"{self.objective} is there to compare with, from the prior on and at one alpha: give warm_start none,"
             " tempering_ess None, and no forward_rows.",
@@ -199,7 +201,7 @@ class TrainConfig:
             " rtb, log_variance or trust_pcl, which need no density.",
         )
         refuse(
-            self.objective in ("ppo_kl", "ddpo", "grpo") and set(self.shares) != {"on_policy"},
+            self.objective in ALWAYS_CLIPPED and set(self.shares) != {"on_policy"},
             f"{self.objective} clips by the policy that drew, and {', '.join(set(self.shares) - {'on_policy'})} trajectories"
             " were drawn otherwise. Use behavior on_policy, or rtb, log_variance or trust_pcl with clip.",
         )
@@ -220,7 +222,7 @@ class TrainConfig:
             return dict(sorted(self.behavior.items(), key=lambda item: item[0] != "on_policy"))
         if self.objective == "tlm":
             return {"tilted_prior": 1.0}
-        if self.objective in ("reinforce_kl", "ppo_kl", "ddpo", "grpo"):
+        if self.objective in ("reinforce_kl", *ALWAYS_CLIPPED):
             return {"on_policy": 1.0}
         return {"on_policy": 0.5, "tilted_prior": 0.5}
 

@@ -19,7 +19,7 @@ from ...samplers.log_ratio import rows_of
 from ...samplers.prior import Prior
 from ...samplers.trajectory import Trajectories
 from ..energies.energy import Energy
-from .gradients import backward_rows
+from .gradients import backward_likelihood
 
 
 def lean_adjoint(prior: Prior, drawn: Trajectories, energy: Energy, alpha: float) -> Float[Tensor, "kernels batch *state"]:
@@ -50,8 +50,7 @@ def backward_adjoint_matching(
 ) -> Float[Tensor, ""]:
     """Accumulate the gradient of the loss on trajectories that hold the prior's outputs; returns the loss.
 
-    log policy has the gradient (z - delta) · grad delta where the next state is mean_prior + sigma z, so that of the loss is its
-    negative at z = -sigma a: pass 2, on other next states.
+    Up to ½ |sigma a|² that is the negative log-ratio of next states that the prior would draw by the noise -sigma a.
     """
     chain, count = prior.chain, len(drawn)
     assert drawn.prior_outputs is not None
@@ -62,8 +61,8 @@ def backward_adjoint_matching(
         state, _, step, condition = rows_of(drawn, chain, rows)
         wanted = -chain.kernel.std(step, state) * carried[rows]
         following = chain.kernel.sample(state, step, outputs[rows], wanted)
-        with torch.no_grad():
-            shift = chain.kernel.shift(state, step, evaluate(policy, chain, state, step, condition), outputs[rows])
-            total += 0.5 * (shift - wanted).square().sum() / count
-        backward_rows(policy, chain, state, following, step, torch.full((len(state),), -1 / count).to(state), condition)
+        weight = torch.full((len(state),), 1 / count).to(state)
+        none = torch.zeros_like(weight)
+        total += backward_likelihood(policy, chain, outputs[rows], state, following, step, weight, none, condition)
+        total += 0.5 * wanted.square().sum() / count
     return total

@@ -54,6 +54,11 @@ def trust_pcl(batch: Batch, alpha: float, log_z: Float[Tensor, ""], huber: float
     return (batch.weight * half_square(residual, width)).sum() / batch.weight.sum()
 
 
+def ahead_of(each: Float[Tensor, " kernels batch"]) -> Float[Tensor, " kernels batch"]:
+    """The sum over each step and those after it."""
+    return each.flip(0).cumsum(0).flip(0)
+
+
 @torch.no_grad()
 def leave_one_out(
     batch: Batch,
@@ -66,8 +71,7 @@ def leave_one_out(
 
     step_log_ratio: of the policy whose advantage it is. weight: sums to 1. huber: a limit to it, nats.
     """
-    to_go = step_log_ratio.flip(0).cumsum(0).flip(0)  # of each step and those after it
-    ahead = step_log_ratio.sum(0) if batch.soft_value is None else to_go + batch.soft_value
+    ahead = step_log_ratio.sum(0) if batch.soft_value is None else ahead_of(step_log_ratio) + batch.soft_value
     value = -batch.energy - alpha * ahead
     others = ((weight * value).sum(-1, keepdim=True) - weight * value) / (1 - weight).clamp(min=1e-6)
     advantage = value - others

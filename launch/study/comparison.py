@@ -12,11 +12,12 @@ from typing import Any
 
 from ...finetune.config.train import TrainConfig
 from .comparison_answer import answer, figure
+from .methods import LOG_Z_LEARNING_RATE
 from .problem import Problem, problem_of, w2_ratio
 from .problem import measure as by_truth
 from .study import Study, plain
 from .table import Row
-from .training import trained
+from .training import from_the_prior, trained
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,5 @@ def look(problem: Problem, policy: Callable[..., Any]) -> Row:
 
 def config_of(arm: Arm, settings: Settings, seed: int) -> TrainConfig:
     """On-policy from the prior on, at the target's temperature, but for what the arm changes."""
-    shared: dict[str, Any] = {
-        "behavior": {"on_policy": 1.0},
-        "updates": settings.updates[-1],
-        "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
-        "log_z_learning_rate": 0.3,
-        "warm_start": "none",
-        "tempering_ess": None,
-        "monitor_every": settings.updates[-1],
-        "checkpoint_every": 0,
-        "seed": seed,
-    }
-    return TrainConfig(**(shared | arm.changes))
+    sizes: dict[str, Any] = {"batch_size": settings.batch_size, "learning_rate": settings.learning_rate}
+    return from_the_prior(seed, settings.updates[-1], **(sizes | {"log_z_learning_rate": LOG_Z_LEARNING_RATE} | arm.changes))

@@ -28,12 +28,19 @@ def last_rows(rows: Sequence[Row], dim: int) -> dict[tuple[str, int], Row]:
     return {(row["arm"], row["seed"]): row for row in rows if row["dim"] == dim and row["updates"] == most}
 
 
+def gap_factor(gaps: Mapping[tuple[str, int], float], name: str, other: str) -> Interval:
+    """log of the gap of ``name`` over that of ``other``, seed by seed. gaps: {(name, seed): nats}.
+
+    A gap below `LEAST` is not told from it. Factors, since a gap that broke down is so much larger than the others that a mean of
+    differences would be its alone.
+    """
+    seeds = sorted({seed for _, seed in gaps})
+    return interval([math.log(max(gaps[name, seed], LEAST) / max(gaps[other, seed], LEAST)) for seed in seeds])
+
+
 def factor(rows: Sequence[Row], dim: int, arm: str, other: str) -> Interval:
-    """log of the gap of ``arm`` over that of ``other`` after the last update, seed by seed. A gap below `LEAST` is not told from
-    it. Factors, since a gap that broke down is so much larger than the others that a mean of differences would be its alone."""
-    last = last_rows(rows, dim)
-    seeds = sorted({seed for _, seed in last})
-    return interval([math.log(max(last[arm, seed]["gap"], LEAST) / max(last[other, seed]["gap"], LEAST)) for seed in seeds])
+    """`gap_factor` of two arms after the last update."""
+    return gap_factor({key: row["gap"] for key, row in last_rows(rows, dim).items()}, arm, other)
 
 
 def answer(rows: Sequence[Row], question: str, labels: Mapping[str, str], against: Mapping[str, str | None]) -> str:
@@ -53,21 +60,17 @@ def answer(rows: Sequence[Row], question: str, labels: Mapping[str, str], agains
         for arm, label in labels.items():
             own = [row for (name, _), row in last.items() if name == arm]
             gap, lost = interval([row["gap"] for row in own]), interval([row["component_tv"] for row in own])
-            line = f"- **{label}**: gap {_said(gap)}, component TV {lost.mean:.3f}"
+            line = f"- **{label}**: gap {gap.mean:.3g} nats ({gap.low:.3g} to {gap.high:.3g}), component TV {lost.mean:.3f}"
             if broken := sum(row["gap"] > row["gap_prior"] for row in own):
                 line += f", {broken} of {len(own)} trainings further from the target than the prior"
             other = against[arm]
             if other is not None:
                 found = factor(rows, dim, arm, other)
                 word = {1: "further from the target", -1: "closer to the target", 0: "not shown to differ"}[found.sign]
-                mean, low, high = (math.exp(min(value, 700.0)) for value in (found.mean, found.low, found.high))
-                line += f"; against {labels[other]}: {word}, {mean:.2g} times its gap ({low:.2g} to {high:.2g})"
+                times = found.exp()
+                line += f"; against {labels[other]}: {word}, {times.mean:.2g} times its gap ({times.low:.2g} to {times.high:.2g})"
             lines.append(line + ".")
     return "\n".join(lines) + "\n"
-
-
-def _said(value: Interval) -> str:
-    return f"{value.mean:.3g} nats ({value.low:.3g} to {value.high:.3g})"
 
 
 def figure(rows: Sequence[Row], labels: Mapping[str, str]) -> Figure:
@@ -81,10 +84,10 @@ def figure(rows: Sequence[Row], labels: Mapping[str, str]) -> Figure:
         ends: list[float] = []
         for place, (number, arm) in zip(places, enumerate(labels), strict=True):
             own = [max(row[column], LEAST) if scale == "log" else row[column] for (name, _), row in last.items() if name == arm]
-            found = interval([math.log(value) for value in own] if scale == "log" else own)
-            mean, low, high = (math.exp(min(one, 20.0)) if scale == "log" else one for one in (found.mean, found.low, found.high))
-            axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], marker="o", markersize=4, color=COLORS[number % 7])
-            ends += [mean, *own]
+            found = interval([math.log(value) for value in own]).exp() if scale == "log" else interval(own)
+            error = [[found.mean - found.low], [found.high - found.mean]]
+            axes.errorbar(found.mean, place, xerr=error, marker="o", markersize=4, color=COLORS[number % 7])
+            ends += [found.mean, *own]
         if scale == "log":
             log_scale(axes, "x", 0.7 * min(ends), 1.5 * max(ends))
         else:

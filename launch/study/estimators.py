@@ -15,7 +15,6 @@ from functools import partial
 
 import torch
 
-from ...finetune.config.train import TrainConfig
 from ...samplers.make_policy import make_policy
 from ...samplers.policy import Policy
 from ...samplers.streams import stream
@@ -24,7 +23,7 @@ from .gradient_estimators import ESTIMATORS, ROLLOUT, ROW, estimate
 from .problem import Problem, measure, problem_of
 from .study import Size, Study, plain
 from .table import Row
-from .training import bounded, trained
+from .training import bounded, from_the_prior, trained
 
 
 @dataclass(frozen=True)
@@ -78,18 +77,7 @@ def perform(run: Run) -> list[Row]:
     problem = problem_of(run.dim, settings.ess, run.seed, settings.steps, settings.samples)
     assert problem.alpha == 1.0  # estimators take E for E/alpha
     gaps = {name: _gap_after(problem, name, settings) for name in ESTIMATORS}
-    config = TrainConfig(
-        objective="log_variance",
-        behavior={"on_policy": 1.0},
-        updates=settings.stages[-1],
-        batch_size=2 * settings.batch_size,
-        learning_rate=settings.learning_rate,
-        warm_start="none",
-        tempering_ess=None,
-        monitor_every=settings.stages[-1],
-        checkpoint_every=0,
-        seed=run.seed,
-    )
+    config = from_the_prior(run.seed, settings.stages[-1], 2 * settings.batch_size, settings.learning_rate)
     found, _ = trained(problem, config, settings.stages, partial(_noises, settings=settings))
     rows: list[Row] = []
     for stage, values in zip(settings.stages, found, strict=True):
@@ -104,7 +92,6 @@ def _noises(problem: Problem, policy: Policy, *, settings: Settings) -> Row:
     """Of every estimator at this policy: {"NAME efficiency", "NAME signal", "NAME evaluations"}; and the policy's gap."""
     found: Row = {"gap": measure(problem, policy)["gap"]}
     product: dict[str, float] = {}
-    kept = [None if weight.grad is None else weight.grad.clone() for weight in policy.parameters()]
     for name in ESTIMATORS:
         generator = stream("certificate", problem.seed)
         drawn: list[torch.Tensor] = []
@@ -119,8 +106,7 @@ def _noises(problem: Problem, policy: Policy, *, settings: Settings) -> Row:
         squared = each.mean(0).square().sum().item() - noise / settings.estimates
         product[name] = noise * spent
         found |= {f"{name} signal": squared / noise, f"{name} evaluations": spent}
-    for weight, gradient in zip(policy.parameters(), kept, strict=True):
-        weight.grad = gradient
+    policy.zero_grad()  # the training goes on
     return found | {f"{name} efficiency": product["whole"] / own for name, own in product.items()}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...tasks.plots.curves import new_figure
 from .axes import COLORS, log_scale
-from .comparison_answer import LEAST
+from .comparison_answer import LEAST, gap_factor
 from .gradient_estimators import ESTIMATORS
 from .intervals import Interval, interval
 from .table import Row
@@ -26,11 +26,9 @@ def efficiency(rows: Sequence[Row], dim: int, stage: int, name: str) -> Interval
     return interval([math.log(max(row["efficiency"], 1e-6)) for row in own])
 
 
-def gap_factor(rows: Sequence[Row], dim: int, name: str) -> Interval:
-    """log of the gap that training by this estimator ends with, over that of the whole path, seed by seed."""
-    gaps = {(row["estimator"], row["seed"]): max(row["gap"], LEAST) for row in rows if row["dim"] == dim}
-    seeds = sorted({seed for _, seed in gaps})
-    return interval([math.log(gaps[name, seed] / gaps["whole", seed]) for seed in seeds])
+def gap_factors(rows: Sequence[Row], dim: int, name: str) -> Interval:
+    """`gap_factor` of what training by this estimator ends with, against the whole path."""
+    return gap_factor({(row["estimator"], row["seed"]): row["gap"] for row in rows if row["dim"] == dim}, name, "whole")
 
 
 def answer(rows: Sequence[Row]) -> str:
@@ -53,14 +51,14 @@ def answer(rows: Sequence[Row]) -> str:
         lines += ["| estimator | " + " | ".join([*heads, "gap at equal evaluations"]) + " |", "|---" * (len(stages) + 2) + "|"]
         for name, estimator in ESTIMATORS.items():
             cells = [_factor(efficiency(own, dim, stage, name)) if estimator.unbiased else "" for stage in stages]
-            lines.append("| " + " | ".join([estimator.label, *cells, _factor(gap_factor(own, dim, name))]) + " |")
+            lines.append("| " + " | ".join([estimator.label, *cells, _factor(gap_factors(own, dim, name))]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _factor(value: Interval) -> str:
     if value.low == value.high:
         return "1"
-    return f"{math.exp(value.mean):.2g} ({math.exp(value.low):.2g} to {math.exp(value.high):.2g})"
+    return value.exp().said(2)
 
 
 def figure(rows: Sequence[Row]) -> Figure:
@@ -76,7 +74,7 @@ def figure(rows: Sequence[Row]) -> Figure:
                 found = [efficiency(rows, dim, stage, name) for stage in stages]
                 ends[0].extend(math.exp(one.mean) for one in found)
                 _points(left, [stage * (1 + 0.04 * (place - 3)) for stage in stages], found, color, "-")
-            gap = gap_factor(rows, dim, name)
+            gap = gap_factors(rows, dim, name)
             ends[1].append(math.exp(gap.mean))
             _points(right, [place], [gap], color, "", estimator.label)
         for axes, means in zip((left, right), ends, strict=True):  # by the means: intervals of few seeds go far beyond
@@ -97,9 +95,7 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 
 def _points(axes: Any, x: Sequence[float], found: Sequence[Interval], color: str, line: str, label: str | None = None) -> None:
-    y = [math.exp(one.mean) for one in found]
-    error = [
-        [value - math.exp(one.low) for value, one in zip(y, found, strict=True)],
-        [math.exp(min(one.high, 20.0)) - value for value, one in zip(y, found, strict=True)],
-    ]
+    drawn = [one.exp() for one in found]
+    y = [one.mean for one in drawn]
+    error = [[one.mean - one.low for one in drawn], [one.high - one.mean for one in drawn]]
     axes.errorbar(x, y, error, marker="o", markersize=4, linestyle=line, linewidth=1.1, color=color, label=label)

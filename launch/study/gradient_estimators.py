@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...finetune.learning.adjoint_matching import backward_adjoint_matching, lean_adjoint
-from ...finetune.learning.gradients import backward_rows, backward_trajectories
+from ...finetune.learning.gradients import backward_likelihood, backward_trajectories
+from ...finetune.learning.objectives import ahead_of
 from ...finetune.learning.rows import sampled_steps
 from ...samplers.denoiser import evaluate
 from ...samplers.log_ratio import rows_of
@@ -55,7 +56,7 @@ def whole_path(ratio: Tensor, energy: Tensor) -> Tensor:
 
 def to_go(ratio: Tensor, energy: Tensor) -> Tensor:
     """Step k answers for l_k and what follows it. What came before is noise to it; but the sum is no longer constant."""
-    return others(ratio.flip(0).cumsum(0).flip(0) + energy)
+    return others(ahead_of(ratio) + energy)
 
 
 def no_baseline(ratio: Tensor, energy: Tensor) -> Tensor:
@@ -103,8 +104,7 @@ def _backward_split(problem: Problem, policy: Policy, drawn: Trajectories, energ
 
         gradient = mean over b of sum_k (delta_k + c_k eps_k) · grad delta_k,    c_k = E + sum_{j>k} ½ |delta_j|² less the others'
 
-    log policy has the gradient (z - delta_k) · grad delta_k where the next state is mean_prior + sigma_k z. So it is that of
-    next states with z = 2 delta_k + c_k eps_k. The rollout knows delta_k; here it is computed again, and not counted.
+    c_k follows from delta at all steps, which the rollout knows; here they are computed once more, and not counted.
     """
     chain, count = problem.prior.chain, len(drawn)
     assert drawn.prior_outputs is not None
@@ -113,12 +113,12 @@ def _backward_split(problem: Problem, policy: Policy, drawn: Trajectories, energ
     with torch.no_grad():
         shift = chain.kernel.shift(state, step, evaluate(policy, chain, state, step, None), prior_output)
         drawn_noise = chain.kernel.standardize(following, state, step, prior_output) - shift
+        noised = chain.kernel.sample(state, step, prior_output, drawn_noise)
         kl = (0.5 * shift.flatten(1).square().sum(1)).view(chain.num_kernels, count)
-        later = kl.flip(0).cumsum(0).flip(0) - kl
-        cost = count * others(energy + later).flatten()
-        z = 2 * shift + cost.view(-1, *[1] * (shift.ndim - 1)) * drawn_noise
-        moved = chain.kernel.sample(state, step, prior_output, z)
-    g = torch.full((len(state),), 1 / count, device=state.device)
+        later = ahead_of(kl) - kl
+        cost = others(energy + later).flatten()
+    weight = torch.full((len(state),), 1 / count, device=state.device)
     for first in range(0, len(state), CHUNK):
         rows = slice(first, first + CHUNK)
-        backward_rows(policy, chain, state[rows], moved[rows], step[rows], g[rows], None)
+        of = prior_output[rows], state[rows], noised[rows], step[rows], weight[rows], (weight + cost)[rows]
+        backward_likelihood(policy, chain, *of)

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...finetune.config.train import TrainConfig
 from ...finetune.learning.trainer import TrainState
 from ...tasks.random_mixture import random_mixture
 from .horizon_answer import KEYS, answer, figure
+from .methods import LEARNING_RATE, LOG_Z_LEARNING_RATE
 from .problem import Problem, problem_of
 from .study import Size, Study, plain
 from .table import Row
-from .training import trained
+from .training import from_the_prior, trained
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,17 @@ def perform(run: Run) -> list[Row]:
     """One row."""
     settings = run.settings
     problem = problem_of(run.dim, settings.ess, run.seed, settings.steps, settings.samples)
-    config = TrainConfig(
+    config = from_the_prior(
+        run.seed,
+        settings.updates,
+        settings.batch_size,
+        LEARNING_RATE,
         objective="trust_pcl",
         horizon=run.horizon or None,
-        behavior={"on_policy": 1.0},
-        updates=settings.updates,
-        batch_size=settings.batch_size,
-        learning_rate=3e-3,
-        log_z_learning_rate=0.3,
-        warm_start="none",
+        log_z_learning_rate=LOG_Z_LEARNING_RATE,
         soft_value_updates=settings.value_updates,
         population="importance",
         population_size=settings.population,
-        tempering_ess=None,
-        monitor_every=settings.updates,
-        checkpoint_every=0,
-        seed=run.seed,
     )
     [found], state = trained(problem, config, (config.updates,))
     known = {"gap_prior": problem.gap_prior, "gap_exact": problem.gap_exact}

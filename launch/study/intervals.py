@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEVEL = 0.95
+LARGEST = 700.0  # of a logarithm whose exponential is a number
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class Interval:
     def sign(self) -> int:
         """1 or -1 where all of the interval is above or below zero, and 0 where it holds zero."""
         return int(self.low > 0) - int(self.high < 0)
+
+    def exp(self) -> Interval:
+        """Of an interval of logarithms: the geometric mean and its interval."""
+        return Interval(*(math.exp(min(value, LARGEST)) for value in (self.mean, self.low, self.high)))
+
+    def said(self, digits: int = 3) -> str:
+        return f"{self.mean:.{digits}g} ({self.low:.{digits}g} to {self.high:.{digits}g})"
 
 
 def interval(values: Sequence[float]) -> Interval:

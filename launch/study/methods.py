@@ -12,6 +12,7 @@ from ...finetune.learning.trainer import Trainer
 from ...samplers.make_policy import make_policy
 from ...tasks import tilted_mixture
 from .problem import Problem
+from .training import from_the_prior
 
 PROBE = 12  # calls with which every training examines its energy
 SMALLEST = 10  # prior paths from which a population may climb: two on each island
@@ -55,19 +56,15 @@ def train_config(method: Method, problem: Problem, updates: int, batch_size: int
     """
     if method.behavior is None:
         return _recipe(problem, updates, batch_size)
-    config = TrainConfig(
+    config = from_the_prior(
+        problem.seed,
+        updates,
+        batch_size,
+        LEARNING_RATE,
         objective=method.objective,
         behavior={method.behavior: 1.0},
-        updates=updates,
-        batch_size=batch_size,
-        learning_rate=LEARNING_RATE,
         log_z_learning_rate=LOG_Z_LEARNING_RATE,
-        warm_start="none",
         population=method.population,
-        tempering_ess=None,
-        checkpoint_every=0,
-        monitor_every=updates,
-        seed=problem.seed,
     )
     calls = updates * batch_size
     if method.population == "smc":

@@ -102,16 +102,23 @@ def _problem(
     )
 
 
+def rollouts(problem: Problem, policy: Denoiser) -> tuple[Trajectories, torch.Tensor]:
+    """Paths of a policy that is measured, and their log-weights to the target; by the same noise for all of a problem."""
+    generator = stream("certificate", problem.seed)
+    return _weighted(problem.prior, policy, problem.energy, problem.samples, generator, problem.alpha)
+
+
 @torch.no_grad()
-def measure(problem: Problem, policy: Denoiser) -> dict[str, float]:
-    """How far a policy is from the target, by new rollouts and the exact denoiser's paths; no energy call of the training.
+def measure(problem: Problem, policy: Denoiser, drawn: tuple[Trajectories, torch.Tensor] | None = None) -> dict[str, float]:
+    """How far a policy is from the target, by its `rollouts` and the exact denoiser's paths; no energy call of the training.
+
+    drawn: the rollouts, where the caller has them.
 
     component_tv: between the target's component weights and the mean responsibilities of the policy's samples. gap: EUBO - ELBO,
     nats. log_z_error: |log Z of the policy's weights - log Z of the chain|, nats. ess_share: effective share of the policy's
-    paths, over that of the exact denoiser's. All policies of a problem are measured by the same noise.
+    paths, over that of the exact denoiser's.
     """
-    generator = stream("certificate", problem.seed)
-    paths, log_weight = _weighted(problem.prior, policy, problem.energy, problem.samples, generator, problem.alpha)
+    paths, log_weight = rollouts(problem, policy) if drawn is None else drawn
     shares = problem.target.responsibilities(problem.prior.to_data(paths.terminal).double())
     elbo, eubo = log_weight.double().mean().item(), problem.exact.look(policy).eubo
     return {
@@ -138,6 +145,7 @@ def w2_ratio(problem: Problem, policy: Denoiser) -> float:
     return w2(problem.prior.to_data(paths.terminal), exact) / w2(twin, exact)
 
 
+@torch.no_grad()
 def _weighted(
     prior: Prior, policy: Denoiser | None, energy: Energy, count: int, generator: torch.Generator, alpha: float
 ) -> tuple[Trajectories, torch.Tensor]:

@@ -15,16 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...finetune.config.train import TrainConfig
 from ...samplers.policy import Policy
-from ...samplers.rollout import rollout
-from ...samplers.streams import stream
 from ...tasks.mixture_target import energy
-from .problem import Problem, measure, plane_problem, w2_ratio
+from .problem import Problem, measure, plane_problem, rollouts, w2_ratio
 from .reward_answer import BINS, KEYS, REACH, answer, figure
 from .study import Size, Study, plain
 from .table import Row
-from .training import trained
+from .training import from_the_prior, trained
 
 
 def exponentiated_twice(x: Tensor) -> Tensor:
@@ -92,20 +89,9 @@ def perform(run: Run) -> list[Row]:
     settings = run.settings
     problem = plane_problem(settings.chain, settings.steps, run.seed, settings.samples)
     changes, own_energy = METHODS[run.method]
-    config = TrainConfig(
-        **changes,
-        behavior={"on_policy": 1.0},
-        updates=settings.updates[-1],
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        log_z_learning_rate=0.1,
-        warm_start="none",
-        # On-policy alone, coverage hangs on how slowly the temperature falls; ddpo has none.
-        tempering_ess=None if changes["objective"] == "ddpo" else 0.6,
-        monitor_every=settings.updates[-1],
-        checkpoint_every=0,
-        seed=run.seed,
-    )
+    # On-policy alone, coverage hangs on how slowly the temperature falls; ddpo has none.
+    changes = {"log_z_learning_rate": 0.1, "tempering_ess": None if changes["objective"] == "ddpo" else 0.6} | changes
+    config = from_the_prior(run.seed, settings.updates[-1], settings.batch_size, settings.learning_rate, **changes)
     rows, _ = trained(problem, config, settings.updates, look, own_energy)
     known = {"gap_prior": problem.gap_prior, "gap_exact": problem.gap_exact}
     own = {"method": run.method, "seed": run.seed, **known}
@@ -114,8 +100,8 @@ def perform(run: Run) -> list[Row]:
 
 def look(problem: Problem, policy: Policy) -> Row:
     """`measure`, W2, and a histogram of samples: counts in `BINS` x `BINS` squares of [-`REACH`, `REACH`]², row by row."""
-    found = measure(problem, policy)
-    paths = rollout(problem.prior, policy, problem.samples, stream("certificate", problem.seed), keep=False)
+    paths, log_weight = rollouts(problem, policy)
+    found = measure(problem, policy, (paths, log_weight))
     x = problem.prior.to_data(paths.terminal).double()
     counts, _ = torch.histogramdd(x, [BINS, BINS], range=[-REACH, REACH, -REACH, REACH])
     histogram = [int(count) for count in counts.flatten()]

@@ -11,7 +11,7 @@ from ...tasks.mixture_target import target_mixture
 from ...tasks.plots.curves import new_figure
 from ...tasks.plots.mixture import contours
 from .axes import COLORS, log_scale
-from .intervals import Interval, interval
+from .intervals import interval
 from .table import Row, averaged
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def answer(rows: Sequence[Row]) -> str:
     ]
     for method in _methods(rows):
         own = [row for row in last if row["method"] == method]
-        cells = [_said(interval([row[name] for row in own])) for name in ("mode_tv", "w2_ratio", "gap")]
+        cells = [interval([row[name] for row in own]).said() for name in ("mode_tv", "w2_ratio", "gap")]
         lines.append("| " + " | ".join([method, *cells, _soon(rows, method)]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -52,10 +52,6 @@ def _soon(rows: Sequence[Row], method: str) -> str:
         if interval([row["mode_tv"] for row in own]).mean <= REACHED:
             return f"{own[0]['calls']:,}"
     return "not reached"
-
-
-def _said(value: Interval) -> str:
-    return f"{value.mean:.3g} ({value.low:.3g} to {value.high:.3g})"
 
 
 def _methods(rows: Sequence[Row]) -> list[str]:

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...finetune.config.train import TrainConfig
 from ...samplers.log_ratio import outputs, shift_moments
 from ...samplers.policy import Policy
-from ...samplers.rollout import rollout
 from ...samplers.streams import stream
-from .problem import Problem, measure, problem_of
+from .problem import Problem, measure, problem_of, rollouts
 from .study import Size, Study, plain
 from .table import Row
 from .temperature_answer import KEYS, answer, figure
-from .training import trained
+from .training import from_the_prior, trained
 
 
 @dataclass(frozen=True)
@@ -83,19 +81,8 @@ def perform(run: Run) -> list[Row]:
     """One row."""
     settings = run.settings
     problem = problem_of(run.dim, settings.ess, run.seed, settings.steps, settings.samples, run.alpha)
-    config = TrainConfig(
-        objective="log_variance",
-        alpha=run.alpha,
-        behavior={"on_policy": 1.0},
-        updates=settings.updates,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        warm_start="none",
-        monitor_every=settings.updates,
-        checkpoint_every=0,
-        seed=run.seed,
-    )
+    own = {"alpha": run.alpha, "epochs": settings.epochs, "tempering_ess": 0.3}
+    config = from_the_prior(run.seed, settings.updates, settings.batch_size, settings.learning_rate, **own)
     [found], _ = trained(problem, config, (settings.updates,), look)
     return [{"dim": run.dim, "alpha": run.alpha, "seed": run.seed, **found, **truth(problem), "gap_prior": problem.gap_prior}]
 
@@ -103,12 +90,12 @@ def perform(run: Run) -> list[Row]:
 @torch.no_grad()
 def look(problem: Problem, policy: Policy) -> Row:
     """`measure`, and energy, KL and diversity of the policy."""
-    prior, generator = problem.prior, stream("certificate", problem.seed)
-    paths = rollout(prior, policy, problem.samples, generator)
+    prior = problem.prior
+    paths, log_weight = rollouts(problem, policy)
     _, kl = shift_moments(prior.chain, policy, paths, outputs(prior.chain, prior.denoiser, paths))
     x = prior.to_data(paths.terminal)
     own = {"energy": problem.energy(x).mean().item(), "kl": kl.mean().item(), "diversity": mean_distance(x)}
-    return {**measure(problem, policy), **own}
+    return {**measure(problem, policy, (paths, log_weight)), **own}
 
 
 def truth(problem: Problem) -> Row:

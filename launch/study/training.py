@@ -24,6 +24,22 @@ MOST = 1e4  # nats, as which a policy counts that is further away, or no longer 
 WORST = {"component_tv": 1.0, "mode_tv": 1.0, "ess_share": 0.0, "elbo": -MOST}
 
 
+def from_the_prior(seed: int, updates: int, batch_size: int, learning_rate: float, **changes: Any) -> TrainConfig:
+    """On-policy from the prior on, at the target's temperature and without checkpoints, but for ``changes``."""
+    shared: dict[str, Any] = {
+        "behavior": {"on_policy": 1.0},
+        "updates": updates,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "warm_start": "none",
+        "tempering_ess": None,
+        "monitor_every": updates,
+        "checkpoint_every": 0,
+        "seed": seed,
+    }
+    return TrainConfig(**(shared | changes))
+
+
 def trained(
     problem: Problem,
     config: TrainConfig,
