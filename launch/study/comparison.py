@@ -106,5 +106,6 @@ def look(problem: Problem, policy: Callable[..., Any]) -> Row:
 
 def config_of(arm: Arm, settings: Settings, seed: int) -> TrainConfig:
     """On-policy from the prior on, at the target's temperature, but for what the arm changes."""
-    sizes: dict[str, Any] = {"batch_size": settings.batch_size, "learning_rate": settings.learning_rate}
-    return from_the_prior(seed, settings.updates[-1], **(sizes | {"log_z_learning_rate": LOG_Z_LEARNING_RATE} | arm.changes))
+    own: dict[str, Any] = {"batch_size": settings.batch_size, "learning_rate": settings.learning_rate}
+    own |= {"log_z_learning_rate": LOG_Z_LEARNING_RATE, **arm.changes}
+    return from_the_prior(seed, settings.updates[-1], **own)
