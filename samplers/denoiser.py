@@ -55,9 +55,9 @@ class DiffusersDenoiser(nn.Module):
         with nullcontext() if self.adapters is None else self.adapters.using(None):
             return self.run(state, timestep, condition)
 
-    def run(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
-        """The network as it stands, with whatever adapters are on."""
-        extra = {} if condition is None else condition.network_inputs()
+    def run(self, state: States, timestep: Timestep, condition: Condition | None = None, **inputs: States) -> States:
+        """The network as it stands, with whatever adapters are on; ``inputs`` of its own beside the condition's."""
+        extra = inputs if condition is None else {**condition.network_inputs(), **inputs}
         if self._timestep_each:
             timestep = timestep.expand(len(state))
         if self._integer_timestep:
@@ -80,8 +80,9 @@ class DiffusersDenoiser(nn.Module):
 class ResidualDenoiser(nn.Module):
     """Frozen prior plus a network that starts at zero, for priors that cannot be trained (closed forms, black boxes).
 
-    network: a denoiser or a diffusers model. The prior is kept out of the module's parameters and state dict: it is frozen
-    and saved elsewhere. The sum is taken in the state's precision, so that half precision does not swallow a small residual.
+    network: a denoiser or a diffusers model; one with ``sees_prior`` (`MLPDenoiser`) is given the prior's output too. The prior
+    is kept out of the module's parameters and state dict: it is frozen and saved elsewhere. The sum is taken in the state's
+    precision, so that half precision does not swallow a small residual.
     """
 
     def __init__(self, prior: Denoiser, network: nn.Module) -> None:
@@ -92,8 +93,10 @@ class ResidualDenoiser(nn.Module):
 
     def forward(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
         with torch.no_grad():
-            prior = self._prior[0](state, timestep, condition)
-        return prior.to(state.dtype) + self.residual(state, timestep, condition).to(state.dtype)
+            prior = self._prior[0](state, timestep, condition).to(state.dtype)
+        if isinstance(self.residual, DiffusersDenoiser) and getattr(self.residual.model, "sees_prior", False):
+            return prior + self.residual.run(state, timestep, condition, prior_output=prior).to(state.dtype)
+        return prior + self.residual(state, timestep, condition).to(state.dtype)
 
     def save(self, folder: Path) -> None:
         """The residual network alone as a diffusers model, in residual/.

@@ -17,6 +17,7 @@ from .chain import Chain
 from .shapes import Index, Timestep
 from .typed import forked_rng, unique_with_inverse
 
+FURTHEST = 10.0  # standard deviations that the estimate of an imperfect prior, from nearly nothing but noise, may seem to be off
 OWN_FREQUENCIES = 4  # of a residual network: waves down to a length of 1.6 standard deviations
 
 
@@ -28,9 +29,12 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
     Where ``own_frequencies`` is positive, F has a second part, a sum over Fourier features of each coordinate alone, with weights
     that depend on t: what a product of one-dimensional laws needs, learned from far fewer samples than by the MLP.
 
-    The three functions of the timestep are tables of ``num_labels`` entries, interpolated linearly and stored with the
-    weights (`set_preconditioning_`); as built they are 1, 0 and 1. The Fourier features (width ``bandwidth``) let a small
-    network follow the steep steps between modes.
+    Where ``sees_prior`` is set, F sees the prior's estimate of the data beside the state, x_hat = p(t) · s + q(t) · (the prior's
+    output). A tilt moves that estimate within what the prior holds possible, so that a network that knows it has less to learn.
+
+    The functions of the timestep are tables of ``num_labels`` entries, interpolated linearly and stored with the weights
+    (`set_preconditioning_`); as built input_scale, output_skip and output_scale are 1, 0 and 1. The Fourier features (width
+    ``bandwidth``) let a small network follow the steep steps between modes.
 
     forward: (sample, timestep in [0, num_labels - 1]) → (output,).
     """
@@ -45,6 +49,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         bandwidth: float = 5.0,
         num_labels: int = 1001,
         own_frequencies: int = 0,
+        sees_prior: bool = False,
     ) -> None:
         super().__init__()
         self.num_labels = num_labels
@@ -55,12 +60,15 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         table = torch.tensor([1.0, 0.0, 1.0])[:, None].repeat(1, num_labels)
         self.register_buffer("preconditioning", table)
         self.time = nn.Sequential(nn.Linear(13, width), nn.SiLU(), nn.Linear(width, width * (depth + 1)))
-        self.inward = nn.Linear(dim + 2 * fourier_features, width)
+        self.inward = nn.Linear((2 if sees_prior else 1) * dim + 2 * fourier_features, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.outward = nn.Linear(width, dim)
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
         self.own = OwnWaves(dim, own_frequencies) if own_frequencies else None
+        self.sees_prior = sees_prior
+        if sees_prior:
+            self.register_buffer("estimate", torch.tensor([1.0, 0.0])[:, None].repeat(1, num_labels))
 
     def forward(
         self,
@@ -68,27 +76,36 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         timestep: Timestep | float,
         return_dict: bool = False,
         class_labels: Index | None = None,
+        prior_output: Float[Tensor, " n dim"] | None = None,
     ) -> tuple[Float[Tensor, " n dim"]]:
         if class_labels is not None:
             raise ValueError("MLPDenoiser is unconditional; it was given class_labels.")
+        if self.sees_prior != (prior_output is not None):
+            raise ValueError("an MLPDenoiser takes prior_output where it was built with sees_prior, and only there.")
         label = torch.as_tensor(timestep, device=sample.device, dtype=self.frequencies.dtype).reshape(-1)
         # A chain has few distinct labels: embed each once.
         label, inverse = unique_with_inverse(label)
         low = label.floor().clamp(0, self.num_labels - 2)
         fraction = label - low
         low = low.long()
-        table = torch.lerp(self.preconditioning[:, low], self.preconditioning[:, low + 1], fraction)
+        tables = torch.cat([self.preconditioning, self.estimate]) if self.sees_prior else self.preconditioning
+        table = torch.lerp(tables[:, low], tables[:, low + 1], fraction)
         phase = label[:, None] * self.time_frequencies
         embedded = torch.cat([label[:, None] / (self.num_labels - 1), phase.sin(), phase.cos()], 1)
         shifts = self.time(embedded)
         if len(label) > 1:
             shifts, table = shifts[inverse], table[:, inverse]
-        input_scale, output_skip, output_scale = table[..., None]
+        input_scale, output_skip, output_scale, *estimate = table[..., None]
 
         state = input_scale * sample
         angles = state @ self.frequencies
         first, *rest = shifts.chunk(len(self.hidden) + 1, 1)
-        hidden = nn.functional.silu(self.inward(torch.cat([state, angles.sin(), angles.cos()], 1)) + first)
+        inputs = [state, angles.sin(), angles.cos()]
+        if prior_output is not None:
+            p, q = estimate
+            data = p * sample + q * prior_output
+            inputs.append(data / (1 + (data / FURTHEST).square()).sqrt())
+        hidden = nn.functional.silu(self.inward(torch.cat(inputs, 1)) + first)
         for layer, shift in zip(self.hidden, rest, strict=True):
             hidden = hidden + nn.functional.silu(layer(hidden) + shift)
         output = self.outward(hidden)
@@ -127,12 +144,21 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def set_tables_(self, timesteps: Float[Tensor, " n"], columns: Float[Tensor, "3 n"]) -> MLPDenoiser:
         """Set input_scale, output_skip and output_scale at ascending ``timesteps``, interpolated to the labels between them."""
+        self.preconditioning.copy_(self._at_labels(timesteps, columns))
+        return self
+
+    @torch.no_grad()
+    def set_estimate_(self, timesteps: Float[Tensor, " n"], columns: Float[Tensor, "2 n"]) -> MLPDenoiser:
+        """Set p and q of the prior's estimate, for samples as the network is fed them, in the same way."""
+        self.estimate.copy_(self._at_labels(timesteps, columns))
+        return self
+
+    def _at_labels(self, timesteps: Float[Tensor, " n"], columns: Float[Tensor, "rows n"]) -> Float[Tensor, "rows labels"]:
         labels = torch.arange(self.num_labels, dtype=torch.float64)
         right = torch.searchsorted(timesteps, labels).clamp(1, len(timesteps) - 1)
         left = right - 1
         fraction = ((labels - timesteps[left]) / (timesteps[right] - timesteps[left])).clamp(0, 1)
-        self.preconditioning.copy_(torch.lerp(columns[:, left], columns[:, right], fraction))
-        return self
+        return torch.lerp(columns[:, left], columns[:, right], fraction)
 
 
 class OwnWaves(nn.Module):
@@ -182,9 +208,12 @@ def residual_network(chain: Chain, dim: int) -> MLPDenoiser:
     with forked_rng():
         torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs as well
         bandwidth = 1.5 / math.sqrt(dim)
-        network = MLPDenoiser(dim, width=128, depth=3, bandwidth=bandwidth, own_frequencies=OWN_FREQUENCIES)
+        own = OWN_FREQUENCIES
+        network = MLPDenoiser(dim, width=128, depth=3, bandwidth=bandwidth, own_frequencies=own, sees_prior=True)
     order = torch.argsort(chain.timesteps)
-    q, signal, noise = (column[: chain.num_steps][order] for column in (chain.q, chain.signal, chain.noise))
+    columns = (chain.p / chain.input_scale, chain.q, chain.signal, chain.noise)
+    p, q, signal, noise = (column[: chain.num_steps][order] for column in columns)
+    network.set_estimate_(chain.timesteps[order], torch.stack([p, q]))
     if bool(torch.isfinite(signal + noise).all()):
         spread = (signal**2 + noise**2).clamp(min=1e-6).sqrt()
         network.set_tables_(chain.timesteps[order], torch.stack([1 / spread, torch.zeros_like(q), noise**2 / q]))

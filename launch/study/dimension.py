@@ -3,7 +3,7 @@
 Random Gaussian mixtures of a growing dimension with their exact denoiser, tilted by a linear energy that leaves the same share of
 the prior effective in each. A run is one method on one problem: it trains at each of several budgets of energy calls, from the
 prior on, and each of these trainings is measured at its end, with its schedule complete. What is measured where no call is spent
-is the prior. The seed changes problem and training.
+is the prior. Two more are no trainings: populations by their weights alone. The seed changes problem and training.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from torch import nn
+
+from ...finetune.config.train import TrainConfig
 from .dimension_answer import answer
 from .dimension_figure import figure
-from .methods import METHODS, PRIOR, PROBE, train_config
-from .problem import measure, problem_of
+from .methods import METHODS, PRIOR, PROBE, WEIGHTED, prepared, train_config
+from .problem import Problem, measure, measure_weighted, problem_of
 from .study import Size, Study, plain
 from .table import Row
-from .training import trained
+from .training import Evaluations, trained
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def study_of(settings: Settings) -> Study:
         for seed in range(settings.seeds)
         for ess in settings.ess
         for dim in settings.dims
-        for method in (PRIOR, *METHODS)
+        for method in (PRIOR, *METHODS, *WEIGHTED)
     }
     said = partial(answer, steps=settings.steps)
     return Study("dimension", plain(settings), runs, perform, KEYS, METRICS, said, figure)
@@ -86,15 +89,30 @@ def perform(run: Run) -> list[Row]:
     def row(budget: int, measured: Row) -> Row:
         own = {"ess": run.ess, "dim": run.dim, "budget": budget, "method": run.method, "seed": run.seed}
         known = {name: getattr(problem, name) for name in ("gap_prior", "gap_exact", "ess_exact", "log_z")}
-        return {**own, **measured, "gap_left": measured["gap"] / problem.gap_prior, **known}
+        gap = measured["gap"]
+        return {**own, **measured, "gap_left": None if gap is None else gap / problem.gap_prior, **known}
 
     if run.method == PRIOR:
         return [row(0, {"calls": 0, "network_evaluations": 0, "diverged": 0, **measure(problem, problem.prior.denoiser)})]
-    method = METHODS[run.method]
+    method = WEIGHTED[run.method][1] if run.method in WEIGHTED else METHODS[run.method]
     rows: list[Row] = []
     for updates in run.updates:
         config = train_config(method, problem, updates, run.batch_size)
+        if run.method in WEIGHTED:
+            rows.append(row(PROBE + updates * run.batch_size, _by_weight(problem, config)))
+            continue
         # On-policy trainings have no held-out paths to see by whether the prior was closer. The recipe ends at what came closest.
         [measured], _ = trained(problem, config, () if config.warm_start != "none" else (config.updates,))
         rows.append(row(PROBE + updates * run.batch_size, measured))
     return rows
+
+
+def _by_weight(problem: Problem, config: TrainConfig) -> Row:
+    """What a training's population says before the training; its held-out paths are left out, as they are there."""
+    assert isinstance(problem.prior.denoiser, nn.Module)
+    with Evaluations(problem.prior.denoiser) as meter:
+        state = prepared(problem, config)
+    population = state.preparation.population
+    assert population is not None
+    spent = {"calls": state.energies.meter.calls, "network_evaluations": meter.count, "diverged": 0}
+    return {**spent, **measure_weighted(problem, population)}

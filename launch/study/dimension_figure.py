@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...tasks.plots.curves import new_figure
 from .dimension_answer import differences
 from .intervals import interval
-from .methods import METHODS, OFF_POLICY, ON_POLICY, PRIOR
+from .methods import COMPARATORS, LABELS, METHODS, OFF_POLICY, ON_POLICY, PRIOR
 from .table import Row, averaged
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "rtb_tilted_prior": ("#D55E00", "D", "--"),
     "rtb_noised_back": ("#CC79A7", "P", "--"),
     "rtb_climbed": ("#009E73", "X", "--"),
+    "ppo_kl": ("#b3b300", "<", "-"),
+    "trust_pcl": ("#5b2a86", ">", "-"),
+    "ddpo": ("#a05a2c", "x", "-"),
     "recipe": ("#56B4E9", "*", ":"),
+    "snis": ("#8a8a8a", "1", ":"),
+    "smc": ("#009E73", "2", ":"),
 }
 PANELS: dict[str, tuple[str, str]] = {  # column: (label, scale)
     "component_tv": ("component TV", "linear"),
@@ -65,13 +70,15 @@ def _against_calls(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> None:
     ticks = [budget for budget in budgets if not 0 < budget < budgets[-1] / 4]  # of many budgets, the lowest stand too close
     for line, (column, (label, scale)) in zip(panels, PANELS.items(), strict=True):
         for axes, dim in zip(line, dims, strict=True):
-            for name in METHODS:
-                own = [mean for mean in means if mean["dim"] == dim and mean["method"] == name]
+            for name in LABELS:
+                own = [mean for mean in means if (mean["dim"], mean["method"]) == (dim, name) and mean[column] is not None]
+                if not own:
+                    continue
                 aside = SPREAD * budgets[-1] * _place(name)
                 _curve(axes, name, [mean["budget"] + aside for mean in own], own, column)
                 _from_prior(axes, name, own[0]["budget"] + aside, start[dim][column], own[0][column])
             axes.plot(0, start[dim][column], marker="o", markersize=4, color="#444444", markerfacecolor="white", zorder=3)
-            _finish(axes, scale, [mean[column] for mean in means])
+            _finish(axes, scale, _shown(means, column))
             axes.set_xticks(ticks, [f"{budget / 1000:.1f}k" if budget else "prior" for budget in ticks])
         line[0].set_ylabel(label, fontsize=8)
     for axes, dim in zip(panels[0], dims, strict=True):
@@ -95,7 +102,7 @@ def _against_dimension(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> N
         left.plot(dims, value, color="#444444", linewidth=1.0, linestyle=(0, (1, 1)))
         left.annotate(text, (dims[0], value[0]), (0, above), textcoords="offset points", fontsize=7)
     left.set_title(f"gap at {budget:,} calls (nats)", fontsize=9)
-    _finish(left, "log", [mean[column] for mean in means for column in ("gap", "gap_prior", "gap_exact")])
+    _finish(left, "log", [value for column in ("gap", "gap_prior", "gap_exact") for value in _shown(means, column)])
     for axes, on_policy in zip(right, ON_POLICY, strict=True):
         axes.axhline(0, color="black", linewidth=0.8)
         shown: list[float] = []
@@ -113,9 +120,14 @@ def _against_dimension(part: Any, rows: Sequence[Row], dims: Sequence[int]) -> N
         axes.set_xlabel("dimension D", fontsize=8)
 
 
+def _shown(means: Sequence[Row], column: str) -> list[float]:
+    """What an axis must hold: the comparators, which run away from the target, may leave it."""
+    return [mean[column] for mean in means if mean["method"] not in COMPARATORS and mean[column] is not None]
+
+
 def _place(name: str) -> float:
     """Of a method, beside the others."""
-    return list(METHODS).index(name) - 0.5 * (len(METHODS) - 1)
+    return list(LABELS).index(name) - 0.5 * (len(LABELS) - 1)
 
 
 def _beside(dims: Sequence[int], name: str) -> list[float]:
@@ -138,7 +150,7 @@ def _curve(axes: Axes, name: str, x: Sequence[float], means: Sequence[Row], colu
         markersize=4,
         linewidth=1.1,
         elinewidth=0.7,
-        label=METHODS[name].label,
+        label=LABELS[name],
     )
 
 

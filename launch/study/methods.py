@@ -8,7 +8,7 @@ from typing import Literal
 from ...finetune.config.train import ObjectiveName, TrainConfig
 from ...finetune.learning.monitor import JUDGED
 from ...finetune.learning.preparation import HELD_OUT
-from ...finetune.learning.trainer import Trainer
+from ...finetune.learning.trainer import Trainer, TrainState
 from ...samplers.make_policy import make_policy
 from ...tasks import tilted_mixture
 from .problem import Problem
@@ -19,17 +19,22 @@ SMALLEST = 10  # prior paths from which a population may climb: two on each isla
 LEARNING_RATE, LOG_Z_LEARNING_RATE = 3e-3, 0.3
 WARM_START_UPDATES, WARM_START_ROWS = 4, 1024  # updates of the warm start for each one that an on-policy training has
 TRIALS = 8  # of the size of a population that climbs
+SOFT_VALUE_UPDATES = 400
 UNSPENT = 0.01  # share of the calls that a climb may leave without another trial of its size
 
 
 @dataclass(frozen=True)
 class Method:
-    """label: in tables and figures. behavior: where its trajectories come from; None for the default recipe."""
+    """label: in tables and figures. behavior: where its trajectories come from; None for the default recipe. epochs: gradient
+    steps on each batch. half_path: consistency over half of the path at a time, with a soft value learned on a population first.
+    """
 
     label: str
     objective: ObjectiveName
     behavior: str | None
     population: Literal["importance", "smc"] = "importance"
+    epochs: int = 1
+    half_path: bool = False
 
 
 ON_POLICY = {
@@ -43,8 +48,18 @@ OFF_POLICY = {
     "rtb_noised_back": Method("RTB, noised back", "rtb", "noised_back"),
     "rtb_climbed": Method("RTB, climbed population", "rtb", "tilted_prior", "smc"),
 }
+FURTHER = {
+    "ppo_kl": Method("PPO with the KL, on-policy", "ppo_kl", "on_policy", epochs=2),
+    "trust_pcl": Method("Trust-PCL over half paths, on-policy", "trust_pcl", "on_policy", half_path=True),
+}
+COMPARATORS = {"ddpo": Method("DDPO: another target", "ddpo", "on_policy")}
 RECIPE = {"recipe": Method("default recipe", "log_variance", None)}
-METHODS = ON_POLICY | OFF_POLICY | RECIPE
+METHODS = ON_POLICY | OFF_POLICY | FURTHER | COMPARATORS | RECIPE
+WEIGHTED = {  # no training: a population by its weights alone, and the method that trains on such a one
+    "snis": ("prior paths by weight (SNIS)", OFF_POLICY["rtb_tilted_prior"]),
+    "smc": ("climbed population by weight (SMC)", OFF_POLICY["rtb_climbed"]),
+}
+LABELS = {name: method.label for name, method in METHODS.items()} | {name: label for name, (label, _) in WEIGHTED.items()}
 PRIOR = "prior"  # what all of them begin at
 
 
@@ -52,10 +67,11 @@ def train_config(method: Method, problem: Problem, updates: int, batch_size: int
     """A training that makes `PROBE` + ``updates`` · ``batch_size`` energy calls, as many as an on-policy one of these updates.
 
     A population takes all of them, together with its held-out paths, and has as many updates. One that climbs takes at most so
-    many: how many temperatures it needs is not known before.
+    many: how many temperatures it needs is not known before. A soft value takes half of the calls for its population.
     """
     if method.behavior is None:
         return _recipe(problem, updates, batch_size)
+    calls = updates * batch_size
     config = from_the_prior(
         problem.seed,
         updates,
@@ -65,8 +81,18 @@ def train_config(method: Method, problem: Problem, updates: int, batch_size: int
         behavior={method.behavior: 1.0},
         log_z_learning_rate=LOG_Z_LEARNING_RATE,
         population=method.population,
+        epochs=method.epochs,
     )
-    calls = updates * batch_size
+    if method.half_path:
+        drawn = updates // 2
+        return replace(
+            config,
+            updates=drawn,
+            monitor_every=drawn,
+            horizon=max(1, problem.prior.chain.num_steps // 2),
+            soft_value_updates=SOFT_VALUE_UPDATES,
+            population_size=importance_size(calls - drawn * batch_size),
+        )
     if method.population == "smc":
         return replace(config, population_size=_climbing_size(problem, config, calls))
     return replace(config, population_size=importance_size(calls))
@@ -128,6 +154,11 @@ def _climbing_size(problem: Problem, config: TrainConfig, calls: int) -> int:
 
 def _climbing_calls(problem: Problem, config: TrainConfig) -> int:
     """Energy calls of the preparation, the probe excluded."""
+    return prepared(problem, config).energies.meter.calls - PROBE
+
+
+def prepared(problem: Problem, config: TrainConfig) -> TrainState:
+    """A training that has its population, and nothing more."""
     trainer = Trainer(problem.prior, problem.energy, config, policy=make_policy(problem.prior), progress=False)
     trainer.state.preparation.run(trainer.state.log_z)
-    return trainer.state.energies.meter.calls - PROBE
+    return trainer.state

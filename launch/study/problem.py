@@ -11,6 +11,7 @@ from ...finetune.config.prior import PriorConfig
 from ...finetune.energies.energy import Energy
 from ...finetune.estimators import ess, log_mean_exp
 from ...finetune.populations.held_out import HeldOut
+from ...finetune.populations.population import Population
 from ...samplers.denoiser import Denoiser
 from ...samplers.prior import Prior
 from ...samplers.rollout import rollout
@@ -128,6 +129,20 @@ def measure(problem: Problem, policy: Denoiser, drawn: tuple[Trajectories, torch
         "ess_share": ess(log_weight) / problem.ess_exact,
         "elbo": elbo,
         "eubo": eubo,
+    }
+
+
+def measure_weighted(problem: Problem, population: Population) -> dict[str, float | None]:
+    """The same of weighted paths without a policy, which has no law over paths and so no gap."""
+    shares = problem.target.responsibilities(problem.prior.to_data(population.trajectories.terminal).double())
+    weight = population.weight(problem.alpha)
+    return {
+        "component_tv": share_tv(shares * (len(weight) * weight)[:, None], problem.target.weights),
+        "gap": None,
+        "log_z_error": abs(population.log_z(problem.alpha).item() - problem.log_z),
+        "ess_share": population.ess(problem.alpha) / len(weight) / problem.ess_exact,
+        "elbo": None,
+        "eubo": None,
     }
 
 

@@ -14,7 +14,8 @@ Row = dict[str, Any]
 
 def averaged(rows: Sequence[Row], keys: Sequence[str], metrics: Sequence[str]) -> list[Row]:
     """A row for each combination of the ``keys``: the number of its rows (seeds), and NAME, NAME_low and NAME_high of each
-    metric: its mean and the 95% interval. Sorted by the keys; the last one in the order of its first appearance."""
+    metric: its mean and the 95% interval, None where a row has none. Sorted by the keys; the last one in the order of its first
+    appearance."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -22,8 +23,10 @@ def averaged(rows: Sequence[Row], keys: Sequence[str], metrics: Sequence[str]) -
     for values, group in sorted(groups.items(), key=lambda item: item[0][:-1]):
         mean: Row = dict(zip(keys, values, strict=True)) | {"seeds": len(group)}
         for name in metrics:
-            found = interval([row[name] for row in group])
-            mean |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+            values = [row[name] for row in group]
+            found = None if None in values else interval(values)
+            for part, value in ("", "mean"), ("_low", "low"), ("_high", "high"):
+                mean[name + part] = None if found is None else getattr(found, value)
         means.append(mean)
     return means
 
@@ -63,6 +66,8 @@ def _written(value: Any) -> str:
 
 def _cell(row: Row, name: str) -> str:
     mean, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
+    if mean is None:
+        return "–"
     if mean >= 1000 or low == high:  # counts
         return f"{mean:,.0f}"
     return f"{mean:.3g} ({low:.3g} to {high:.3g})"

@@ -22,6 +22,7 @@ from tiltune.tasks import tilted_mixture
 from tiltune.tasks.exact_denoiser import ExactDenoiser
 from tiltune.tasks.gaussian_mixture import GaussianMixture
 from tiltune.tasks.mixture import TASK
+from tiltune.tasks.random_mixture import random_mixture
 from tiltune.tasks.tilts import TiltEnergy, linear, quadratic
 
 DIM = 5
@@ -160,3 +161,20 @@ def test_the_policy_of_a_prior_without_parameters_is_a_residual_network(tmp_path
     assert torch.equal(load_policy(prior, tmp_path)(state, label), policy(state, label))
     with pytest.raises(ValueError, match="is not of this prior's network"):
         load_policy(TASK.load_prior(replace(CONFIG, dim=3)), tmp_path)
+
+
+@pytest.mark.parametrize("label", [0, 20, -1])
+def test_the_residual_network_sees_the_priors_estimate_of_the_data(label: int) -> None:
+    """x_hat is the posterior mean of the mixture in closed form, but for its soft bound at ten standard deviations."""
+    prior = TASK.load_prior(CONFIG)
+    policy, mixture, chain = make_policy(prior), random_mixture(DIM, 0), prior.chain
+    step = label % chain.num_steps
+    state = torch.randn(6, DIM, generator=torch.Generator().manual_seed(0))
+    seen = list[torch.Tensor]()
+    network: Any = policy.denoiser.residual.model  # pyright: ignore[reportAttributeAccessIssue]
+    network.inward.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, -DIM:]))
+    policy(state, chain.timesteps[step].float())
+    exact = mixture.denoise(state.double(), chain.signal[step], chain.noise[step])
+    torch.testing.assert_close(seen[0].double(), exact / (1 + (exact / 10).square()).sqrt(), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="takes prior_output where it was built with sees_prior, and only there"):
+        network(state, chain.timesteps[step].float())
