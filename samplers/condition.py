@@ -23,14 +23,15 @@ class ConditionTable:
     """G conditions.
 
     names: what each one is called ("label 3"). tensors: by name, what the network is called with, under the names of its
-    own arguments ("class_labels"). strings: {name: G strings}, what only energies see ("prompts").
+    own arguments ("class_labels"; `guidance.guided` says more of them). only_energies: {name: G values}, what no network sees
+    ("prompts").
 
     Errors: ValueError for a table without rows, a name that stands twice, and columns without G rows.
     """
 
     names: tuple[str, ...]
     tensors: Mapping[str, Shaped[Tensor, " conditions ..."]] = field(default_factory=dict[str, Tensor])
-    strings: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    only_energies: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -38,7 +39,7 @@ class ConditionTable:
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
             raise ValueError(f"the condition {twice[0]} stands twice; name each one once.")
-        for name, column in {**self.tensors, **self.strings}.items():
+        for name, column in {**self.tensors, **self.only_energies}.items():
             if len(column) != len(self.names):
                 raise ValueError(f"{name} has {len(column)} rows for {len(self.names)} conditions; give one for each.")
 
@@ -54,7 +55,7 @@ class ConditionTable:
         return ConditionTable(
             (self.names[row],),
             {name: column[row : row + 1] for name, column in self.tensors.items()},
-            {name: column[row : row + 1] for name, column in self.strings.items()},
+            {name: column[row : row + 1] for name, column in self.only_energies.items()},
         )
 
 
@@ -77,12 +78,16 @@ class Condition:
 
     def network_inputs(self) -> dict[str, Shaped[Tensor, " batch ..."]]:
         """By name, on the device of ``group``, as the network takes them; the table may lie elsewhere."""
-        return {name: column[self.group.to(column.device)].to(self.group.device) for name, column in self.table.tensors.items()}
+        return self._rows(self.table.tensors)
 
     def context(self) -> dict[str, Any]:
-        """{name: N values}: what an energy may ask for."""
+        """{name: N values}: what an energy may ask for; of the network's inputs those of one number each, not embeddings."""
         rows = integers(self.group)
-        return {**self.network_inputs(), **{name: [column[row] for row in rows] for name, column in self.table.strings.items()}}
+        numbers = self._rows({name: column for name, column in self.table.tensors.items() if column.ndim == 1})
+        return numbers | {name: [column[row] for row in rows] for name, column in self.table.only_energies.items()}
+
+    def _rows(self, columns: Mapping[str, Tensor]) -> dict[str, Shaped[Tensor, " batch ..."]]:
+        return {name: column[self.group.to(column.device)].to(self.group.device) for name, column in columns.items()}
 
 
 def context_of(condition: Condition | None) -> dict[str, Any]:

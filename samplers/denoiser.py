@@ -14,6 +14,7 @@ from torch import nn
 
 from .chain import Chain
 from .condition import Condition
+from .guidance import guided
 from .shapes import States, Steps, Timestep
 
 if TYPE_CHECKING:
@@ -36,16 +37,18 @@ class DiffusersDenoiser(nn.Module):
     """A diffusers model (`UNet2DModel`, our `MLPDenoiser`, anything called as model(sample, timestep)) as a denoiser.
 
     A condition's tensors are passed under their names (``class_labels``). autocast: the dtype of torch's autocast while the
-    network runs, or None for its own precision. The second half of twice as many output channels as states have (a DiT's learned
+    network runs, or None for its own precision. guidance: the scale w of `guided`, for conditions that have a negative half; 1
+    for none. The second half of twice as many output channels as states have (a DiT's learned
     variance) is left out, as its pipeline does.
 
     Where the network carries LoRA adapters (``adapters``), a call runs with all of them off.
     """
 
-    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None, guidance: float = 1.0) -> None:
         super().__init__()
         self.model = model
         self.autocast = autocast
+        self.guidance = guidance
         self.adapters: AdapterSwitch | None = None
         # A DiT takes no scalar timestep, and an embedding table of timesteps takes integers only.
         self._timestep_each = type(model).__name__ == "DiTTransformer2DModel"
@@ -57,13 +60,16 @@ class DiffusersDenoiser(nn.Module):
 
     def run(self, state: States, timestep: Timestep, condition: Condition | None = None, **inputs: States) -> States:
         """The network as it stands, with whatever adapters are on; ``inputs`` of its own beside the condition's."""
-        extra = inputs if condition is None else {**condition.network_inputs(), **inputs}
+        named = inputs if condition is None else {**condition.network_inputs(), **inputs}
+        return guided(self._call, state, timestep, named, self.guidance)
+
+    def _call(self, state: States, timestep: Timestep, arguments: dict[str, Any]) -> States:
         if self._timestep_each:
             timestep = timestep.expand(len(state))
         if self._integer_timestep:
             timestep = timestep.long()
         with torch.autocast(state.device.type, self.autocast) if self.autocast is not None else nullcontext():
-            output = self.model(state, timestep, return_dict=False, **extra)[0]
+            output = self.model(state, timestep, return_dict=False, **arguments)[0]
         channels = state.shape[1]
         return output[:, :channels] if output.shape[1] == 2 * channels else output
 

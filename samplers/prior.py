@@ -37,7 +37,8 @@ class Prior:
     scale, or a latent decoder); the identity where None. data_variance: of the samples' widest direction, in units of the state;
     None where unknown. condition_table: what the network is conditioned on, each row with a law of its own; None for an
     unconditional one. `load_prior` also fills source, scheduler (the diffusers scheduler that the chain was read from),
-    step_options (what its step takes besides, DDIM's eta) and decisions (what the loader decided, a line each).
+    step_options (what its step takes besides, DDIM's eta), call_options (what the pipeline's call takes besides, its guidance)
+    and decisions (what the loader decided, a line each).
     """
 
     def __init__(
@@ -51,13 +52,15 @@ class Prior:
         source: Source | None = None,
         scheduler: Any = None,
         step_options: dict[str, float] | None = None,
+        call_options: dict[str, Any] | None = None,
         decisions: tuple[str, ...] = (),
         data_variance: float | None = None,
     ) -> None:
         self.denoiser: Any = as_denoiser(network)
         self.chain = chain
         self.shape = tuple(shape)
-        self.source, self.scheduler, self.step_options, self.decisions = source, scheduler, step_options or {}, decisions
+        self.source, self.scheduler, self.decisions = source, scheduler, decisions
+        self.step_options, self.call_options = step_options or {}, call_options or {}
         self.data_variance, self.condition_table = data_variance, condition_table
         self._to_data = to_data
         if isinstance(self.denoiser, nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +60,10 @@ def shipped_prior(folder: Path, config: PriorConfig) -> Prior:
 
     Errors: ValueError for a chain by name: the pipeline's scheduler is the only one.
     """
-    from ..samplers.loading.pretrained import load_prior
+    from ..finetune.runs.build import pretrained_prior
 
     if config.dim is not None or config.seed:
         raise ValueError("this task has one prior, of images of one size; leave out dim and the prior's seed.")
     if config.chain is not None:
         raise ValueError(f"this task has one chain, its pipeline's scheduler; leave out the chain {config.chain!r}.")
-    settings: dict[str, Any] = asdict(config)
-    del settings["source"], settings["chain"], settings["dim"], settings["seed"]
-    return load_prior(folder, **settings)
+    return pretrained_prior(config, folder)

@@ -37,6 +37,18 @@ class PriorConfig:
     less and reaches less. None: every step that can be trained."""
     labels: tuple[int, ...] | Literal["all"] | None = None
     """Class labels of a class-conditional denoiser, fine-tuned together, each toward a law of its own; or all of them."""
+    scheduler: Literal["ddpm", "ddim", "euler_ancestral"] | None = None
+    """A scheduler in place of the prior's own, on its betas, where that one is none of a chain (PNDM, Euler, DPM-Solver)."""
+    prompts: tuple[str, ...] | None = None
+    """Of a text-to-image prior, each with a law of its own. One that is a file's name stands for the prompts in it: a line each
+    (.txt), or the column "prompt" of a .csv or .json, whose other columns are the metadata that energies see."""
+    prompt_metadata: tuple[str, ...] = ()
+    """JSON of each prompt's metadata; a file of prompts fills it in."""
+    negative_prompt: str = ""
+    """The prompt that guidance leads away from."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance, in prior and policy alike; 1: none, in half of the evaluations. None: the pipeline's own
+    default (7.5 for Stable Diffusion, 5 for SDXL)."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """What the networks run in; log-ratios stay float32."""
     channels_last: bool = False
@@ -63,8 +75,23 @@ class PriorConfig:
                 last >= self.steps,
                 f"train_steps {first}:{last} reaches beyond the chain, whose {self.steps} steps are 0 to {self.steps - 1}.",
             )
+        self._refuse_prompts()
         if isinstance(self.labels, tuple):
             refuse(not self.labels, "labels is an empty list; name at least one, or leave it out for an unconditional denoiser.")
             refuse(min(self.labels) < 0, f"labels holds {min(self.labels)}; class labels start at 0.")
             twice = [label for label in self.labels if self.labels.count(label) > 1]
             refuse(bool(twice), f"labels holds {twice[0] if twice else None} twice; name each label once.")
+
+    def _refuse_prompts(self) -> None:
+        for prompt in self.prompts or ():
+            refuse(not prompt.strip(), "a prompt is empty; give it words, or leave it out.")
+        refuse(self.prompts == (), "prompts is an empty list; name at least one, or leave it out.")
+        refuse(
+            self.prompts is None and (bool(self.negative_prompt) or self.guidance is not None),
+            "guidance and negative_prompt are of a text-to-image prior with its prompts; give prompts, or leave them out.",
+        )
+        refuse(
+            bool(self.prompt_metadata) and len(self.prompt_metadata) != len(self.prompts or ()),
+            f"prompt_metadata has {len(self.prompt_metadata)} entries for {len(self.prompts or ())} prompts; give one for each.",
+        )
+        refuse(self.guidance is not None and not self.guidance >= 1, f"guidance is {self.guidance}; it is 1, for none, or more.")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config.prior import PriorConfig
 from ..config.run import RunConfig
 from .task import Task
 
 if TYPE_CHECKING:
+    from ...samplers.loading.text import Prompts
     from ...samplers.policy import Policy
     from ...samplers.prior import Prior
 
@@ -40,13 +44,31 @@ def load_prior(config: RunConfig, task: Task | None) -> Prior:
         prior = task.load_prior(config.prior)
         prior.denoiser.to(device)
         return prior
-    from ...samplers.loading import pretrained
-
     if config.prior.dim is not None or config.prior.seed:
         raise ValueError(f"dim and seed choose a prior of the mixture task; {config.prior.source!r} is as it is, leave them out.")
-    settings = asdict(config.prior)
-    del settings["chain"], settings["dim"], settings["seed"]  # of shipped tasks alone
-    return pretrained.load_prior(settings.pop("source"), device=device, **settings)
+    assert config.prior.source is not None
+    return pretrained_prior(config.prior, config.prior.source, device)
+
+
+def pretrained_prior(config: PriorConfig, source: str | Path, device: str = "cpu") -> Prior:
+    """The sampler in the folder ``source`` with the chain, and the conditions, of the config."""
+    from ...samplers.loading.pretrained import load_prior
+
+    settings = asdict(config)
+    del settings["source"], settings["chain"], settings["dim"], settings["seed"]  # the last three of shipped tasks alone
+    for name in ("prompts", "prompt_metadata", "negative_prompt", "guidance"):
+        del settings[name]
+    return load_prior(source, device=device, prompts=prompts_of(config), **settings)
+
+
+def prompts_of(config: PriorConfig) -> Prompts | None:
+    """What a text-to-image prior is conditioned on; None for any other."""
+    from ...samplers.loading.text import Prompts
+
+    if config.prompts is None:
+        return None
+    metadata = tuple(json.loads(one) for one in config.prompt_metadata)
+    return Prompts(config.prompts, metadata, config.negative_prompt, config.guidance)
 
 
 def initial_policy(config: RunConfig, prior: Prior) -> Policy:

@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from ...samplers.loading.folder import DECODERS, load_model, locate, read_json, weights_variant
+from ...samplers.loading.folder import DECODERS, TEXT_PIPELINES, load_model, locate, read_json, weights_variant
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
 from ..certificate.deployment import has_even_steps
 
 Format = Literal["pipeline", "lora", "merged"]
 FORMATS: dict[str, tuple[str, ...]] = {"full": ("pipeline",), "lora": ("lora", "merged"), "residual": ()}
+TEXT_ADAPTER = "pytorch_lora_weights.safetensors"  # as a pipeline's load_lora_weights takes it
 # A pipeline whose call is this scheduler's plain loop on a network of pixels without a condition.
 PLAIN_PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}
 
@@ -27,8 +28,9 @@ def export_policy(policy: Policy, format: Format, out: str | Path) -> str:
     pipeline: a full policy as the denoiser of the pipeline that its prior came from, with the prior's scheduler; merged: the
     same of a LoRA policy, the adapter added into a copy of the base weights. A bare model becomes a DDPMPipeline or a
     DDIMPipeline where its call samples what was trained, else the model with its scheduler in scheduler/. lora: the files
-    adapter_config.json and adapter_model.safetensors as peft writes them, the scheduler in scheduler/. All weights are float32
-    safetensors.
+    adapter_config.json and adapter_model.safetensors as peft writes them, the scheduler in scheduler/. Of a text-to-image
+    prior the first two write the whole pipeline, text encoders included, and lora also what a pipeline's load_lora_weights
+    takes. All weights are float32 safetensors.
 
     ``out`` appears when it is complete. What is deployed is not the trained chain: the policy runs the last step too where that
     belongs to the prior, and schedulers space steps their own way. `finetune.deployment` measures the difference.
@@ -84,6 +86,8 @@ def _network(policy: Policy, format: str) -> nn.Module:
 
 
 def _write_adapter(policy: Policy, partial: Path, out: Path) -> str:
+    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+
     from ...samplers.lora import LoraDenoiser
 
     prior, denoiser = policy.prior, policy.denoiser
@@ -92,6 +96,10 @@ def _write_adapter(policy: Policy, partial: Path, out: Path) -> str:
     (partial / "policy.json").unlink()
     prior.scheduler.save_pretrained(partial / "scheduler")
     network = denoiser.base.model
+    if _is_text(prior):
+        weights = {name.replace("base_model.model.", "unet."): part for name, part in denoiser.adapter_state().items()}
+        save_file(weights, partial / TEXT_ADAPTER, metadata={"format": "pt"})
+        return _text_usage(prior, out, adapter=True)
     return _usage(prior, network, _plain_pipeline(prior, network), out, adapter=True)
 
 
@@ -100,6 +108,12 @@ def _write_model(prior: Prior, network: Any, partial: Path, out: Path) -> str:
 
     source = prior.source
     assert source is not None
+    if _is_text(prior):
+        whole: Any = getattr(diffusers, source.pipeline or "").from_pretrained(
+            locate(source.path), unet=network, scheduler=prior.scheduler, local_files_only=True
+        )
+        whole.save_pretrained(partial)
+        return _text_usage(prior, out)
     name = _plain_pipeline(prior, network)
     if name:
         getattr(diffusers, name)(unet=network, scheduler=prior.scheduler).save_pretrained(partial)
@@ -117,6 +131,26 @@ def _write_model(prior: Prior, network: Any, partial: Path, out: Path) -> str:
                 decoder: Any = load_model(folder / part, DECODERS)[0]  # not copied: a pipeline reads no variants by itself
                 decoder.save_pretrained(partial / part)
     return _usage(prior, network, None, out)
+
+
+def _is_text(prior: Prior) -> bool:
+    return prior.source is not None and prior.source.pipeline in TEXT_PIPELINES
+
+
+def _text_usage(prior: Prior, out: Path, *, adapter: bool = False) -> str:
+    """Python that loads a text-to-image policy and draws a picture of its first prompt."""
+    source, table, scheduler = prior.source, prior.condition_table, type(prior.scheduler).__name__
+    assert source is not None and table is not None
+    options = ", ".join(f"{key}={value!r}" for key, value in {**prior.call_options, **prior.step_options}.items())
+    lines = [f"from diffusers import {source.pipeline}, {scheduler}"]
+    lines += [f"pipeline = {source.pipeline}.from_pretrained({(source.path if adapter else str(out))!r}, use_safetensors=True)"]
+    if adapter:
+        lines += [
+            f"pipeline.scheduler = {scheduler}.from_pretrained({str(out)!r}, subfolder='scheduler')",
+            f"pipeline.load_lora_weights({str(out)!r}, weight_name={TEXT_ADAPTER!r})",
+        ]
+    call = f"{table.names[0]!r}, num_inference_steps={prior.chain.num_steps}, {options}"
+    return "\n".join([*lines, f"images = pipeline({call}).images"])
 
 
 def _plain_pipeline(prior: Prior, network: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..config.run import RunConfig
 from ..energies.names import parse_energy
 from .energies import absolute_term
+from .prompts import from_file
 from .task import Task
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _with_absolute_places(config: RunConfig) -> RunConfig:
     """The config with the prior's folder and the energies' files spelled out, so that it repeats the run from anywhere; a hub
     id stays."""
     terms = tuple(absolute_term(term) for term in config.energy.terms)
-    config = replace(config, energy=replace(config.energy, terms=terms))
+    config = replace(config, energy=replace(config.energy, terms=terms), prior=from_file(config.prior))
     source = config.prior.source
     if source is None or not Path(source).expanduser().exists():
         return config

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.run import RunConfig
 from ..config.yaml_file import from_mapping, read_yaml
-from .build import load_prior
+from .build import load_prior, prompts_of
 from .energies import is_shipped, load_energies
+from .prompts import from_file
 from .resolve import refuse_other_task
 from .task import Task
 
@@ -91,7 +92,26 @@ class Run:
         if "class_labels" in table.tensors:
             labels = tuple(table.tensors["class_labels"].tolist())
             config = replace(config, prior=replace(config.prior, labels=labels))
+        elif config.prior.prompts is not None:
+            metadata = config.prior.prompt_metadata[row : row + 1]
+            config = replace(config, prior=replace(config.prior, prompts=table.names, prompt_metadata=metadata))
         return replace(self, config=config, prior=policy.prior, policy=policy, condition=table.names[0])
+
+    def on_prompts(self, prompts: tuple[str, ...]) -> Run:
+        """The same policy on other prompts, or on those in a file, each with a law of its own.
+
+        Errors: ValueError for a run without prompts, and a prompt that cannot be encoded.
+        """
+        from ...samplers.loading.text import with_prompts
+        from ...samplers.policy import Policy
+
+        if self.config.prior.prompts is None:
+            raise ValueError(f"{self.folder} is no run of a text-to-image prior, so it takes no prompts.")
+        asked = from_file(replace(self.config.prior, prompts=prompts, prompt_metadata=()))
+        chosen = prompts_of(asked)
+        assert chosen is not None
+        prior = with_prompts(self.prior, chosen)
+        return replace(self, config=replace(self.config, prior=asked), prior=prior, policy=Policy(prior, self.policy.denoiser))
 
     def energy(self, terms: Sequence[str] = ()) -> Energy:
         """The energy that ``terms`` name, or the one of the training where none are given.

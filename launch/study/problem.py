@@ -133,14 +133,15 @@ def measure(problem: Problem, policy: Denoiser, drawn: tuple[Trajectories, torch
 
 
 def measure_weighted(problem: Problem, population: Population) -> dict[str, float | None]:
-    """The same of weighted paths without a policy, which has no law over paths and so no gap."""
+    """The same of weighted paths without a policy: samples have no gap, and the paths of a climb, which are copies of few, no
+    effective share either."""
     shares = problem.target.responsibilities(problem.prior.to_data(population.trajectories.terminal).double())
     weight = population.weight(problem.alpha)
     return {
         "component_tv": share_tv(shares * (len(weight) * weight)[:, None], problem.target.weights),
         "gap": None,
         "log_z_error": abs(population.log_z(problem.alpha).item() - problem.log_z),
-        "ess_share": population.ess(problem.alpha) / len(weight) / problem.ess_exact,
+        "ess_share": population.ess(problem.alpha) / len(weight) / problem.ess_exact if population.tempering is None else None,
         "elbo": None,
         "eubo": None,
     }

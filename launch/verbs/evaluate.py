@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from ...tasks.task import load_task
 from .. import flags
@@ -19,10 +21,11 @@ if TYPE_CHECKING:
     from ...finetune.energies.energy import Energy
     from ...finetune.runs.run import Run
 
+LONGEST = 60  # letters of a prompt in a file's name
 DESCRIPTION = """Draw fresh rollouts of a run's policy and of its prior, and measure how close the policy came to
 p_prior(x) · exp(-E(x)/alpha). In this order: the verdict, on the terminal and in certificate.json; picture.png; what plain
 diffusers samplers give with the policy's network, added to certificate.json. Whatever ends it leaves what was written. A run of
-several labels is judged label by label, with a picture of each, and passes where all of them do. A shipped
+several labels or prompts is judged one by one, with a picture of each, and passes where all of them do. A shipped
 task is judged by its own criteria, any other run by its two sides against each other. Exit status: 0 the certificate passes, 1
 it fails, 3 it is inconclusive, 75 stopped by SIGTERM or SIGUSR1, 2 bad input, 70 an unexpected error, after its traceback.
 
@@ -125,8 +128,12 @@ def figure_of(run: Run, certificate: dict[str, Any], evidence: Evidence, energy:
 
 
 def picture_name(run: Run) -> str:
-    """picture.png, or one in pictures/ for each condition."""
-    return "picture.png" if run.condition is None else f"pictures/{run.condition.replace(' ', '_')}.png"
+    """picture.png, or one in pictures/ for each condition; a prompt that is no file's name gets one with its checksum."""
+    if run.condition is None:
+        return "picture.png"
+    plain = run.condition.replace(" ", "_")
+    name = re.sub(r"[^\w-]+", "_", plain)[:LONGEST]
+    return f"pictures/{name}.png" if name == plain else f"pictures/{name}-{crc32(plain.encode()):08x}.png"
 
 
 def verdict_line(certificate: dict[str, Any]) -> str:

@@ -23,6 +23,8 @@ proposals, which says how far to trust that. Exit status: 0 written, 2 bad input
 example: tiltune sample my-run --n 64
 
 example: tiltune sample my-run --n 500 --exact --out exact.safetensors
+
+example: tiltune sample my-text-run --n 8 --prompts "a red apple" --out apples.safetensors
 """
 
 
@@ -48,6 +50,8 @@ class Options:
     """For --exact: the energy of the training, to be said again where it is code of your own."""
     labels: tuple[int, ...] = ()
     """Of these class labels alone, for a run of several; all of the run's, in turn, where not given."""
+    prompts: tuple[str, ...] = ()
+    """Of these prompts, in turn, which the run need not have seen, or of those in a file; the run's own where not given."""
     seed: int = 0
     out: Path | None = None
     """A .safetensors file; samples.safetensors in the run's folder where not given."""
@@ -60,6 +64,8 @@ def main(argv: list[str]) -> int:
     options = flags.parse(Options, argv, "tiltune sample", DESCRIPTION)
     out, picture = targets(options)
     run = open_with_task(options.run)
+    if options.prompts:
+        run = run.on_prompts(options.prompts)
     import torch
     from safetensors.torch import save
 
@@ -99,7 +105,11 @@ def main(argv: list[str]) -> int:
         with progress_bar(options.n, "samples") as advance:
             seed = seed_for("samples", options.seed)
             samples = run.policy.sample(options.n, seed=seed, condition=condition, on_progress=advance)
-    tensors = {"samples": samples} if condition is None else {"samples": samples, **condition.network_inputs()}
+    tensors = {"samples": samples}
+    if condition is not None:
+        context = condition.context()
+        tensors |= {name: column for name, column in context.items() if isinstance(column, torch.Tensor)}
+        told |= {"prompts": context["prompts"]} if "prompts" in context else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")  # never in place: who has the old file mapped would see it change
     partial.write_bytes(
@@ -150,12 +160,13 @@ def wanted(prior: Prior, options: Options) -> Condition | None:
     from ...samplers.condition import Condition
 
     table = prior.condition_table
-    known = [] if table is None else table.tensors["class_labels"].tolist()
+    known = table.tensors["class_labels"].tolist() if table is not None and "class_labels" in table.tensors else []
     unknown = [label for label in options.labels if label not in known]
     if unknown:
         trained = f"was trained on the labels {', '.join(map(str, known))}" if known else "has no labels"
         raise ValueError(f"--labels {unknown[0]}: the run {trained}.")
-    if table is None:
-        return None
+    if not known:
+        return prior.condition(options.n)
+    assert table is not None
     rows = torch.tensor([known.index(label) for label in options.labels or known], device=prior.device)
     return Condition(table, rows[torch.arange(options.n, device=prior.device) % len(rows)])

@@ -11,8 +11,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-DENOISERS = ("UNet2DModel", "DiTTransformer2DModel", "Transformer2DModel", "MLPDenoiser")
+DENOISERS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel", "MLPDenoiser")
 DECODERS = ("AutoencoderKL", "VQModel")
+TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+# Their parts that neither chain nor decoder is made of, and those that nothing here is made of.
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -78,13 +82,15 @@ def _pipeline_layout(folder: Path) -> Layout:
             f"{folder}/model_index.json names a custom pipeline ({name}); code that comes with weights is never run."
         )
     lists = cast("dict[str, list[Any]]", {key: part for key, part in index.items() if isinstance(part, list)})
-    parts = {key: part for key, part in lists.items() if len(part) == 2 and part[0] is not None}
+    beside = (*TEXT_PARTS, *UNUSED_PARTS) if name in TEXT_PIPELINES else ()
+    parts = {key: part for key, part in lists.items() if len(part) == 2 and part[0] is not None and key not in beside}
     foreign = [f"{key}: {'.'.join(map(str, part))}" for key, part in parts.items() if part[0] not in ("diffusers", "tiltune")]
     extra = sorted(set(parts) - {"unet", "transformer", "scheduler", "vae", "vqvae"})
     if foreign or extra:
         raise ValueError(
             f"{name} has parts that a chain does not know ({', '.join(foreign or extra)}); unconditional and class-conditional"
-            " pipelines are covered: a unet or a transformer, a scheduler, and a vae or vqvae where it samples latents."
+            " pipelines are covered: a unet or a transformer, a scheduler, and a vae or vqvae where it samples latents; and of"
+            f" text-to-image ones {', '.join(TEXT_PIPELINES)}."
         )
     denoisers = [key for key in ("unet", "transformer") if key in parts]
     decoders = [key for key in ("vae", "vqvae") if key in parts]

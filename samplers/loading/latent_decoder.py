@@ -26,6 +26,13 @@ class LatentDecoder(nn.Module):
                 f"the decoder takes latents of {self.config.latent_channels} channels, but the denoiser makes {channels}; they"
                 " are not of one pipeline."
             )
+        if self.config.get("latents_mean") is not None:
+            raise ValueError("this decoder shifts its latents by a mean of each channel (latents_mean), which is not covered.")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an image for one of its latents, along a side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def forward(self, state: States) -> Float[Tensor, " n *data"]:

@@ -21,6 +21,8 @@ def state_shape(model: Any) -> tuple[int, ...]:
     if outward != inward and not (name == "DiTTransformer2DModel" and outward == 2 * inward):
         learned = " (a learned variance, which policy and prior would not share)" if outward == 2 * inward else ""
         raise ValueError(f"{name} takes {inward} channels and gives {outward}{learned}; a chain needs as many out as in.")
+    if config.get("time_cond_proj_dim") is not None:
+        raise ValueError(f"this {name} is distilled from guidance (time_cond_proj_dim), and its few steps are no such chain.")
     if config.sample_size is None:
         raise ValueError(f"this {name} has no sample_size in its config.json; write the height and width that it samples there.")
     size = config.sample_size

@@ -19,6 +19,7 @@ from .folder import DECODERS, DENOISERS, Layout, load_model, load_scheduler, loc
 from .hints import start_hint, variance_hint
 from .latent_decoder import LatentDecoder
 from .networks import label_table, num_classes, state_shape
+from .text import Prompts, guidance_of, prompt_line, prompt_table, refuse_other_prompts
 
 NAMED = 12  # conditions that a line names one by one
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,6 +35,8 @@ def load_prior(
     noise_level: float = 0.7,
     train_steps: str | None = None,
     labels: Sequence[int] | Literal["all"] | None = None,
+    scheduler: Literal["ddpm", "ddim", "euler_ancestral"] | None = None,
+    prompts: Prompts | None = None,
     precision: Literal["float32", "bf16", "fp16"] = "float32",
     channels_last: bool = False,
     device: torch.device | str | None = None,
@@ -41,12 +44,13 @@ def load_prior(
     """A pretrained sampler run with ``steps`` steps of its own scheduler.
 
     path: a pipeline folder (DDPMPipeline, DDIMPipeline, LDMPipeline, DiTPipeline and their like: one unet or transformer, one
-    scheduler, at most one vae), a bare model's folder with a scheduler_config.json beside it or in scheduler/, or the hub id
-    of a pipeline where no such folder exists.
+    scheduler, at most one vae; StableDiffusionPipeline and StableDiffusionXLPipeline), a bare model's folder with a
+    scheduler_config.json beside it or in scheduler/, or the hub id of a pipeline where no such folder exists.
     eta: DDIM's noise. variance: DDPM's, in place of the scheduler's own. noise, noise_level: what makes a flow stochastic.
     train_steps: 'FIRST:LAST', the only steps that a policy changes (`with_trained_steps`); None: all that can be trained.
-    labels: the classes of a class-conditional model, run without guidance, each with a law of its own; or all. precision:
-    autocast of the networks; weights, states and log-ratios are float32.
+    labels: the classes of a class-conditional model, run without guidance, each with a law of its own; or all. scheduler: one
+    in place of the folder's, with its betas and prediction. prompts: of a text-to-image pipeline, each with a law of its own,
+    under guidance. precision: autocast of the networks; weights, states and log-ratios are float32.
 
     Energies see samples in the model's space, [-1, 1] nominal and not clamped: a DDPMPipeline's images are
     (sample / 2 + 0.5).clamp(0, 1) of them. Latents are decoded first, without a graph, `latent_decoder.DECODE_BATCH` at a time.
@@ -54,34 +58,42 @@ def load_prior(
     Errors: ValueError, one sentence, for whatever does not fit.
     """
     layout = read_layout(locate(path))
-    scheduler = _scheduler(layout, variance)
-    _refuse_unused(scheduler, eta, noise, noise_level)
-    chain = chain_from_scheduler(scheduler, steps, eta=eta, noise=noise, noise_level=noise_level)
+    refuse_other_prompts(layout.pipeline, prompts)
+    run_by = _scheduler(layout, scheduler, variance)
+    _refuse_unused(run_by, eta, noise, noise_level)
+    chain = chain_from_scheduler(run_by, steps, eta=eta, noise=noise, noise_level=noise_level)
     chain = chain if train_steps is None else with_trained_steps(chain, *step_window(train_steps))
     model, stored = load_model(layout.denoiser, DENOISERS)
     shape = state_shape(model)
-    table = label_table(model, labels)
     to_data = None if layout.decoder is None else LatentDecoder(load_model(layout.decoder, DECODERS)[0], shape[0])
+    if prompts is None:
+        table, guidance = label_table(model, labels), 1.0
+    else:
+        assert layout.pipeline is not None and to_data is not None
+        label_table(model, labels)  # refuses them
+        table = prompt_table(layout.folder, layout.pipeline, prompts, shape[1] * to_data.factor)
+        guidance = guidance_of(layout.pipeline, prompts)
     autocast = _autocast(precision)
     if channels_last:
         _channels_last(model, shape)
     decisions = (
         _prior_line(layout, model, stored, precision, shape, to_data),
-        _chain_line(chain, scheduler),
+        _chain_line(chain, run_by),
         None if train_steps is None else trained_line(chain),
-        _condition_line(model, table),
+        _condition_line(model, table) if prompts is None else prompt_line(prompts, guidance),
         None if variance is not None else variance_hint(chain),
-        start_hint(chain, scheduler, shape, eta=eta, noise=noise, noise_level=noise_level),
+        start_hint(chain, run_by, shape, eta=eta, noise=noise, noise_level=noise_level),
     )
     return Prior(
-        DiffusersDenoiser(model.to(device or "cpu"), autocast=autocast),
+        DiffusersDenoiser(model.to(device or "cpu"), autocast=autocast, guidance=guidance),
         chain,
         shape,
         None if to_data is None else to_data.to(device or "cpu"),
         condition_table=table,
         source=_source(path, layout),
-        scheduler=scheduler,
-        step_options={"eta": eta} if type(scheduler).__name__ == "DDIMScheduler" else {},
+        scheduler=run_by,
+        step_options={"eta": eta} if type(run_by).__name__ == "DDIMScheduler" else {},
+        call_options={} if prompts is None else {"guidance_scale": guidance, "negative_prompt": prompts.negative},
         decisions=tuple(line for line in decisions if line is not None),
     )
 
@@ -104,13 +116,22 @@ def _source(path: str | Path, layout: Layout) -> Source:
     return Source(str(known), layout.pipeline, "" if layout.pipeline is None else layout.denoiser.name)
 
 
-def _scheduler(layout: Layout, variance: str | None) -> Any:
-    """The folder's scheduler, as its pipeline would run it, with the variance that was asked for."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
+
+
+def _scheduler(layout: Layout, other: str | None, variance: str | None) -> Any:
+    """The folder's scheduler, as its pipeline would run it, or another one on its config; with the variance asked for."""
+    import diffusers
 
     scheduler: Any = load_scheduler(layout.scheduler)
-    if layout.pipeline == "DDIMPipeline" and not isinstance(scheduler, DDIMScheduler):
-        scheduler = cast(Any, DDIMScheduler).from_config(scheduler.config)
+    wanted = SCHEDULERS[other] if other is not None else "DDIMScheduler" if layout.pipeline == "DDIMPipeline" else None
+    if wanted is not None and type(scheduler).__name__ != wanted:
+        if other is not None and "beta_schedule" not in scheduler.config:
+            name = type(scheduler).__name__
+            raise ValueError(f"scheduler {other} needs a diffusion's betas, and {name} has none; leave it out.")
+        # Latents have no range to be clipped to, and some schedulers clip where a config does not say.
+        unsaid = {"clip_sample": False} if layout.decoder is not None and "clip_sample" not in scheduler.config else {}
+        scheduler = getattr(diffusers, wanted).from_config(scheduler.config, **unsaid)
     if variance is None:
         return scheduler
     if type(scheduler).__name__ != "DDPMScheduler":

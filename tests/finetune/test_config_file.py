@@ -158,7 +158,8 @@ def test_the_yaml_keys_are_frozen() -> None:
     population forward_rows tempering_ess huber max_energy noise_scale max_grad_norm ema_decay spike_factor max_skipped memory_mb
     max_invalid monitor_every checkpoint_every process_timeout seed"""
     sections: dict[str, str] = {
-        "prior": "source steps chain dim seed eta variance noise noise_level train_steps labels precision channels_last",
+        "prior": "source steps chain dim seed eta variance noise noise_level train_steps labels scheduler prompts prompt_metadata"
+        " negative_prompt guidance precision channels_last",
         "energy": "terms cache workers timeout",
         "policy": "kind rank targets gradient_checkpointing",
         "train": train,

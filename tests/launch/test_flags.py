@@ -28,6 +28,11 @@ VALUES: dict[str, list[str]] = {
     "--noise-level": ["0.5"],
     "--train-steps": ["1:2"],
     "--labels": ["2", "5"],
+    "--scheduler": ["ddim"],
+    "--prompts": ["a red apple", "a dog"],
+    "--prompt-metadata": ["{}", "{}"],
+    "--negative-prompt": ["fog"],
+    "--guidance": ["3"],
     "--precision": ["bf16"],
     "--channels-last": [],
     "--energy": ["a.py:b", "0.5*c.py:d(3)"],
@@ -103,7 +108,7 @@ def test_the_names_of_train_are_frozen(tiltune: Callable[..., Any]) -> None:
     ("verb", "names"),
     [
         ("evaluate", "RUN --energy --size --seed --tolerance --until-decided --deployment"),
-        ("sample", "RUN --n --exact --proposals --candidates --sweeps --energy --labels --seed --out --overwrite"),
+        ("sample", "RUN --n --exact --proposals --candidates --sweeps --energy --labels --prompts --seed --out --overwrite"),
         ("export", "RUN --out --format"),
         ("tasks", ""),
         ("2d", "--objective --alpha --chain --steps --warm-start --seed --out --overwrite --compare --threads"),
@@ -126,15 +131,18 @@ def test_no_two_fields_share_a_flag() -> None:
 
 @pytest.mark.parametrize("flag", VALUES)
 def test_a_flag_reaches_its_field_and_no_other(flag: str) -> None:
-    before, after = flat(pretrained_recipe()), None
-    needed = {
+    before = flat(pretrained_recipe())
+    prompts = ("--prompts", "prior.prompts", ("a red apple", "a dog"))
+    needed: dict[str, tuple[str, str, Any]] = {
         "--targets": ("--policy", "policy.kind", "lora"),
         "--energy-timeout": ("--energy-workers", "energy.workers", 2),
         "--horizon": ("--objective", "train.objective", "trust_pcl"),
         "--clip": ("--objective", "train.objective", "ppo_kl"),
+        **dict.fromkeys(("--prompt-metadata", "--negative-prompt", "--guidance"), prompts),
     }
     other, leaf, value = needed.get(flag, (None, "", None))
-    after = flat(config(flag, *VALUES[flag], *([other, str(value)] if other else [])))
+    said = value if isinstance(value, tuple) else (str(value),)
+    after = flat(config(flag, *VALUES[flag], *([other, *said] if other else [])))
     if other:
         assert after.pop(leaf) == value
         before.pop(leaf)

@@ -1,0 +1,108 @@
+"""A run of a text-to-image prior, end to end: prompts from a file, an energy that reads them, a certificate a prompt, exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.toys.text_pipelines import BETAS, stable_diffusion, stable_diffusion_xl
+from tiltune.finetune.certificate.deployment import Deployed, draw_deployed
+from tiltune.finetune.runs.prompts import read_prompts
+from tiltune.finetune.runs.run import open_run
+
+ENERGY = """
+def brightness(x, prompts, metadata):
+    assert [one["sign"] for one in metadata] == ["1" if "apple" in prompt else "-1" for prompt in prompts]
+    return 20 * x.mean((1, 2, 3)) * x.new_tensor([float(one["sign"]) for one in metadata])
+"""
+SMALL = ["--population-size", "120", "--soft-value-updates", "4", "--warm-start-updates", "2", "--warm-start-rows", "16"]
+SMALL += ["--updates", "1", "--batch-size", "4", "--certificate-size", "100"]
+
+
+@pytest.mark.parametrize("build", [stable_diffusion, stable_diffusion_xl])
+def test_train_evaluate_export_and_sample(build: Callable[..., Path], tiltune: Callable[..., Any], tmp_path: Path) -> None:
+    import diffusers
+    from diffusers import DDIMScheduler
+
+    prior = build(tmp_path / "prior", DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1))
+    (tmp_path / "energy.py").write_text(ENERGY)
+    (tmp_path / "prompts.csv").write_text('prompt,sign\na red apple,1\n"a dog, big",-1\n')
+    run, energy = tmp_path / "run", f"{tmp_path / 'energy.py'}:brightness"
+    chain = ["--steps", "4", "--guidance", "3", "--negative-prompt", "fog", "--policy", "lora"]
+    trained = tiltune(
+        "train", "--prior", prior, "--prompts", tmp_path / "prompts.csv", "--energy", energy, *chain, *SMALL, "--out", run
+    )
+    assert trained.status == 0, trained.err
+    assert "condition: 'a red apple', 'a dog, big', guidance 3 against 'fog'" in trained.err + trained.out
+    opened = open_run(run)
+    assert opened.config.prior.prompts == ("a red apple", "a dog, big")
+    assert [json.loads(one) for one in opened.config.prior.prompt_metadata] == [{"sign": "1"}, {"sign": "-1"}]
+
+    judged = tiltune("evaluate", run, "--energy", energy)
+    assert judged.status in (0, 1, 3), judged.err
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert set(certificate["conditions"]) == {"a red apple", "a dog, big"}
+    assert all({"verdict", "log_z", "gap"} <= one.keys() for one in certificate["conditions"].values())
+
+    pictures = sorted(path.name for path in (run / "pictures").iterdir())
+    assert len(pictures) == 2 and pictures[0].startswith("a_dog__big-") and pictures[1] == "a_red_apple.png"
+
+    policy = opened.policy
+    with torch.no_grad():  # as if it had been trained for long
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    policy.save(run / "policy")
+    live = draw_deployed(policy, Deployed("", policy.prior.scheduler, 4, {"eta": 1.0}), 2, torch.Generator().manual_seed(0))
+    for form in ("lora", "merged"):
+        out = tmp_path / form
+        assert tiltune("export", run, "--format", form, "--out", out).status == 0
+        kind = getattr(diffusers, opened.prior.source.pipeline or "")
+        pipeline = kind.from_pretrained(prior if form == "lora" else out)
+        pipeline.scheduler = DDIMScheduler.from_pretrained(out, subfolder="scheduler")
+        if form == "lora":
+            pipeline.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(2, *opened.prior.shape, generator=generator)
+        options: dict[str, Any] = {"guidance_scale": 3.0, "negative_prompt": ["fog"] * 2, "num_inference_steps": 4, "eta": 1.0}
+        drawn = pipeline(
+            ["a red apple", "a dog, big"], latents=start, generator=generator, output_type="latent", **options
+        ).images
+        torch.testing.assert_close(drawn, live, rtol=1e-4, atol=1e-4)
+        assert "guidance_scale=3.0, negative_prompt='fog'" in (out / "README.md").read_text()
+
+    shown = tiltune("sample", run, "--n", 3, "--prompts", "a cat", "--out", tmp_path / "cats.safetensors")
+    assert shown.status == 0 and "3 samples of shape (3, 8, 8)" in shown.out and (tmp_path / "cats.png").exists()
+    shown = tiltune("sample", run, "--n", 3, "--labels", "1", "--out", tmp_path / "labels.safetensors")
+    assert shown.status == 2 and "--labels 1: the run has no labels" in shown.err
+
+
+def test_files_of_prompts(tmp_path: Path) -> None:
+    def written(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    assert read_prompts(written("a.txt", "\ufeffa dog\n\n  a cat \n")) == (("a dog", "a cat"), ())
+    texts, metadata = read_prompts(written("a.json", '[{"prompt": "two dogs", "count": 2}]'))
+    assert texts == ("two dogs",) and json.loads(metadata[0]) == {"count": 2}
+    assert read_prompts(written("b.json", '["a dog"]')) == (("a dog",), ())
+    for name, content, said in (
+        ("c.txt", "\n\n", "holds no prompt"),
+        ("d.txt", b"caf\xe9", "is not UTF-8"),
+        ("e.csv", "text\na dog\n", "has no 'prompt' in each of its rows"),
+        ("f.json", "{", "is not JSON"),
+        ("g.json", '{"prompt": "a dog"}', "has no 'prompt' in each of its rows"),
+        ("h.csv", "prompt,count\n ,2\n", "prompt 1 of"),
+    ):
+        with pytest.raises(ValueError, match=said) as error:
+            read_prompts(written(name, content))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_prompts(tmp_path / "missing.txt")
