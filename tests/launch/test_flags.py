@@ -132,7 +132,7 @@ def test_no_two_fields_share_a_flag() -> None:
 @pytest.mark.parametrize("flag", VALUES)
 def test_a_flag_reaches_its_field_and_no_other(flag: str) -> None:
     before = flat(pretrained_recipe())
-    prompts = ("--prompts", "prior.prompts", ("a red apple", "a dog"))
+    prompts = ("--prompts", "prior.prompts", ["a red apple", "a dog"])
     needed: dict[str, tuple[str, str, Any]] = {
         "--targets": ("--policy", "policy.kind", "lora"),
         "--energy-timeout": ("--energy-workers", "energy.workers", 2),
@@ -141,7 +141,7 @@ def test_a_flag_reaches_its_field_and_no_other(flag: str) -> None:
         **dict.fromkeys(("--prompt-metadata", "--negative-prompt", "--guidance"), prompts),
     }
     other, leaf, value = needed.get(flag, (None, "", None))
-    said = value if isinstance(value, tuple) else (str(value),)
+    said = value if isinstance(value, list) else (str(value),)
     after = flat(config(flag, *VALUES[flag], *([other, *said] if other else [])))
     if other:
         assert after.pop(leaf) == value
