@@ -15,6 +15,7 @@ from torch import nn
 from .chain import Chain
 from .condition import Condition
 from .guidance import guided
+from .network_calls import call_of, embeds_guidance
 from .shapes import States, Steps, Timestep
 
 if TYPE_CHECKING:
@@ -37,9 +38,8 @@ class DiffusersDenoiser(nn.Module):
     """A diffusers model (`UNet2DModel`, our `MLPDenoiser`, anything called as model(sample, timestep)) as a denoiser.
 
     A condition's tensors are passed under their names (``class_labels``). autocast: the dtype of torch's autocast while the
-    network runs, or None for its own precision. guidance: the scale w of `guided`, for conditions that have a negative half; 1
-    for none. The second half of twice as many output channels as states have (a DiT's learned
-    variance) is left out, as its pipeline does.
+    network runs, or None for its own precision. guidance: the scale w of `guided`, for conditions that have a negative half, or
+    what a network that is distilled from guidance is told; 1 for none.
 
     Where the network carries LoRA adapters (``adapters``), a call runs with all of them off.
     """
@@ -50,9 +50,7 @@ class DiffusersDenoiser(nn.Module):
         self.autocast = autocast
         self.guidance = guidance
         self.adapters: AdapterSwitch | None = None
-        # A DiT takes no scalar timestep, and an embedding table of timesteps takes integers only.
-        self._timestep_each = type(model).__name__ == "DiTTransformer2DModel"
-        self._integer_timestep = getattr(getattr(model, "config", None), "time_embedding_type", None) == "learned"
+        self._network_call, self._embeds_guidance = call_of(model), embeds_guidance(model)
 
     def forward(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
         with nullcontext() if self.adapters is None else self.adapters.using(None):
@@ -61,17 +59,13 @@ class DiffusersDenoiser(nn.Module):
     def run(self, state: States, timestep: Timestep, condition: Condition | None = None, **inputs: States) -> States:
         """The network as it stands, with whatever adapters are on; ``inputs`` of its own beside the condition's."""
         named = inputs if condition is None else {**condition.network_inputs(), **inputs}
-        return guided(self._call, state, timestep, named, self.guidance)
+        if self._embeds_guidance:
+            named = {**named, "guidance": state.new_full((len(state),), self.guidance)}
+        return guided(self._call, state, timestep, named, 1.0 if self._embeds_guidance else self.guidance)
 
     def _call(self, state: States, timestep: Timestep, arguments: dict[str, Any]) -> States:
-        if self._timestep_each:
-            timestep = timestep.expand(len(state))
-        if self._integer_timestep:
-            timestep = timestep.long()
         with torch.autocast(state.device.type, self.autocast) if self.autocast is not None else nullcontext():
-            output = self.model(state, timestep, return_dict=False, **arguments)[0]
-        channels = state.shape[1]
-        return output[:, :channels] if output.shape[1] == 2 * channels else output
+            return self._network_call(self.model, state, timestep, arguments)
 
     def save(self, folder: Path) -> None:
         """config.json and diffusion_pytorch_model.safetensors, for diffusers' from_pretrained.

@@ -48,7 +48,9 @@ class PriorConfig:
     """The prompt that guidance leads away from."""
     guidance: float | None = None
     """Scale of classifier-free guidance, in prior and policy alike; 1: none, in half of the evaluations. None: the pipeline's own
-    default (7.5 for Stable Diffusion, 5 for SDXL)."""
+    default (7.5 for Stable Diffusion, 5 for SDXL, 7 for SD3, 3.5 for Flux, which is told it and has no negative half)."""
+    image_size: int | None = None
+    """Height and width of a latent prior's pictures, in pixels. None: its own."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """What the networks run in; log-ratios stay float32."""
     channels_last: bool = False

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from ...samplers.loading.folder import DECODERS, TEXT_PIPELINES, load_model, locate, read_json, weights_variant
+from ...samplers.loading.folder import DECODERS, TEXT_PIPELINES, left_empty, load_model, locate, read_json, weights_variant
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
 from ..certificate.deployment import has_even_steps
@@ -97,7 +97,11 @@ def _write_adapter(policy: Policy, partial: Path, out: Path) -> str:
     prior.scheduler.save_pretrained(partial / "scheduler")
     network = denoiser.base.model
     if _is_text(prior):
-        weights = {name.replace("base_model.model.", "unet."): part for name, part in denoiser.adapter_state().items()}
+        assert prior.source is not None
+        weights = {
+            name.replace("base_model.model.", f"{prior.source.denoiser}."): part
+            for name, part in denoiser.adapter_state().items()
+        }
         save_file(weights, partial / TEXT_ADAPTER, metadata={"format": "pt"})
         return _text_usage(prior, out, adapter=True)
     return _usage(prior, network, _plain_pipeline(prior, network), out, adapter=True)
@@ -110,7 +114,11 @@ def _write_model(prior: Prior, network: Any, partial: Path, out: Path) -> str:
     assert source is not None
     if _is_text(prior):
         whole: Any = getattr(diffusers, source.pipeline or "").from_pretrained(
-            locate(source.path), unet=network, scheduler=prior.scheduler, local_files_only=True
+            locate(source.path),
+            **{source.denoiser: network, **left_empty(locate(source.path))},
+            scheduler=prior.scheduler,
+            use_safetensors=True,
+            local_files_only=True,
         )
         whole.save_pretrained(partial)
         return _text_usage(prior, out)
@@ -143,7 +151,9 @@ def _text_usage(prior: Prior, out: Path, *, adapter: bool = False) -> str:
     assert source is not None and table is not None
     options = ", ".join(f"{key}={value!r}" for key, value in {**prior.call_options, **prior.step_options}.items())
     lines = [f"from diffusers import {source.pipeline}, {scheduler}"]
-    lines += [f"pipeline = {source.pipeline}.from_pretrained({(source.path if adapter else str(out))!r}, use_safetensors=True)"]
+    empty = "".join(f", {part}=None" for part in left_empty(locate(source.path)))
+    place = source.path if adapter else str(out)
+    lines += [f"pipeline = {source.pipeline}.from_pretrained({place!r}, use_safetensors=True{empty})"]
     if adapter:
         lines += [
             f"pipeline.scheduler = {scheduler}.from_pretrained({str(out)!r}, subfolder='scheduler')",

@@ -11,11 +11,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-DENOISERS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel", "MLPDenoiser")
+DENOISERS = (
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "DiTTransformer2DModel",
+    "Transformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "MLPDenoiser",
+)
 DECODERS = ("AutoencoderKL", "VQModel")
-TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 # Their parts that neither chain nor decoder is made of, and those that nothing here is made of.
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHTS = "diffusion_pytorch_model"
@@ -100,6 +108,12 @@ def _pipeline_layout(folder: Path) -> Layout:
     if not (scheduler / "scheduler_config.json").is_file():
         raise ValueError(f"{folder} has no scheduler/scheduler_config.json, so nothing says how {name} is sampled.")
     return Layout(folder, name, folder / denoisers[0], scheduler, folder / decoders[0] if decoders else None)
+
+
+def left_empty(folder: Path) -> dict[str, None]:
+    """The text parts that a pipeline was saved without, as its from_pretrained wants to be told (SD3 without its T5, say)."""
+    parts = read_json(folder / "model_index.json")
+    return {part: None for part in TEXT_PARTS if isinstance(kind := parts.get(part), list) and kind[0] is None}
 
 
 def read_json(path: Path) -> dict[str, Any]:

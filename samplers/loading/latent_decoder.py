@@ -17,17 +17,20 @@ DECODE_BATCH = 16
 class LatentDecoder(nn.Module):
     """Latents [B, C, h, w] → images [B, c, H, W] in model space, decoded as the pipelines do: vae.decode(latents / scale)."""
 
-    def __init__(self, vae: nn.Module, channels: int) -> None:
+    def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
         self.config: Any = vae.config
+        if self.config.get("latents_mean") is not None:
+            raise ValueError("this decoder shifts its latents by a mean of each channel (latents_mean), which is not covered.")
+
+    def refuse_others(self, channels: int) -> None:
+        """Errors: ValueError for latents of other ``channels`` than it takes."""
         if self.config.latent_channels != channels:
             raise ValueError(
                 f"the decoder takes latents of {self.config.latent_channels} channels, but the denoiser makes {channels}; they"
                 " are not of one pipeline."
             )
-        if self.config.get("latents_mean") is not None:
-            raise ValueError("this decoder shifts its latents by a mean of each channel (latents_mean), which is not covered.")
 
     @property
     def factor(self) -> int:

@@ -9,13 +9,22 @@ import torch
 from torch import nn
 
 from ..condition import ConditionTable
+from .latent_decoder import LatentDecoder
+
+FLUX_SIDE = 128  # of latents, which its pipeline has where nobody asks
 
 
-def state_shape(model: Any) -> tuple[int, ...]:
-    """The shape of one state."""
+def state_shape(model: Any, side: int | None = None) -> tuple[int, ...]:
+    """The shape of one state. side: height and width, where they are not the config's own.
+
+    Errors: ValueError for a network whose states have no shape of their own, or that is no step of a chain.
+    """
     config, name = model.config, type(model).__name__
     if name == "MLPDenoiser":
         return (config.dim,)
+    if name == "FluxTransformer2DModel":  # patches of 2 x 2
+        side = FLUX_SIDE if side is None else side
+        return (config.in_channels // 4, side, side)
     inward = config.in_channels
     outward = inward if config.out_channels is None else config.out_channels
     if outward != inward and not (name == "DiTTransformer2DModel" and outward == 2 * inward):
@@ -23,10 +32,27 @@ def state_shape(model: Any) -> tuple[int, ...]:
         raise ValueError(f"{name} takes {inward} channels and gives {outward}{learned}; a chain needs as many out as in.")
     if config.get("time_cond_proj_dim") is not None:
         raise ValueError(f"this {name} is distilled from guidance (time_cond_proj_dim), and its few steps are no such chain.")
+    if side is not None:
+        return (inward, side, side)
     if config.sample_size is None:
         raise ValueError(f"this {name} has no sample_size in its config.json; write the height and width that it samples there.")
     size = config.sample_size
     return (inward, size, size) if isinstance(size, int) else (inward, *size)
+
+
+def latent_side(image_size: int | None, decoder: LatentDecoder | None, model: Any) -> int | None:
+    """Height and width of latents for images of this size; None where it is the model's own.
+
+    Errors: ValueError for a size that latents cannot make, or of a prior that is no latent one.
+    """
+    if image_size is None:
+        return None
+    if decoder is None:
+        raise ValueError(f"image_size is for priors of latents, and this {type(model).__name__} has none; leave it out.")
+    patch = 2 if type(model).__name__ == "FluxTransformer2DModel" else 1
+    if image_size < 1 or image_size % (patch * decoder.factor):
+        raise ValueError(f"image_size is {image_size}; this prior makes multiples of {patch * decoder.factor} pixels.")
+    return image_size // decoder.factor
 
 
 def num_classes(model: Any) -> int | None:

@@ -15,11 +15,12 @@ from ..denoiser import DiffusersDenoiser
 from ..prior import Prior, Source
 from ..schedulers.dispatch import chain_from_scheduler
 from ..trained_steps import step_window, trained_line, with_trained_steps
+from .flux_schedule import flux_schedule
 from .folder import DECODERS, DENOISERS, Layout, load_model, load_scheduler, locate, read_layout
 from .hints import start_hint, variance_hint
 from .latent_decoder import LatentDecoder
-from .networks import label_table, num_classes, state_shape
-from .text import Prompts, guidance_of, prompt_line, prompt_table, refuse_other_prompts
+from .networks import label_table, latent_side, num_classes, state_shape
+from .text import Prompts, call_options, guidance_of, prompt_line, prompt_table, refuse_other_prompts
 
 NAMED = 12  # conditions that a line names one by one
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +38,7 @@ def load_prior(
     labels: Sequence[int] | Literal["all"] | None = None,
     scheduler: Literal["ddpm", "ddim", "euler_ancestral"] | None = None,
     prompts: Prompts | None = None,
+    image_size: int | None = None,
     precision: Literal["float32", "bf16", "fp16"] = "float32",
     channels_last: bool = False,
     device: torch.device | str | None = None,
@@ -44,13 +46,14 @@ def load_prior(
     """A pretrained sampler run with ``steps`` steps of its own scheduler.
 
     path: a pipeline folder (DDPMPipeline, DDIMPipeline, LDMPipeline, DiTPipeline and their like: one unet or transformer, one
-    scheduler, at most one vae; StableDiffusionPipeline and StableDiffusionXLPipeline), a bare model's folder with a
+    scheduler, at most one vae; and the text-to-image ones of `folder.TEXT_PIPELINES`), a bare model's folder with a
     scheduler_config.json beside it or in scheduler/, or the hub id of a pipeline where no such folder exists.
     eta: DDIM's noise. variance: DDPM's, in place of the scheduler's own. noise, noise_level: what makes a flow stochastic.
     train_steps: 'FIRST:LAST', the only steps that a policy changes (`with_trained_steps`); None: all that can be trained.
     labels: the classes of a class-conditional model, run without guidance, each with a law of its own; or all. scheduler: one
     in place of the folder's, with its betas and prediction. prompts: of a text-to-image pipeline, each with a law of its own,
-    under guidance. precision: autocast of the networks; weights, states and log-ratios are float32.
+    under guidance. image_size: height and width of a latent prior's pictures, in pixels; its own where None. precision: autocast
+    of the networks; weights, states and log-ratios are float32.
 
     Energies see samples in the model's space, [-1, 1] nominal and not clamped: a DDPMPipeline's images are
     (sample / 2 + 0.5).clamp(0, 1) of them. Latents are decoded first, without a graph, `latent_decoder.DECODE_BATCH` at a time.
@@ -59,20 +62,26 @@ def load_prior(
     """
     layout = read_layout(locate(path))
     refuse_other_prompts(layout.pipeline, prompts)
-    run_by = _scheduler(layout, scheduler, variance)
-    _refuse_unused(run_by, eta, noise, noise_level)
-    chain = chain_from_scheduler(run_by, steps, eta=eta, noise=noise, noise_level=noise_level)
-    chain = chain if train_steps is None else with_trained_steps(chain, *step_window(train_steps))
     model, stored = load_model(layout.denoiser, DENOISERS)
-    shape = state_shape(model)
-    to_data = None if layout.decoder is None else LatentDecoder(load_model(layout.decoder, DECODERS)[0], shape[0])
+    to_data = None if layout.decoder is None else LatentDecoder(load_model(layout.decoder, DECODERS)[0])
+    shape = state_shape(model, latent_side(image_size, to_data, model))
+    if to_data is not None:
+        to_data.refuse_others(shape[0])
+    run_by = _scheduler(layout, scheduler, variance)
+    run_by, timesteps = flux_schedule(run_by, shape, steps) if layout.pipeline == "FluxPipeline" else (run_by, None)
+    _refuse_unused(run_by, eta, noise, noise_level)
+    count = steps if timesteps is None else None
+    chain = chain_from_scheduler(run_by, count, timesteps=timesteps, eta=eta, noise=noise, noise_level=noise_level)
+    chain = chain if train_steps is None else with_trained_steps(chain, *step_window(train_steps))
     if prompts is None:
-        table, guidance = label_table(model, labels), 1.0
+        table, guidance, call = label_table(model, labels), 1.0, {}
     else:
         assert layout.pipeline is not None and to_data is not None
-        label_table(model, labels)  # refuses them
-        table = prompt_table(layout.folder, layout.pipeline, prompts, shape[1] * to_data.factor)
-        guidance = guidance_of(layout.pipeline, prompts)
+        if labels is not None:
+            raise ValueError(f"labels were given, but {layout.pipeline} is conditioned on prompts; leave them out.")
+        guidance = guidance_of(layout.pipeline, model, prompts)
+        table = prompt_table(layout.folder, layout.pipeline, model, prompts, shape[1] * to_data.factor)
+        call = call_options(layout.pipeline, prompts, guidance)
     autocast = _autocast(precision)
     if channels_last:
         _channels_last(model, shape)
@@ -93,7 +102,7 @@ def load_prior(
         source=_source(path, layout),
         scheduler=run_by,
         step_options={"eta": eta} if type(run_by).__name__ == "DDIMScheduler" else {},
-        call_options={} if prompts is None else {"guidance_scale": guidance, "negative_prompt": prompts.negative},
+        call_options=call,
         decisions=tuple(line for line in decisions if line is not None),
     )
 

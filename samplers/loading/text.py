@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..condition import ConditionTable
 from ..guidance import NEGATIVE
+from ..network_calls import embeds_guidance
 from ..prior import Prior
-from .folder import TEXT_PIPELINES, UNUSED_PARTS, locate
+from .folder import TEXT_PIPELINES, UNUSED_PARTS, left_empty, locate, read_json
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class Prompts:
 @dataclass(frozen=True)
 class Family:
     """guidance: the scale of the pipeline's own call. encode: (pipeline, prompts, negative, image size) → the network's
-    inputs."""
+    inputs. tokenizer: the one that reads the most of a prompt. tokens: how many, where not as many as the tokenizer says."""
 
     guidance: float
     encode: Callable[[Any, list[str], str, int], dict[str, Tensor]]
+    tokenizer: str = "tokenizer"
+    tokens: int | None = None
 
 
 def _stable_diffusion(pipeline: Any, prompts: list[str], negative: str, size: int) -> dict[str, Tensor]:
@@ -62,27 +65,65 @@ def _stable_diffusion_xl(pipeline: Any, prompts: list[str], negative: str, size:
     }
 
 
+def _stable_diffusion_3(pipeline: Any, prompts: list[str], negative: str, size: int) -> dict[str, Tensor]:
+    within, without, pooled, other = pipeline.encode_prompt(
+        prompts, None, None, device="cpu", do_classifier_free_guidance=True, negative_prompt=[negative] * len(prompts)
+    )
+    return {
+        "encoder_hidden_states": within,
+        f"{NEGATIVE}encoder_hidden_states": without,
+        "pooled_projections": pooled,
+        f"{NEGATIVE}pooled_projections": other,
+    }
+
+
+def _flux(pipeline: Any, prompts: list[str], negative: str, size: int) -> dict[str, Tensor]:
+    within, pooled, _ = pipeline.encode_prompt(prompts, device="cpu", max_sequence_length=FLUX_TOKENS)
+    return {"encoder_hidden_states": within, "pooled_projections": pooled}
+
+
+SD3_TOKENS, FLUX_TOKENS = 256, 512  # as their pipelines' own calls have them
 FAMILIES = {
     "StableDiffusionPipeline": Family(7.5, _stable_diffusion),
     "StableDiffusionXLPipeline": Family(5.0, _stable_diffusion_xl),
+    "StableDiffusion3Pipeline": Family(7.0, _stable_diffusion_3, "tokenizer_3", SD3_TOKENS),
+    "FluxPipeline": Family(3.5, _flux, "tokenizer_2", FLUX_TOKENS),
 }
 NAMED = 6  # prompts that a line names one by one
 
 
-def guidance_of(pipeline: str, prompts: Prompts) -> float:
-    """The scale that is asked for, or the pipeline's own."""
-    return FAMILIES[pipeline].guidance if prompts.guidance is None else prompts.guidance
+def guidance_of(pipeline: str, network: Any, prompts: Prompts) -> float:
+    """The scale that is asked for, or the pipeline's own.
+
+    Errors: ValueError for a negative half of a network that has none.
+    """
+    if pipeline != "FluxPipeline":
+        return FAMILIES[pipeline].guidance if prompts.guidance is None else prompts.guidance
+    if prompts.negative:
+        raise ValueError(f"{pipeline} has no negative half of its guidance; leave out the negative prompt.")
+    if embeds_guidance(network):
+        return FAMILIES[pipeline].guidance if prompts.guidance is None else prompts.guidance
+    if prompts.guidance not in (None, 1):
+        raise ValueError(f"this {pipeline} is without guidance (guidance_embeds is off); leave the scale out.")
+    return 1.0
+
+
+def call_options(pipeline: str, prompts: Prompts, guidance: float) -> dict[str, Any]:
+    """What the pipeline's own call takes for these prompts."""
+    negative = {} if pipeline == "FluxPipeline" else {"negative_prompt": prompts.negative}
+    return {"guidance_scale": guidance, **negative}
 
 
 @torch.no_grad()
-def prompt_table(folder: Path, pipeline: str, prompts: Prompts, image_size: int) -> ConditionTable:
-    """A row for each prompt, with its embeddings on the CPU. image_size: height and width of the decoded images.
+def prompt_table(folder: Path, pipeline: str, network: Any, prompts: Prompts, image_size: int) -> ConditionTable:
+    """A row for each prompt, with its embeddings on the CPU. network: the pipeline's unet or transformer, whose config says what
+    it takes in place of an encoder that is missing. image_size: height and width of the decoded images.
 
     Errors: ValueError for a text encoder that cannot be loaded, and a prompt that is longer than it takes.
     """
-    loaded = _text_encoders(folder, pipeline)
+    loaded = _text_encoders(folder, pipeline, network)
     for text in (*prompts.texts, prompts.negative):
-        _refuse_long(loaded, text)
+        _refuse_long(loaded, FAMILIES[pipeline], text)
     tensors = FAMILIES[pipeline].encode(loaded, list(prompts.texts), prompts.negative, image_size)
     metadata = prompts.metadata or tuple({} for _ in prompts.texts)
     kept = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
@@ -95,21 +136,25 @@ def with_prompts(prior: Prior, prompts: Prompts) -> Prior:
     Errors: ValueError for another scale of guidance, which a policy was not trained at, and as `prompt_table`.
     """
     assert prior.source is not None and prior.source.pipeline in FAMILIES
-    if guidance_of(prior.source.pipeline, prompts) != prior.denoiser.guidance:
+    if guidance_of(prior.source.pipeline, prior.denoiser.model, prompts) != prior.denoiser.guidance:
         raise ValueError(f"the policy is of guidance {prior.denoiser.guidance:g}; leave the scale as it is.")
     image_size = prior.to_data(torch.zeros(1, *prior.shape, device=prior.device)).shape[-1]
     other = copy.copy(prior)
-    other.condition_table = prompt_table(locate(prior.source.path), prior.source.pipeline, prompts, image_size)
+    other.condition_table = prompt_table(
+        locate(prior.source.path), prior.source.pipeline, prior.denoiser.model, prompts, image_size
+    )
     return other
 
 
-def _text_encoders(folder: Path, name: str) -> Any:
-    """The pipeline without the parts that are loaded elsewhere, or not at all."""
+def _text_encoders(folder: Path, name: str, network: Any) -> Any:
+    """The pipeline around ``network`` without the parts that are loaded elsewhere, or not at all."""
     import diffusers
     from diffusers.utils import logging
 
-    left_out: dict[str, Any] = dict.fromkeys(("unet", "vae", *UNUSED_PARTS))
-    if name == "StableDiffusionPipeline":
+    parts = read_json(folder / "model_index.json")
+    left_out: dict[str, Any] = {**dict.fromkeys(part for part in ("vae", *UNUSED_PARTS) if part in parts), **left_empty(folder)}
+    left_out["unet" if "unet" in parts else "transformer"] = network
+    if "requires_safety_checker" in parts:
         left_out["requires_safety_checker"] = False
     showed = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -125,9 +170,10 @@ def _text_encoders(folder: Path, name: str) -> Any:
             logging.enable_progress_bar()
 
 
-def _refuse_long(pipeline: Any, text: str) -> None:
-    tokenizer = pipeline.tokenizer
-    count, most = len(tokenizer(text).input_ids), tokenizer.model_max_length
+def _refuse_long(pipeline: Any, family: Family, text: str) -> None:
+    tokenizer = getattr(pipeline, family.tokenizer) or pipeline.tokenizer
+    most = min(tokenizer.model_max_length, family.tokens or tokenizer.model_max_length)
+    count = len(tokenizer(text).input_ids)
     if count > most:
         raise ValueError(
             f"the prompt {text[:40]!r}… has {count} tokens, and the text encoder takes {most}, which would cut off its end"

@@ -10,10 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.toys.text_pipelines import BETAS, stable_diffusion, stable_diffusion_xl
+from tests.toys.text_pipelines import BETAS, flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from tiltune.finetune.certificate.deployment import Deployed, draw_deployed
+from tiltune.finetune.runs.export import export_policy
 from tiltune.finetune.runs.prompts import read_prompts
 from tiltune.finetune.runs.run import open_run
+from tiltune.samplers.denoiser import DiffusersDenoiser
+from tiltune.samplers.loading.folder import left_empty
+from tiltune.samplers.loading.pretrained import load_prior
+from tiltune.samplers.loading.text import Prompts
+from tiltune.samplers.make_policy import make_policy
 
 ENERGY = """
 def brightness(x, prompts, metadata):
@@ -106,3 +112,27 @@ def test_files_of_prompts(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(tmp_path / "missing.txt")
+
+
+@pytest.mark.parametrize("build", [stable_diffusion_3, flux])
+def test_adapters_of_a_flow_load_in_plain_diffusers(build: Callable[..., Path], tmp_path: Path) -> None:
+    """Policy and pipeline with the exported adapter: the same output of the network, guidance included."""
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    place = build(tmp_path / "prior", FlowMatchEulerDiscreteScheduler(shift=3.0))
+    prior = load_prior(place, 4, prompts=Prompts(("a dog",)), image_size=8)
+    policy = make_policy(prior, "lora", rank=2)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    export_policy(policy, "lora", tmp_path / "lora")
+    assert prior.source is not None
+    pipeline = getattr(diffusers, prior.source.pipeline or "").from_pretrained(place, **left_empty(place))
+    pipeline.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
+    state, label = torch.randn(2, *prior.shape, generator=torch.Generator().manual_seed(1)), prior.chain.timesteps[1].float()
+    theirs = DiffusersDenoiser(pipeline.transformer, guidance=prior.denoiser.guidance)
+    ours = policy(state, label, prior.condition(2))
+    torch.testing.assert_close(theirs(state, label, prior.condition(2)), ours, rtol=1e-4, atol=1e-5)
+    assert (ours - prior.denoiser(state, label, prior.condition(2))).abs().max() > 1e-3

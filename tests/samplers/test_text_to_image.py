@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.toys.text_pipelines import BETAS, LENGTH, stable_diffusion, stable_diffusion_xl
+from tests.toys.text_pipelines import BETAS, LENGTH, flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tiltune.samplers.loading.folder import left_empty
 from tiltune.samplers.loading.pretrained import load_prior
 from tiltune.samplers.loading.text import Prompts, with_prompts
 from tiltune.samplers.log_ratio import step_log_ratio
@@ -60,6 +62,48 @@ def test_the_chain_is_the_pipelines_own_call(folder: Path, scheduler: Any, guida
     decoded = pipeline.vae.decode(drawn / pipeline.vae.config.scaling_factor).sample
     torch.testing.assert_close(prior.to_data(drawn), decoded, rtol=1e-5, atol=1e-5)
     assert prior.call_options == {"guidance_scale": guidance, "negative_prompt": negative}
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux without guidance"])
+def test_the_chain_of_a_flow_is_the_pipelines_own_call(name: str, tmp_path: Path) -> None:
+    """With the scheduler's own stochastic step, which draws its noise from torch's global generator."""
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    kind = "StableDiffusion3Pipeline" if name == "sd3" else "FluxPipeline"
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        stochastic_sampling=True, use_dynamic_shifting=name != "sd3", shift=3.0, base_image_seq_len=2, max_image_seq_len=64
+    )
+    if name == "sd3":
+        place, guidance, size = stable_diffusion_3(tmp_path / kind, scheduler), 7.0, None
+    else:
+        place = flux(tmp_path / kind, scheduler, guidance_embeds=name == "flux")
+        guidance, size = 3.5 if name == "flux" else 1.0, 8
+    prior = load_prior(place, STEPS, prompts=Prompts(TEXTS), image_size=size)
+    noise = torch.randn(STEPS + 1, 2, *prior.shape, generator=torch.Generator().manual_seed(1))
+    pipeline = getattr(diffusers, kind).from_pretrained(place, **left_empty(place))
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": guidance, "output_type": "latent"}
+    if name == "sd3":
+        start = noise[0]
+        options["negative_prompt"] = [""] * 2
+    else:
+        start = pipeline._pack_latents(noise[0], *noise[0].shape)  # pyright: ignore[reportPrivateUsage]
+        options |= {"height": 8, "width": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        drawn = pipeline(list(TEXTS), latents=start, **options).images
+        torch.manual_seed(2)
+        draws = [torch.randn_like(start) for _ in range(STEPS)]
+    if name != "sd3":
+        unpack = partial(pipeline._unpack_latents, height=8, width=8, vae_scale_factor=2)  # pyright: ignore[reportPrivateUsage]
+        drawn, draws = unpack(drawn), [unpack(one) for one in draws]
+    noise[1:] = torch.stack(draws)
+    paths = follow(prior, NoisePaths(torch.zeros_like(noise), noise, prior.condition(2)), 0)
+    torch.testing.assert_close(paths.states[-1], drawn, rtol=1e-5, atol=1e-5)
+    decoded = pipeline.vae.decode(drawn / 1.5 + 0.06).sample
+    torch.testing.assert_close(prior.to_data(drawn), decoded, rtol=1e-5, atol=1e-5)
+    assert prior.call_options["guidance_scale"] == guidance
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
@@ -119,7 +163,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(folder: Path, tmp_path: Path
     refused(f"and the text encoder takes {LENGTH}", prompts=Prompts(("a dog" * LENGTH,)))
     refused("it is 1, for none, or more", prompts=Prompts(TEXTS, guidance=0.5))
     refused("the condition a dog stands twice", prompts=Prompts(("a dog", "a dog")))
-    refused("is unconditional; leave them out", prompts=Prompts(TEXTS), labels=[1])
+    refused("is conditioned on prompts; leave them out", prompts=Prompts(TEXTS), labels=[1])
 
     pndm = BUILDERS[folder.name](tmp_path / "pndm", PNDMScheduler(**BETAS, skip_prk_steps=True))
     refused("PNDMScheduler does not fit", pndm, prompts=Prompts(TEXTS))

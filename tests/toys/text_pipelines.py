@@ -51,10 +51,11 @@ def _unet(**more: Any) -> Any:
     )
 
 
-def _vae() -> Any:
+def _vae(**more: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
+        **more,
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -95,4 +96,61 @@ def stable_diffusion_xl(out: Path, scheduler: Any) -> Path:
     texts = {"text_encoder": CLIPTextModel(config()), "text_encoder_2": CLIPTextModelWithProjection(config())}
     parts: Any = {**texts, "tokenizer": words, "tokenizer_2": words, "unet": unet, "vae": _vae(), "scheduler": scheduler}
     StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(out)
+    return out
+
+
+def stable_diffusion_3(out: Path, scheduler: Any) -> Path:
+    """A `StableDiffusion3Pipeline` without its third text encoder in the folder ``out``."""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    words, tokens = tokenizer(out.with_name("tokens"))
+    config = partial(_text_config, tokens, projection_dim=16)
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )
+    texts = {"text_encoder": CLIPTextModelWithProjection(config()), "text_encoder_2": CLIPTextModelWithProjection(config())}
+    none = {"text_encoder_3": None, "tokenizer_3": None}
+    parts: Any = {**texts, **none, "tokenizer": words, "tokenizer_2": words, "vae": _vae(shift_factor=0.06, scaling_factor=1.5)}
+    StableDiffusion3Pipeline(**parts, transformer=transformer, scheduler=scheduler).save_pretrained(out)
+    return out
+
+
+def flux(out: Path, scheduler: Any, *, guidance_embeds: bool = True) -> Path:
+    """A `FluxPipeline` in the folder ``out``."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(0)
+    words, tokens = tokenizer(out.with_name("tokens"))
+    letters = [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)]
+    pieces = T5Tokenizer(
+        [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters], extra_ids=0, model_max_length=LENGTH
+    )
+    sizes: Any = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance_embeds,
+    )
+    texts: Any = {"text_encoder": CLIPTextModel(_text_config(tokens)), "text_encoder_2": T5EncoderModel(T5Config(**sizes))}
+    parts: Any = {**texts, "tokenizer": words, "tokenizer_2": pieces, "vae": _vae(shift_factor=0.06, scaling_factor=1.5)}
+    FluxPipeline(**parts, transformer=transformer, scheduler=scheduler).save_pretrained(out)
     return out
