@@ -36,7 +36,7 @@ NUMBERS = 40_000_000  # that a population holds, 160 MB
 
 def recipe(dim: int, seed: int = 0) -> RunConfig:
     """A training in ``dim`` dimensions, with a linear energy that leaves .003 of the prior effective."""
-    train = TrainConfig(population_size=8000, batch_size=256, learning_rate=1e-3, checkpoint_every=500)
+    train = TrainConfig(population_size=8000, batch_size=256, learning_rate=1e-3, updates=100, checkpoint_every=500)
     return RunConfig(
         task="mixture",
         prior=PriorConfig(steps=STEPS, dim=dim, seed=seed),
