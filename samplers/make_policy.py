@@ -102,8 +102,9 @@ def residual_of(prior: Prior) -> ResidualDenoiser:
     return ResidualDenoiser(base, beside(prior, network))
 
 
-def beside(prior: Prior, network: nn.Module) -> DiffusersDenoiser:
-    """A second network run as the prior's own is: its device, dtype, memory format, autocast and guidance."""
+def beside(prior: Prior, network: nn.Module, guidance: float = 1.0) -> DiffusersDenoiser:
+    """A second network run as the prior's own is: its device, dtype, memory format and autocast. guidance: its own scale; a
+    residual has none, whose output is added to the guided one."""
     base = prior.denoiser
     weights = list(base.model.parameters())
     network = network.to(weights[0].device)
@@ -111,7 +112,7 @@ def beside(prior: Prior, network: nn.Module) -> DiffusersDenoiser:
         network = network.to(weights[0].dtype)
     if any(weight.ndim == 4 and not weight.is_contiguous() for weight in weights):
         network = cast(Any, network).to(memory_format=torch.channels_last)
-    return DiffusersDenoiser(network, autocast=base.autocast, guidance=base.guidance)
+    return DiffusersDenoiser(network, autocast=base.autocast, guidance=guidance)
 
 
 def _checkpoint(network: nn.Module, recompute: Callable[..., Any] | None) -> None:

@@ -66,6 +66,11 @@ class Prior:
         if isinstance(self.denoiser, nn.Module):
             self.denoiser.requires_grad_(False).eval()
 
+    @property
+    def decoder(self) -> Any:
+        """What makes samples of terminal states; None where they are the samples."""
+        return self._to_data
+
     @torch.no_grad()
     def to_data(self, state: States) -> Float[Tensor, " n *data"]:
         """What an energy sees of terminal states."""

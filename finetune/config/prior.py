@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,13 +88,36 @@ class PriorConfig:
     def _refuse_prompts(self) -> None:
         for prompt in self.prompts or ():
             refuse(not prompt.strip(), "a prompt is empty; give it words, or leave it out.")
+            refuse(
+                " ".join(prompt.split()) != prompt,
+                f"the prompt {prompt!r} has spaces around it or line breaks; write it in a line.",
+            )
         refuse(self.prompts == (), "prompts is an empty list; name at least one, or leave it out.")
         refuse(
             self.prompts is None and (bool(self.negative_prompt) or self.guidance is not None),
             "guidance and negative_prompt are of a text-to-image prior with its prompts; give prompts, or leave them out.",
         )
         refuse(
+            self.prompts is not None and self.labels is not None,
+            "labels are of a class-conditional prior and prompts of a text-to-image one; give one of them.",
+        )
+        refuse(
             bool(self.prompt_metadata) and len(self.prompt_metadata) != len(self.prompts or ()),
             f"prompt_metadata has {len(self.prompt_metadata)} entries for {len(self.prompts or ())} prompts; give one for each.",
         )
-        refuse(self.guidance is not None and not self.guidance >= 1, f"guidance is {self.guidance}; it is 1, for none, or more.")
+        for text in self.prompt_metadata:
+            refuse(not _is_object(text), f"the metadata {text!r} is no JSON object without NaN; a file of prompts writes it.")
+        refuse(
+            self.guidance is not None and not 1 <= self.guidance < float("inf"),
+            f"guidance is {self.guidance}; it is 1, for none, or more.",
+        )
+
+
+def _is_object(text: str) -> bool:
+    def refused(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        return isinstance(json.loads(text, parse_constant=refused), dict)
+    except ValueError:
+        return False

@@ -10,7 +10,18 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from ...samplers.loading.folder import DECODERS, TEXT_PIPELINES, left_empty, load_model, locate, read_json, weights_variant
+from ...samplers.loading.folder import (
+    DECODERS,
+    PICKLES,
+    TEXT_PARTS,
+    TEXT_PIPELINES,
+    UNUSED_PARTS,
+    left_empty,
+    load_model,
+    locate,
+    read_json,
+    weights_variant,
+)
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
 from ..certificate.deployment import has_even_steps
@@ -29,8 +40,8 @@ def export_policy(policy: Policy, format: Format, out: str | Path) -> str:
     same of a LoRA policy, the adapter added into a copy of the base weights. A bare model becomes a DDPMPipeline or a
     DDIMPipeline where its call samples what was trained, else the model with its scheduler in scheduler/. lora: the files
     adapter_config.json and adapter_model.safetensors as peft writes them, the scheduler in scheduler/. Of a text-to-image
-    prior the first two write the whole pipeline, text encoders included, and lora also what a pipeline's load_lora_weights
-    takes. All weights are float32 safetensors.
+    prior the first two write the whole pipeline, whose other parts are copied as they are, and lora also what a pipeline's
+    load_lora_weights takes. All weights are safetensors, those that were trained float32.
 
     ``out`` appears when it is complete. What is deployed is not the trained chain: the policy runs the last step too where that
     belongs to the prior, and schedulers space steps their own way. `finetune.deployment` measures the difference.
@@ -113,14 +124,7 @@ def _write_model(prior: Prior, network: Any, partial: Path, out: Path) -> str:
     source = prior.source
     assert source is not None
     if _is_text(prior):
-        whole: Any = getattr(diffusers, source.pipeline or "").from_pretrained(
-            locate(source.path),
-            **{source.denoiser: network, **left_empty(locate(source.path))},
-            scheduler=prior.scheduler,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-        whole.save_pretrained(partial)
+        _write_text_pipeline(prior, network, partial)
         return _text_usage(prior, out)
     name = _plain_pipeline(prior, network)
     if name:
@@ -141,6 +145,24 @@ def _write_model(prior: Prior, network: Any, partial: Path, out: Path) -> str:
     return _usage(prior, network, None, out)
 
 
+def _write_text_pipeline(prior: Prior, network: Any, partial: Path) -> None:
+    """The network and its scheduler; what was not trained is copied as it is, but for pickles."""
+    source = prior.source
+    assert source is not None
+    folder = locate(source.path)
+    index = read_json(folder / "model_index.json")
+    network.save_pretrained(partial / source.denoiser)
+    prior.scheduler.save_pretrained(partial / "scheduler")
+    index["scheduler"] = ["diffusers", type(prior.scheduler).__name__]
+    for part in ("vae", *TEXT_PARTS):
+        if index.get(part, [None])[0] is not None:
+            shutil.copytree(folder / part, partial / part, ignore=shutil.ignore_patterns(*(f"*{kind}" for kind in PICKLES)))
+    for part in UNUSED_PARTS:
+        if part in index:
+            index[part] = [None, None]
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
 def _is_text(prior: Prior) -> bool:
     return prior.source is not None and prior.source.pipeline in TEXT_PIPELINES
 
@@ -150,14 +172,20 @@ def _text_usage(prior: Prior, out: Path, *, adapter: bool = False) -> str:
     source, table, scheduler = prior.source, prior.condition_table, type(prior.scheduler).__name__
     assert source is not None and table is not None
     options = ", ".join(f"{key}={value!r}" for key, value in {**prior.call_options, **prior.step_options}.items())
+    folder = locate(source.path)
+    variants = {weights_variant(folder / part, "model") for part in TEXT_PARTS if (folder / part / "config.json").is_file()} - {
+        None
+    }
+    told = "".join(f", {part}=None" for part in left_empty(folder)) + "".join(
+        f", variant={one!r}" for one in sorted(variants, key=str)
+    )
+    place = str(folder) if adapter else str(out.absolute())
     lines = [f"from diffusers import {source.pipeline}, {scheduler}"]
-    empty = "".join(f", {part}=None" for part in left_empty(locate(source.path)))
-    place = source.path if adapter else str(out)
-    lines += [f"pipeline = {source.pipeline}.from_pretrained({place!r}, use_safetensors=True{empty})"]
-    if adapter:
+    lines += [f"pipeline = {source.pipeline}.from_pretrained({place!r}, use_safetensors=True{told})"]
+    if adapter:  # which needs peft
         lines += [
-            f"pipeline.scheduler = {scheduler}.from_pretrained({str(out)!r}, subfolder='scheduler')",
-            f"pipeline.load_lora_weights({str(out)!r}, weight_name={TEXT_ADAPTER!r})",
+            f"pipeline.scheduler = {scheduler}.from_pretrained({str(out.absolute())!r}, subfolder='scheduler')",
+            f"pipeline.load_lora_weights({str(out.absolute())!r}, weight_name={TEXT_ADAPTER!r})  # needs peft",
         ]
     call = f"{table.names[0]!r}, num_inference_steps={prior.chain.num_steps}, {options}"
     return "\n".join([*lines, f"images = pipeline({call}).images"])

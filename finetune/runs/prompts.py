@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,22 @@ def from_file(prior: PriorConfig) -> PriorConfig:
 
     Errors: ValueError for a file that is not one of prompts.
     """
-    named = Path(prior.prompts[0]).expanduser() if prior.prompts is not None and len(prior.prompts) == 1 else None
-    if named is None or named.suffix not in ENDINGS:
+    if prior.prompts is None or prior.prompt_metadata:
         return prior
-    texts, metadata = read_prompts(named)
+    files = [name for name in prior.prompts if Path(name).suffix.lower() in ENDINGS or _is_file(name)]
+    if not files:
+        return prior
+    if len(prior.prompts) > 1 or Path(files[0]).suffix.lower() not in ENDINGS:
+        raise ValueError(f"{files[0]} stands among prompts and is a file's name; give one file alone, {', '.join(ENDINGS)}.")
+    texts, metadata = read_prompts(Path(files[0]).expanduser())
     return replace(prior, prompts=texts, prompt_metadata=metadata)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_file()
+    except OSError:  # a prompt may be longer than any file's name
+        return False
 
 
 def read_prompts(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -47,21 +59,25 @@ def read_prompts(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if empty is not None:
         raise ValueError(f"prompt {empty} of {path} is empty; give it words, or take it out.")
     metadata = [{name: value for name, value in row.items() if name != COLUMN} for row in rows]
-    texts = tuple(row[COLUMN].strip() for row in rows)
+    texts = tuple(" ".join(row[COLUMN].split()) for row in rows)
     return texts, tuple(json.dumps(one) for one in metadata) if any(metadata) else ()
 
 
 def _rows(path: Path, text: str) -> list[dict[str, Any]]:
-    if path.suffix == ".txt":
-        return [{COLUMN: line} for line in text.splitlines() if line.strip()]
-    if path.suffix == ".csv":
-        found = list(csv.DictReader(text.splitlines()))
-    else:
-        try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from None
+    """Errors: ValueError for a file that is not what its ending says."""
+    ending = path.suffix.lower()
+    if ending == ".txt":
+        return [{COLUMN: line} for line in text.split("\n") if line.strip()]
+    try:
+        found: Any = json.loads(text) if ending == ".json" else list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is not {ending[1:].upper()}: {error}.") from None
     listed = [{COLUMN: one} if isinstance(one, str) else one for one in found] if isinstance(found, list) else []
+    for number, row in enumerate(listed, start=1):
+        if ending == ".csv" and (None in row or None in row.values()):
+            raise ValueError(
+                f"row {number} of {path} has not as many fields as its head; put a prompt that holds a comma into double quotes."
+            )
     if (found and not listed) or any(not isinstance(one, dict) or not isinstance(one.get(COLUMN), str) for one in listed):
         raise ValueError(f"{path} has no {COLUMN!r} in each of its rows; a list of texts, or of rows with one, is read.")
     return listed

@@ -107,7 +107,12 @@ class Run:
 
         if self.config.prior.prompts is None:
             raise ValueError(f"{self.folder} is no run of a text-to-image prior, so it takes no prompts.")
-        asked = from_file(replace(self.config.prior, prompts=prompts, prompt_metadata=()))
+        own = self.config.prior
+        asked = from_file(replace(own, prompts=prompts, prompt_metadata=()))
+        if not asked.prompt_metadata:  # what the run knows of its own prompts
+            known = dict(zip(own.prompts or (), own.prompt_metadata, strict=False))
+            told = tuple(known.get(text, "{}") for text in asked.prompts or ())
+            asked = replace(asked, prompt_metadata=told)
         chosen = prompts_of(asked)
         assert chosen is not None
         prior = with_prompts(self.prior, chosen)

@@ -131,9 +131,10 @@ def picture_name(run: Run) -> str:
     """picture.png, or one in pictures/ for each condition; a prompt that is no file's name gets one with its checksum."""
     if run.condition is None:
         return "picture.png"
-    plain = run.condition.replace(" ", "_")
-    name = re.sub(r"[^\w-]+", "_", plain)[:LONGEST]
-    return f"pictures/{name}.png" if name == plain else f"pictures/{name}-{crc32(plain.encode()):08x}.png"
+    if re.fullmatch(r"[a-z0-9 ]+", run.condition) and len(run.condition) <= LONGEST:
+        return f"pictures/{run.condition.replace(' ', '_')}.png"
+    readable = re.sub(r"[^A-Za-z0-9]+", "_", run.condition)[:LONGEST]
+    return f"pictures/{readable}-{crc32(run.condition.encode()):08x}.png"
 
 
 def verdict_line(certificate: dict[str, Any]) -> str:

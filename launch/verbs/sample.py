@@ -138,6 +138,8 @@ def targets(options: Options) -> tuple[Path, Path]:
         raise ValueError(f"--sweeps {options.sweeps}: a number of sweeps, 0 or more, for samples drawn with --exact.")
     if options.candidates != 1 and not (options.exact and options.candidates >= 2):
         raise ValueError(f"--candidates {options.candidates}: 2 or more, for samples drawn with --exact.")
+    if options.candidates != 1 and options.prompts:
+        raise ValueError("--candidates chooses by what the run learned of its own prompts; leave it out with --prompts.")
     if options.energy and not options.exact:
         raise ValueError("--energy weights the proposals of --exact; without --exact it would change nothing.")
     out = options.run / "samples.safetensors" if options.out is None else options.out

@@ -11,19 +11,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-DENOISERS = (
-    "UNet2DModel",
-    "UNet2DConditionModel",
-    "DiTTransformer2DModel",
-    "Transformer2DModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-    "MLPDenoiser",
-)
+TEXT_DENOISERS = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
+DENOISERS = ("UNet2DModel", "DiTTransformer2DModel", "Transformer2DModel", "MLPDenoiser", *TEXT_DENOISERS)
 DECODERS = ("AutoencoderKL", "VQModel")
 TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 # Their parts that neither chain nor decoder is made of, and those that nothing here is made of.
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+TEXT_KINDS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "CLIPTokenizer", "T5Tokenizer")
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHTS = "diffusion_pytorch_model"
@@ -91,6 +85,8 @@ def _pipeline_layout(folder: Path) -> Layout:
         )
     lists = cast("dict[str, list[Any]]", {key: part for key, part in index.items() if isinstance(part, list)})
     beside = (*TEXT_PARTS, *UNUSED_PARTS) if name in TEXT_PIPELINES else ()
+    for part in beside[: len(TEXT_PARTS)]:
+        _refuse_other_code(name, part, lists.get(part, [None, None]))
     parts = {key: part for key, part in lists.items() if len(part) == 2 and part[0] is not None and key not in beside}
     foreign = [f"{key}: {'.'.join(map(str, part))}" for key, part in parts.items() if part[0] not in ("diffusers", "tiltune")]
     extra = sorted(set(parts) - {"unet", "transformer", "scheduler", "vae", "vqvae"})
@@ -104,10 +100,22 @@ def _pipeline_layout(folder: Path) -> Layout:
     decoders = [key for key in ("vae", "vqvae") if key in parts]
     if len(denoisers) != 1 or len(decoders) > 1:
         raise ValueError(f"{name} has {len(denoisers)} denoisers and {len(decoders)} decoders; one and at most one are covered.")
+    if name in TEXT_PIPELINES and not decoders:
+        raise ValueError(f"{folder} has no vae, so that latents of {name} cannot be decoded; put the pipeline's own there.")
     scheduler = folder / "scheduler"
     if not (scheduler / "scheduler_config.json").is_file():
         raise ValueError(f"{folder} has no scheduler/scheduler_config.json, so nothing says how {name} is sampled.")
     return Layout(folder, name, folder / denoisers[0], scheduler, folder / decoders[0] if decoders else None)
+
+
+def _refuse_other_code(pipeline: str, part: str, kind: list[Any]) -> None:
+    """Errors: ValueError for a text part of any other class than transformers' own ones, which alone are ever imported."""
+    if kind[0] is None or (kind[0] == "transformers" and str(kind[1]).removesuffix("Fast") in TEXT_KINDS):
+        return
+    raise ValueError(
+        f"the {part} of this {pipeline} is a {'.'.join(map(str, kind))}; transformers' {', '.join(TEXT_KINDS)} are covered, and"
+        " code that comes with weights is never run."
+    )
 
 
 def left_empty(folder: Path) -> dict[str, None]:
@@ -178,15 +186,15 @@ def load_model(folder: Path, kinds: tuple[str, ...], known: type | None = None) 
     return model, stored
 
 
-def weights_variant(folder: Path) -> str | None:
-    """The variant ('fp16') of the weights where no plain ones exist.
+def weights_variant(folder: Path, stem: str = WEIGHTS) -> str | None:
+    """The variant ('fp16') of the weights, files of this ``stem``, where no plain ones exist.
 
     Errors: ValueError for several variants, weights that are a pickle, and none.
     """
     names = {path.name for path in folder.iterdir()}
-    if {f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"} & names:
+    if {f"{stem}.safetensors", f"{stem}.safetensors.index.json"} & names:
         return None
-    pattern = re.compile(rf"{WEIGHTS}\.([\w-]+)\.safetensors|{WEIGHTS}\.safetensors\.index\.([\w-]+)\.json")
+    pattern = re.compile(rf"{stem}\.([\w-]+)\.safetensors|{stem}\.safetensors\.index\.([\w-]+)\.json")
     variants = sorted({match[1] or match[2] for match in map(pattern.fullmatch, names) if match})
     if len(variants) > 1:
         raise ValueError(f"{folder} holds the weights in variants ({', '.join(variants)}) and no plain ones; leave one of them.")
@@ -198,7 +206,7 @@ def weights_variant(folder: Path) -> str | None:
             f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read, so it is refused; if"
             " you trust it, load it in diffusers and save_pretrained(folder, safe_serialization=True)."
         )
-    raise ValueError(f"{folder} has no weights: {WEIGHTS}.safetensors is missing.")
+    raise ValueError(f"{folder} has no weights: {stem}.safetensors is missing.")
 
 
 def _stored_dtype(folder: Path, variant: str | None) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..shapes import States
 
-# Latents a decoder's call takes: it works at full resolution, where a batch of a rollout's size does not fit.
-DECODE_BATCH = 16
+# Latents a decoder's call takes, and pixels: it works at full resolution, where a batch of a rollout's size does not fit.
+DECODE_BATCH, DECODE_PIXELS = 16, 2**21
 
 
 class LatentDecoder(nn.Module):
@@ -22,7 +22,10 @@ class LatentDecoder(nn.Module):
         self.vae = vae.requires_grad_(False).eval()
         self.config: Any = vae.config
         if self.config.get("latents_mean") is not None:
-            raise ValueError("this decoder shifts its latents by a mean of each channel (latents_mean), which is not covered.")
+            raise ValueError(
+                "this decoder shifts its latents by a mean of each channel (latents_mean), which is not covered; take a pipeline"
+                " whose vae has none."
+            )
 
     def refuse_others(self, channels: int) -> None:
         """Errors: ValueError for latents of other ``channels`` than it takes."""
@@ -41,5 +44,6 @@ class LatentDecoder(nn.Module):
     def forward(self, state: States) -> Float[Tensor, " n *data"]:
         latents = state / self.config.scaling_factor + (self.config.get("shift_factor") or 0.0)
         vae = cast(Any, self.vae)
-        parts = [vae.decode(part).sample for part in torch.split(latents, DECODE_BATCH)]
+        fitting = DECODE_PIXELS // (latents.shape[2] * latents.shape[3] * self.factor**2)
+        parts = [vae.decode(part).sample for part in torch.split(latents, max(1, min(DECODE_BATCH, fitting)))]
         return torch.cat(parts)

@@ -31,7 +31,10 @@ def state_shape(model: Any, side: int | None = None) -> tuple[int, ...]:
         learned = " (a learned variance, which policy and prior would not share)" if outward == 2 * inward else ""
         raise ValueError(f"{name} takes {inward} channels and gives {outward}{learned}; a chain needs as many out as in.")
     if config.get("time_cond_proj_dim") is not None:
-        raise ValueError(f"this {name} is distilled from guidance (time_cond_proj_dim), and its few steps are no such chain.")
+        raise ValueError(
+            f"this {name} is distilled from guidance (time_cond_proj_dim), and its few steps are no chain of small kernels; take"
+            " the model that it was distilled from."
+        )
     if side is not None:
         return (inward, side, side)
     if config.sample_size is None:

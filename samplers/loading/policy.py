@@ -34,7 +34,7 @@ def load_policy(prior: Prior, folder: str | Path) -> Policy:
     network, _ = load_model(place, (type(base.model).__name__,), type(base.model))
     if kind == "full" and _architecture(network) != _architecture(base.model):
         raise ValueError(f"the policy in {folder} is not of this prior's network: their configs differ.")
-    denoiser = beside(prior, network)
+    denoiser = beside(prior, network, base.guidance if kind == "full" else 1.0)
     if kind == "residual":
         residual = residual_of(prior)
         residual.residual = denoiser

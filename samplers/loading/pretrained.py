@@ -16,7 +16,7 @@ from ..prior import Prior, Source
 from ..schedulers.dispatch import chain_from_scheduler
 from ..trained_steps import step_window, trained_line, with_trained_steps
 from .flux_schedule import flux_schedule
-from .folder import DECODERS, DENOISERS, Layout, load_model, load_scheduler, locate, read_layout
+from .folder import DECODERS, DENOISERS, TEXT_DENOISERS, TEXT_PIPELINES, Layout, load_model, load_scheduler, locate, read_layout
 from .hints import start_hint, variance_hint
 from .latent_decoder import LatentDecoder
 from .networks import label_table, latent_side, num_classes, state_shape
@@ -63,6 +63,11 @@ def load_prior(
     layout = read_layout(locate(path))
     refuse_other_prompts(layout.pipeline, prompts)
     model, stored = load_model(layout.denoiser, DENOISERS)
+    if type(model).__name__ in TEXT_DENOISERS and layout.pipeline not in TEXT_PIPELINES:
+        raise ValueError(
+            f"{layout.denoiser} is a {type(model).__name__}, which needs the text encoders of its pipeline; give the folder of"
+            f" the whole pipeline, one of {', '.join(TEXT_PIPELINES)}."
+        )
     to_data = None if layout.decoder is None else LatentDecoder(load_model(layout.decoder, DECODERS)[0])
     shape = state_shape(model, latent_side(image_size, to_data, model))
     if to_data is not None:
@@ -80,8 +85,9 @@ def load_prior(
         if labels is not None:
             raise ValueError(f"labels were given, but {layout.pipeline} is conditioned on prompts; leave them out.")
         guidance = guidance_of(layout.pipeline, model, prompts)
-        table = prompt_table(layout.folder, layout.pipeline, model, prompts, shape[1] * to_data.factor)
-        call = call_options(layout.pipeline, prompts, guidance)
+        size = (to_data.factor * shape[1], to_data.factor * shape[2])
+        table = prompt_table(layout.folder, layout.pipeline, model, prompts, size, device or "cpu")
+        call = call_options(prompts, guidance)
     autocast = _autocast(precision)
     if channels_last:
         _channels_last(model, shape)

@@ -159,7 +159,7 @@ def test_the_yaml_keys_are_frozen() -> None:
     max_invalid monitor_every checkpoint_every process_timeout seed"""
     sections: dict[str, str] = {
         "prior": "source steps chain dim seed eta variance noise noise_level train_steps labels scheduler prompts prompt_metadata"
-        " negative_prompt guidance precision channels_last",
+        " negative_prompt guidance image_size precision channels_last",
         "energy": "terms cache workers timeout",
         "policy": "kind rank targets gradient_checkpointing",
         "train": train,

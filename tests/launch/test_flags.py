@@ -33,6 +33,7 @@ VALUES: dict[str, list[str]] = {
     "--prompt-metadata": ["{}", "{}"],
     "--negative-prompt": ["fog"],
     "--guidance": ["3"],
+    "--image-size": ["64"],
     "--precision": ["bf16"],
     "--channels-last": [],
     "--energy": ["a.py:b", "0.5*c.py:d(3)"],

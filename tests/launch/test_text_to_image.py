@@ -12,14 +12,17 @@ import torch
 
 from tests.toys.text_pipelines import BETAS, flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from tiltune.finetune.certificate.deployment import Deployed, draw_deployed
+from tiltune.finetune.config.prior import PriorConfig
 from tiltune.finetune.runs.export import export_policy
-from tiltune.finetune.runs.prompts import read_prompts
+from tiltune.finetune.runs.prompts import from_file, read_prompts
 from tiltune.finetune.runs.run import open_run
 from tiltune.samplers.denoiser import DiffusersDenoiser
 from tiltune.samplers.loading.folder import left_empty
+from tiltune.samplers.loading.policy import load_policy
 from tiltune.samplers.loading.pretrained import load_prior
 from tiltune.samplers.loading.text import Prompts
 from tiltune.samplers.make_policy import make_policy
+from tiltune.samplers.policy import PolicyKind
 
 ENERGY = """
 def brightness(x, prompts, metadata):
@@ -56,7 +59,7 @@ def test_train_evaluate_export_and_sample(build: Callable[..., Path], tiltune: C
     assert all({"verdict", "log_z", "gap"} <= one.keys() for one in certificate["conditions"].values())
 
     pictures = sorted(path.name for path in (run / "pictures").iterdir())
-    assert len(pictures) == 2 and pictures[0].startswith("a_dog__big-") and pictures[1] == "a_red_apple.png"
+    assert len(pictures) == 2 and pictures[0].startswith("a_dog_big-") and pictures[1] == "a_red_apple.png"
 
     policy = opened.policy
     with torch.no_grad():  # as if it had been trained for long
@@ -85,6 +88,9 @@ def test_train_evaluate_export_and_sample(build: Callable[..., Path], tiltune: C
 
     shown = tiltune("sample", run, "--n", 3, "--prompts", "a cat", "--out", tmp_path / "cats.safetensors")
     assert shown.status == 0 and "3 samples of shape (3, 8, 8)" in shown.out and (tmp_path / "cats.png").exists()
+    known = ["--energy", energy, "--proposals", 20, "--out", tmp_path / "exact.safetensors"]
+    shown = tiltune("sample", run, "--n", 2, "--exact", "--prompts", "a red apple", *known)  # its metadata is the run's
+    assert shown.status == 0, shown.err
     shown = tiltune("sample", run, "--n", 3, "--labels", "1", "--out", tmp_path / "labels.safetensors")
     assert shown.status == 2 and "--labels 1: the run has no labels" in shown.err
 
@@ -106,12 +112,47 @@ def test_files_of_prompts(tmp_path: Path) -> None:
         ("f.json", "{", "is not JSON"),
         ("g.json", '{"prompt": "a dog"}', "has no 'prompt' in each of its rows"),
         ("h.csv", "prompt,count\n ,2\n", "prompt 1 of"),
+        ("i.csv", "prompt\na red apple, shiny\n", "row 1 of .* has not as many fields as its head"),
+        ("j.csv", 'prompt\n"a dog\n', "is not CSV"),
+        ("k.json", '[{"prompt": "a dog", "weight": NaN}]', "without NaN"),
     ):
         with pytest.raises(ValueError, match=said) as error:
-            read_prompts(written(name, content))
+            PriorConfig("x", prompts=(texts := read_prompts(written(name, content)))[0], prompt_metadata=texts[1])
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(tmp_path / "missing.txt")
+    for given in (("a dog", str(tmp_path / "a.txt")), (str(written("prompts.tsv", "a dog")),)):
+        with pytest.raises(ValueError, match=r"stands among prompts and is a file's name; give one file alone"):
+            from_file(PriorConfig("x", prompts=given))
+
+
+def test_prompts_are_refused_in_a_config() -> None:
+    for settings, said in (
+        ({"prompts": ("a dog ",)}, "has spaces around it"),
+        ({"prompts": ()}, "prompts is an empty list"),
+        ({"guidance": 3.0}, "give prompts, or leave them out"),
+        ({"prompts": ("a dog",), "guidance": float("inf")}, "it is 1, for none, or more"),
+        ({"prompts": ("a dog",), "labels": (1,)}, "give one of them"),
+        ({"prompts": ("a dog",), "prompt_metadata": ("{}", "{}")}, "2 entries for 1 prompts"),
+        ({"prompts": ("a dog",), "prompt_metadata": ("[1]",)}, "is no JSON object"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            PriorConfig("x", **settings)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "residual"])
+def test_a_saved_policy_is_the_trained_one_under_guidance(kind: PolicyKind, tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    prior = load_prior(stable_diffusion(tmp_path / "prior", DDIMScheduler(**BETAS)), 4, prompts=Prompts(("a dog",)))
+    policy = make_policy(prior, kind, rank=2)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.02)
+    policy.save(tmp_path / "policy")
+    state, label = torch.randn(2, *prior.shape, generator=torch.Generator().manual_seed(1)), prior.chain.timesteps[1].float()
+    loaded = load_policy(prior, tmp_path / "policy")
+    assert torch.equal(loaded(state, label, prior.condition(2)), policy(state, label, prior.condition(2)))
 
 
 @pytest.mark.parametrize("build", [stable_diffusion_3, flux])
