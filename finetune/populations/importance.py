@@ -35,7 +35,7 @@ def importance_population(
         if size < FEWEST * count and count > 1:
             raise ValueError(
                 f"the population is {size} paths here, for {count} conditions, each with a law of its own that needs {FEWEST}"
-                " paths at least; name fewer labels, or raise population_size."
+                " paths at least; name fewer of them, or raise population_size."
             )
     population = Population(prior_paths(energies, size, "prior samples", alpha, generator, bar))
     with energies.processes.together():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -81,5 +82,5 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any], place: str = "") -
             if found := _difference(value, ours[name], f"{place}{name}."):
                 return found
         elif value != ours[name]:
-            return f"{place}{name} is {value!r} there and {ours[name]!r} here"
+            return f"{place}{name} is {reprlib.repr(value)} there and {reprlib.repr(ours[name])} here"
     return ""
