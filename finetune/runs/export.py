@@ -12,11 +12,6 @@ from torch import nn
 
 from ...samplers.loading.folder import (
     DECODERS,
-    PICKLES,
-    TEXT_PARTS,
-    TEXT_PIPELINES,
-    UNUSED_PARTS,
-    left_empty,
     load_model,
     locate,
     read_json,
@@ -25,10 +20,10 @@ from ...samplers.loading.folder import (
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
 from ..certificate.deployment import has_even_steps
+from .export_text import is_text, text_usage, write_text_adapter, write_text_pipeline
 
 Format = Literal["pipeline", "lora", "merged"]
 FORMATS: dict[str, tuple[str, ...]] = {"full": ("pipeline",), "lora": ("lora", "merged"), "residual": ()}
-TEXT_ADAPTER = "pytorch_lora_weights.safetensors"  # as a pipeline's load_lora_weights takes it
 # A pipeline whose call is this scheduler's plain loop on a network of pixels without a condition.
 PLAIN_PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}
 
@@ -97,8 +92,6 @@ def _network(policy: Policy, format: str) -> nn.Module:
 
 
 def _write_adapter(policy: Policy, partial: Path, out: Path) -> str:
-    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
-
     from ...samplers.lora import LoraDenoiser
 
     prior, denoiser = policy.prior, policy.denoiser
@@ -107,14 +100,9 @@ def _write_adapter(policy: Policy, partial: Path, out: Path) -> str:
     (partial / "policy.json").unlink()
     prior.scheduler.save_pretrained(partial / "scheduler")
     network = denoiser.base.model
-    if _is_text(prior):
-        assert prior.source is not None
-        weights = {
-            name.replace("base_model.model.", f"{prior.source.denoiser}."): part
-            for name, part in denoiser.adapter_state().items()
-        }
-        save_file(weights, partial / TEXT_ADAPTER, metadata={"format": "pt"})
-        return _text_usage(prior, out, adapter=True)
+    if is_text(prior):
+        write_text_adapter(denoiser, partial)
+        return text_usage(prior, out, adapter=True)
     return _usage(prior, network, _plain_pipeline(prior, network), out, adapter=True)
 
 
@@ -123,9 +111,9 @@ def _write_model(prior: Prior, network: Any, partial: Path, out: Path) -> str:
 
     source = prior.source
     assert source is not None
-    if _is_text(prior):
-        _write_text_pipeline(prior, network, partial)
-        return _text_usage(prior, out)
+    if is_text(prior):
+        write_text_pipeline(prior, network, partial)
+        return text_usage(prior, out)
     name = _plain_pipeline(prior, network)
     if name:
         getattr(diffusers, name)(unet=network, scheduler=prior.scheduler).save_pretrained(partial)
@@ -143,52 +131,6 @@ def _write_model(prior: Prior, network: Any, partial: Path, out: Path) -> str:
                 decoder: Any = load_model(folder / part, DECODERS)[0]  # not copied: a pipeline reads no variants by itself
                 decoder.save_pretrained(partial / part)
     return _usage(prior, network, None, out)
-
-
-def _write_text_pipeline(prior: Prior, network: Any, partial: Path) -> None:
-    """The network and its scheduler; what was not trained is copied as it is, but for pickles."""
-    source = prior.source
-    assert source is not None
-    folder = locate(source.path)
-    index = read_json(folder / "model_index.json")
-    network.save_pretrained(partial / source.denoiser)
-    prior.scheduler.save_pretrained(partial / "scheduler")
-    index["scheduler"] = ["diffusers", type(prior.scheduler).__name__]
-    for part in ("vae", *TEXT_PARTS):
-        if index.get(part, [None])[0] is not None:
-            shutil.copytree(folder / part, partial / part, ignore=shutil.ignore_patterns(*(f"*{kind}" for kind in PICKLES)))
-    for part in UNUSED_PARTS:
-        if part in index:
-            index[part] = [None, None]
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _is_text(prior: Prior) -> bool:
-    return prior.source is not None and prior.source.pipeline in TEXT_PIPELINES
-
-
-def _text_usage(prior: Prior, out: Path, *, adapter: bool = False) -> str:
-    """Python that loads a text-to-image policy and draws a picture of its first prompt."""
-    source, table, scheduler = prior.source, prior.condition_table, type(prior.scheduler).__name__
-    assert source is not None and table is not None
-    options = ", ".join(f"{key}={value!r}" for key, value in {**prior.call_options, **prior.step_options}.items())
-    folder = locate(source.path)
-    variants = {weights_variant(folder / part, "model") for part in TEXT_PARTS if (folder / part / "config.json").is_file()} - {
-        None
-    }
-    told = "".join(f", {part}=None" for part in left_empty(folder)) + "".join(
-        f", variant={one!r}" for one in sorted(variants, key=str)
-    )
-    place = str(folder) if adapter else str(out.absolute())
-    lines = [f"from diffusers import {source.pipeline}, {scheduler}"]
-    lines += [f"pipeline = {source.pipeline}.from_pretrained({place!r}, use_safetensors=True{told})"]
-    if adapter:  # which needs peft
-        lines += [
-            f"pipeline.scheduler = {scheduler}.from_pretrained({str(out.absolute())!r}, subfolder='scheduler')",
-            f"pipeline.load_lora_weights({str(out.absolute())!r}, weight_name={TEXT_ADAPTER!r})  # needs peft",
-        ]
-    call = f"{table.names[0]!r}, num_inference_steps={prior.chain.num_steps}, {options}"
-    return "\n".join([*lines, f"images = pipeline({call}).images"])
 
 
 def _plain_pipeline(prior: Prior, network: nn.Module) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,10 +16,11 @@ from ..prior import Prior, Source
 from ..schedulers.dispatch import chain_from_scheduler
 from ..trained_steps import step_window, trained_line, with_trained_steps
 from .flux_schedule import flux_schedule
-from .folder import DECODERS, DENOISERS, TEXT_DENOISERS, TEXT_PIPELINES, Layout, load_model, load_scheduler, locate, read_layout
+from .folder import DECODERS, DENOISERS, TEXT_DENOISERS, TEXT_PIPELINES, Layout, load_model, locate, read_layout
 from .hints import start_hint, variance_hint
 from .latent_decoder import LatentDecoder
 from .networks import label_table, latent_side, num_classes, state_shape
+from .scheduler import refuse_unused, scheduler_of
 from .text import Prompts, call_options, guidance_of, prompt_line, prompt_table, refuse_other_prompts
 
 NAMED = 12  # conditions that a line names one by one
@@ -72,9 +73,9 @@ def load_prior(
     shape = state_shape(model, latent_side(image_size, to_data, model))
     if to_data is not None:
         to_data.refuse_others(shape[0])
-    run_by = _scheduler(layout, scheduler, variance)
+    run_by = scheduler_of(layout, scheduler, variance)
     run_by, timesteps = flux_schedule(run_by, shape, steps) if layout.pipeline == "FluxPipeline" else (run_by, None)
-    _refuse_unused(run_by, eta, noise, noise_level)
+    refuse_unused(run_by, eta, noise, noise_level)
     count = steps if timesteps is None else None
     chain = chain_from_scheduler(run_by, count, timesteps=timesteps, eta=eta, noise=noise, noise_level=noise_level)
     chain = chain if train_steps is None else with_trained_steps(chain, *step_window(train_steps))
@@ -129,41 +130,6 @@ def _channels_last(model: nn.Module, shape: tuple[int, ...]) -> None:
 def _source(path: str | Path, layout: Layout) -> Source:
     known = layout.folder if Path(path).expanduser().is_dir() else path
     return Source(str(known), layout.pipeline, "" if layout.pipeline is None else layout.denoiser.name)
-
-
-SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
-
-
-def _scheduler(layout: Layout, other: str | None, variance: str | None) -> Any:
-    """The folder's scheduler, as its pipeline would run it, or another one on its config; with the variance asked for."""
-    import diffusers
-
-    scheduler: Any = load_scheduler(layout.scheduler)
-    wanted = SCHEDULERS[other] if other is not None else "DDIMScheduler" if layout.pipeline == "DDIMPipeline" else None
-    if wanted is not None and type(scheduler).__name__ != wanted:
-        if other is not None and "beta_schedule" not in scheduler.config:
-            name = type(scheduler).__name__
-            raise ValueError(f"scheduler {other} needs a diffusion's betas, and {name} has none; leave it out.")
-        # Latents have no range to be clipped to, and some schedulers clip where a config does not say.
-        unsaid = {"clip_sample": False} if layout.decoder is not None and "clip_sample" not in scheduler.config else {}
-        scheduler = getattr(diffusers, wanted).from_config(scheduler.config, **unsaid)
-    if variance is None:
-        return scheduler
-    if type(scheduler).__name__ != "DDPMScheduler":
-        raise ValueError(f"variance={variance!r} is DDPMScheduler's choice; {type(scheduler).__name__} has none, leave it out.")
-    return cast(Any, type(scheduler)).from_config(scheduler.config, variance_type=variance)
-
-
-def _refuse_unused(scheduler: Any, eta: float, noise: str, noise_level: float) -> None:
-    """An option that this scheduler would ignore is an error, not a no-op."""
-    name = type(scheduler).__name__
-    if eta != 1.0 and name != "DDIMScheduler":
-        raise ValueError(
-            f"eta={eta:g} is DDIM's noise, and this prior has a {name}; leave eta out, or save it with DDIMScheduler."
-        )
-    flow = name == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.stochastic_sampling
-    if (noise, noise_level) != ("memoryless", 0.7) and not flow:
-        raise ValueError(f"noise={noise!r} makes a deterministic flow stochastic, and this prior's {name} is none; leave it out.")
 
 
 def _prior_line(
