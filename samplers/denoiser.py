@@ -52,9 +52,9 @@ class DiffusersDenoiser(nn.Module):
         self.adapters: AdapterSwitch | None = None
         self._network_call, self._embeds_guidance = call_of(model), embeds_guidance(model)
 
-    def forward(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
+    def forward(self, state: States, timestep: Timestep, condition: Condition | None = None, **inputs: States) -> States:
         with nullcontext() if self.adapters is None else self.adapters.using(None):
-            return self.run(state, timestep, condition)
+            return self.run(state, timestep, condition, **inputs)
 
     def run(self, state: States, timestep: Timestep, condition: Condition | None = None, **inputs: States) -> States:
         """The network as it stands, with whatever adapters are on; ``inputs`` of its own beside the condition's."""
@@ -95,7 +95,7 @@ class ResidualDenoiser(nn.Module):
         with torch.no_grad():
             prior = self._prior[0](state, timestep, condition).to(state.dtype)
         if isinstance(self.residual, DiffusersDenoiser) and getattr(self.residual.model, "sees_prior", False):
-            return prior + self.residual.run(state, timestep, condition, prior_output=prior).to(state.dtype)
+            return prior + self.residual(state, timestep, condition, prior_output=prior).to(state.dtype)
         return prior + self.residual(state, timestep, condition).to(state.dtype)
 
     def save(self, folder: Path) -> None:
