@@ -86,7 +86,7 @@ class Condition:
         numbers = self._rows({name: column for name, column in self.table.tensors.items() if column.ndim == 1})
         return numbers | {name: [column[row] for row in rows] for name, column in self.table.only_energies.items()}
 
-    def _rows(self, columns: Mapping[str, Tensor]) -> dict[str, Shaped[Tensor, " batch ..."]]:
+    def _rows(self, columns: Mapping[str, Shaped[Tensor, " conditions ..."]]) -> dict[str, Shaped[Tensor, " batch ..."]]:
         return {name: column[self.group.to(column.device)].to(self.group.device) for name, column in columns.items()}
 
 

@@ -16,12 +16,12 @@ from ..prior import Prior, Source
 from ..schedulers.dispatch import chain_from_scheduler
 from ..trained_steps import step_window, trained_line, with_trained_steps
 from .flux_schedule import flux_schedule
-from .folder import DECODERS, DENOISERS, TEXT_DENOISERS, TEXT_PIPELINES, Layout, load_model, locate, read_layout
+from .folder import DECODERS, DENOISERS, Layout, load_model, locate, read_layout
 from .hints import start_hint, variance_hint
 from .latent_decoder import LatentDecoder
 from .networks import label_table, latent_side, num_classes, state_shape
 from .scheduler import refuse_unused, scheduler_of
-from .text import Prompts, call_options, guidance_of, prompt_line, prompt_table, refuse_other_prompts
+from .text import Prompts, call_options, guidance_of, prompt_line, prompt_table, refuse_other_prompts, refuse_without_text
 
 NAMED = 12  # conditions that a line names one by one
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,12 +63,8 @@ def load_prior(
     """
     layout = read_layout(locate(path))
     refuse_other_prompts(layout.pipeline, prompts)
+    refuse_without_text(layout)
     model, stored = load_model(layout.denoiser, DENOISERS)
-    if type(model).__name__ in TEXT_DENOISERS and layout.pipeline not in TEXT_PIPELINES:
-        raise ValueError(
-            f"{layout.denoiser} is a {type(model).__name__}, which needs the text encoders of its pipeline; give the folder of"
-            f" the whole pipeline, one of {', '.join(TEXT_PIPELINES)}."
-        )
     to_data = None if layout.decoder is None else LatentDecoder(load_model(layout.decoder, DECODERS)[0])
     shape = state_shape(model, latent_side(image_size, to_data, model))
     if to_data is not None:

@@ -17,7 +17,7 @@ from ..condition import ConditionTable
 from ..guidance import NEGATIVE
 from ..network_calls import embeds_guidance
 from ..prior import Prior
-from .folder import TEXT_PIPELINES, locate
+from .folder import TEXT_DENOISERS, TEXT_PIPELINES, Layout, locate, read_json
 from .text_encoders import text_encoders
 from .text_families import FAMILIES, Family, Size
 
@@ -118,6 +118,16 @@ def refuse_other_prompts(pipeline: str | None, prompts: Prompts | None) -> None:
     if pipeline not in TEXT_PIPELINES and prompts is not None:
         raise ValueError(
             f"prompts are for {', '.join(TEXT_PIPELINES)}, and this is {pipeline or 'a bare model'}; leave them out."
+        )
+
+
+def refuse_without_text(layout: Layout) -> None:
+    """Errors: ValueError for a network that takes embeddings of text, outside of a pipeline that makes them."""
+    name = read_json(layout.denoiser / "config.json").get("_class_name")
+    if name in TEXT_DENOISERS and layout.pipeline not in TEXT_PIPELINES:
+        raise ValueError(
+            f"{layout.denoiser} is a {name}, which needs the text encoders of its pipeline; give the folder of the whole"
+            f" pipeline, one of {', '.join(TEXT_PIPELINES)}."
         )
 
 

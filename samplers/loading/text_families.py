@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..guidance import NEGATIVE
 
 SD3_TOKENS, FLUX_TOKENS = 256, 512  # as their pipelines' own calls have them
 Size = tuple[int, int]  # height and width of the decoded images
+Inputs = dict[str, Float[Tensor, "prompts ..."]]  # of the network, by the names of its arguments
 
 
 @dataclass(frozen=True)
@@ -22,17 +24,17 @@ class Family:
     them may, where not as many as its encoder takes."""
 
     guidance: float
-    encode: Callable[[Any, list[str], str, Size], dict[str, Tensor]]
+    encode: Callable[[Any, list[str], str, Size], Inputs]
     reads: tuple[str, ...] = ("tokenizer",)
     tokens: int | None = None
 
 
-def _stable_diffusion(pipeline: Any, prompts: list[str], negative: str, size: Size) -> dict[str, Tensor]:
+def _stable_diffusion(pipeline: Any, prompts: list[str], negative: str, size: Size) -> Inputs:
     within, without = pipeline.encode_prompt(prompts, "cpu", 1, True, negative_prompt=[negative] * len(prompts))
     return {"encoder_hidden_states": within, f"{NEGATIVE}encoder_hidden_states": without}
 
 
-def _stable_diffusion_xl(pipeline: Any, prompts: list[str], negative: str, size: Size) -> dict[str, Tensor]:
+def _stable_diffusion_xl(pipeline: Any, prompts: list[str], negative: str, size: Size) -> Inputs:
     # An empty negative prompt is left out, as the pipeline's config then may ask for zeros.
     others = [negative] * len(prompts) if negative else None
     within, without, pooled, other = pipeline.encode_prompt(
@@ -48,7 +50,7 @@ def _stable_diffusion_xl(pipeline: Any, prompts: list[str], negative: str, size:
     }
 
 
-def _stable_diffusion_3(pipeline: Any, prompts: list[str], negative: str, size: Size) -> dict[str, Tensor]:
+def _stable_diffusion_3(pipeline: Any, prompts: list[str], negative: str, size: Size) -> Inputs:
     within, without, pooled, other = pipeline.encode_prompt(
         prompts, None, None, device="cpu", do_classifier_free_guidance=True, negative_prompt=[negative] * len(prompts)
     )
@@ -60,7 +62,7 @@ def _stable_diffusion_3(pipeline: Any, prompts: list[str], negative: str, size: 
     }
 
 
-def _flux(pipeline: Any, prompts: list[str], negative: str, size: Size) -> dict[str, Tensor]:
+def _flux(pipeline: Any, prompts: list[str], negative: str, size: Size) -> Inputs:
     within, pooled, _ = pipeline.encode_prompt(prompts, None, device="cpu", max_sequence_length=FLUX_TOKENS)
     return {"encoder_hidden_states": within, "pooled_projections": pooled}
 

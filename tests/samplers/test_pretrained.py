@@ -467,7 +467,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "a network that is not covered": (
         edited("unet/config.json", _class_name="UNet2DConditionModel"),
         {},
-        "UNet2DConditionModel,",
+        "is a UNet2DConditionModel, which needs the text encoders",
     ),
     "a transformer that is no DiT": (
         edited("unet/config.json", _class_name="Transformer2DModel"),
@@ -704,7 +704,7 @@ def test_a_shifted_latent_space_is_shifted_back():
     model = vae()
     model.register_to_config(shift_factor=0.4)
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    decoded = LatentDecoder(model, 4)(latents)
+    decoded = LatentDecoder(model)(latents)
     with torch.no_grad():
         assert torch.equal(decoded, model.decode(latents / model.config.scaling_factor + 0.4).sample)
         assert not torch.equal(decoded, model.decode(latents / model.config.scaling_factor).sample)
