@@ -38,7 +38,7 @@ class Settings:
 
 
 SIZES: dict[Size, Settings] = {
-    "quick": Settings(dims=(2, 10), steps=20, updates=(10, 20), seeds=2),
+    "quick": Settings(dims=(2, 10), steps=20, updates=(10,), seeds=2),
     "default": Settings(),
     "full": Settings(ess=(0.05, 0.003), updates=(10, 20, 40, 80, 160), samples=2000, seeds=10),
 }
