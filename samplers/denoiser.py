@@ -94,9 +94,9 @@ class ResidualDenoiser(nn.Module):
     def forward(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
         with torch.no_grad():
             prior = self._prior[0](state, timestep, condition).to(state.dtype)
-        if isinstance(self.residual, DiffusersDenoiser) and getattr(self.residual.model, "sees_prior", False):
-            return prior + self.residual(state, timestep, condition, prior_output=prior).to(state.dtype)
-        return prior + self.residual(state, timestep, condition).to(state.dtype)
+        sees_prior = isinstance(self.residual, DiffusersDenoiser) and getattr(self.residual.model, "sees_prior", False)
+        inputs = {"prior_output": prior} if sees_prior else {}
+        return prior + self.residual(state, timestep, condition, **inputs).to(state.dtype)
 
     def save(self, folder: Path) -> None:
         """The residual network alone as a diffusers model, in residual/.

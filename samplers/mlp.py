@@ -57,8 +57,8 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         self.register_buffer("frequencies", bandwidth * torch.randn(dim, fourier_features, generator=generator))
         octaves = 2.0 ** torch.arange(6)
         self.register_buffer("time_frequencies", math.pi * octaves / (num_labels - 1))
-        table = torch.tensor([1.0, 0.0, 1.0])[:, None].repeat(1, num_labels)
-        self.register_buffer("preconditioning", table)
+        as_built = [1.0, 0.0, 1.0, *([1.0, 0.0] if sees_prior else [])]  # the last two are p and q
+        self.register_buffer("preconditioning", torch.tensor(as_built)[:, None].repeat(1, num_labels))
         self.time = nn.Sequential(nn.Linear(13, width), nn.SiLU(), nn.Linear(width, width * (depth + 1)))
         self.inward = nn.Linear((2 if sees_prior else 1) * dim + 2 * fourier_features, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
@@ -67,8 +67,6 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.outward.bias)
         self.own = OwnWaves(dim, own_frequencies) if own_frequencies else None
         self.sees_prior = sees_prior
-        if sees_prior:
-            self.register_buffer("estimate", torch.tensor([1.0, 0.0])[:, None].repeat(1, num_labels))
 
     def forward(
         self,
@@ -88,8 +86,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         low = label.floor().clamp(0, self.num_labels - 2)
         fraction = label - low
         low = low.long()
-        tables = torch.cat([self.preconditioning, self.estimate]) if self.sees_prior else self.preconditioning
-        table = torch.lerp(tables[:, low], tables[:, low + 1], fraction)
+        table = torch.lerp(self.preconditioning[:, low], self.preconditioning[:, low + 1], fraction)
         phase = label[:, None] * self.time_frequencies
         embedded = torch.cat([label[:, None] / (self.num_labels - 1), phase.sin(), phase.cos()], 1)
         shifts = self.time(embedded)
@@ -144,13 +141,13 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def set_tables_(self, timesteps: Float[Tensor, " n"], columns: Float[Tensor, "3 n"]) -> MLPDenoiser:
         """Set input_scale, output_skip and output_scale at ascending ``timesteps``, interpolated to the labels between them."""
-        self.preconditioning.copy_(self._at_labels(timesteps, columns))
+        self.preconditioning[:3] = self._at_labels(timesteps, columns)
         return self
 
     @torch.no_grad()
     def set_estimate_(self, timesteps: Float[Tensor, " n"], columns: Float[Tensor, "2 n"]) -> MLPDenoiser:
         """Set p and q of the prior's estimate, for samples as the network is fed them, in the same way."""
-        self.estimate.copy_(self._at_labels(timesteps, columns))
+        self.preconditioning[3:] = self._at_labels(timesteps, columns)
         return self
 
     def _at_labels(self, timesteps: Float[Tensor, " n"], columns: Float[Tensor, "rows n"]) -> Float[Tensor, "rows labels"]:

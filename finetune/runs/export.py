@@ -20,7 +20,7 @@ from ...samplers.loading.folder import (
 from ...samplers.policy import Policy
 from ...samplers.prior import Prior
 from ..certificate.deployment import has_even_steps
-from .export_text import is_text, text_usage, write_text_adapter, write_text_pipeline
+from .export_text import copy_text_parts, is_text, text_usage, write_text_adapter
 
 Format = Literal["pipeline", "lora", "merged"]
 FORMATS: dict[str, tuple[str, ...]] = {"full": ("pipeline",), "lora": ("lora", "merged"), "residual": ()}
@@ -111,9 +111,6 @@ def _write_model(prior: Prior, network: Any, partial: Path, out: Path) -> str:
 
     source = prior.source
     assert source is not None
-    if is_text(prior):
-        write_text_pipeline(prior, network, partial)
-        return text_usage(prior, out)
     name = _plain_pipeline(prior, network)
     if name:
         getattr(diffusers, name)(unet=network, scheduler=prior.scheduler).save_pretrained(partial)
@@ -125,12 +122,14 @@ def _write_model(prior: Prior, network: Any, partial: Path, out: Path) -> str:
         index = read_json(folder / "model_index.json")
         index["scheduler"] = ["diffusers", type(prior.scheduler).__name__]
         index[source.denoiser] = [index[source.denoiser][0], type(network).__name__]
-        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        for part in ("vae", "vqvae"):
-            if part in index:
+        if is_text(prior):
+            copy_text_parts(folder, index, partial)
+        else:
+            for part in [part for part in ("vae", "vqvae") if part in index]:
                 decoder: Any = load_model(folder / part, DECODERS)[0]  # not copied: a pipeline reads no variants by itself
                 decoder.save_pretrained(partial / part)
-    return _usage(prior, network, None, out)
+        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return text_usage(prior, out) if is_text(prior) else _usage(prior, network, None, out)
 
 
 def _plain_pipeline(prior: Prior, network: nn.Module) -> str | None:

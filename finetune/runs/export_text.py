@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from ...samplers.loading.folder import (
     UNUSED_PARTS,
     left_empty,
     locate,
-    read_json,
     weights_variant,
 )
 from ...samplers.lora import LoraDenoiser
@@ -38,23 +36,14 @@ def write_text_adapter(denoiser: LoraDenoiser, out: Path) -> None:
     save_file(weights, out / ADAPTER, metadata={"format": "pt"})
 
 
-def write_text_pipeline(prior: Prior, network: Any, out: Path) -> None:
-    """The network and its scheduler; what was not trained is copied as it is, but for pickles."""
-    source = prior.source
-    assert source is not None
-    folder = locate(source.path)
-    index = read_json(folder / "model_index.json")
-    network.save_pretrained(out / source.denoiser)
-    prior.scheduler.save_pretrained(out / "scheduler")
-    index["scheduler"] = ["diffusers", type(prior.scheduler).__name__]
+def copy_text_parts(folder: Path, index: dict[str, Any], out: Path) -> None:
+    """The parts of the pipeline in ``folder`` that were not trained, as they are but for pickles; ``index`` is told of those that
+    no picture needs."""
     pickles = shutil.ignore_patterns(*(f"*{kind}" for kind in PICKLES))
     for part in ("vae", *TEXT_PARTS):
         if index.get(part, [None])[0] is not None:
             shutil.copytree(folder / part, out / part, ignore=pickles)
-    for part in UNUSED_PARTS:
-        if part in index:
-            index[part] = [None, None]
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    index.update({part: [None, None] for part in UNUSED_PARTS if part in index})
 
 
 def text_usage(prior: Prior, out: Path, *, adapter: bool = False) -> str:

@@ -40,6 +40,10 @@ class LatentDecoder(nn.Module):
         """Pixels of an image for one of its latents, along a side."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
+    def image_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Height and width of the images of latents of this shape, [C, h, w]."""
+        return self.factor * shape[1], self.factor * shape[2]
+
     @torch.no_grad()
     def forward(self, state: States) -> Float[Tensor, " n *data"]:
         latents = state / self.config.scaling_factor + (self.config.get("shift_factor") or 0.0)

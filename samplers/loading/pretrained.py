@@ -82,7 +82,7 @@ def load_prior(
         if labels is not None:
             raise ValueError(f"labels were given, but {layout.pipeline} is conditioned on prompts; leave them out.")
         guidance = guidance_of(layout.pipeline, model, prompts)
-        size = (to_data.factor * shape[1], to_data.factor * shape[2])
+        size = to_data.image_size(shape)
         table = prompt_table(layout.folder, layout.pipeline, model, prompts, size, device or "cpu")
         call = call_options(prompts, guidance)
     autocast = _autocast(precision)

@@ -71,7 +71,9 @@ def prompt_table(folder: Path, pipeline: str, network: Any, prompts: Prompts, si
             _refuse_long(loaded, family, text)
         parts = [prompts.texts[first : first + AT_ONCE] for first in range(0, count, AT_ONCE)]
         encoded = [family.encode(loaded, list(part), prompts.negative, size) for part in parts]
-    tensors = {name: torch.cat([one[name] for one in encoded]).float().to(device) for name in encoded[0]}
+    # Without guidance the other half is never run: no step need gather it.
+    names = [name for name in encoded[0] if prompts.guidance != 1 or not name.startswith(NEGATIVE)]
+    tensors = {name: torch.cat([one[name] for one in encoded]).float().to(device) for name in names}
     for name, tensor in tensors.items():
         if name.startswith(NEGATIVE):  # the same of all prompts
             tensors[name] = tensor[:1].expand_as(tensor)
@@ -88,8 +90,7 @@ def with_prompts(prior: Prior, prompts: Prompts) -> Prior:
     network, pipeline = prior.denoiser.model, prior.source.pipeline
     if guidance_of(pipeline, network, prompts) != prior.denoiser.guidance:
         raise ValueError(f"the policy is of guidance {prior.denoiser.guidance:g}; leave the scale as it is.")
-    factor: int = prior.decoder.factor  # pyright: ignore[reportAttributeAccessIssue]
-    size = (factor * prior.shape[1], factor * prior.shape[2])
+    size = prior.decoder.image_size(prior.shape)
     other = copy.copy(prior)
     other.condition_table = prompt_table(locate(prior.source.path), pipeline, network, prompts, size, prior.device)
     return other

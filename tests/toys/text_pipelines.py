@@ -26,6 +26,12 @@ def tokenizer(folder: Path) -> tuple[Any, int]:
     return CLIPTokenizer(**files, model_max_length=LENGTH), len(vocabulary)
 
 
+def seeded_tokenizer(out: Path) -> tuple[Any, int]:
+    """`tokenizer` beside the folder ``out``; the weights that are made after it are the same every time."""
+    torch.manual_seed(0)
+    return tokenizer(out.with_name("tokens"))
+
+
 def _text_config(tokens: int, **more: Any) -> Any:
     from transformers import CLIPTextConfig
 
@@ -70,8 +76,7 @@ def stable_diffusion(out: Path, scheduler: Any) -> Path:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
-    torch.manual_seed(0)
-    words, tokens = tokenizer(out.with_name("tokens"))
+    words, tokens = seeded_tokenizer(out)
     text = CLIPTextModel(_text_config(tokens))
     parts = {"text_encoder": text, "tokenizer": words, "unet": _unet(cross_attention_dim=16), "vae": _vae()}
     none: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -84,8 +89,7 @@ def stable_diffusion_xl(out: Path, scheduler: Any) -> Path:
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    torch.manual_seed(0)
-    words, tokens = tokenizer(out.with_name("tokens"))
+    words, tokens = seeded_tokenizer(out)
     config = partial(_text_config, tokens, projection_dim=16)
     unet = _unet(
         cross_attention_dim=32,
@@ -104,8 +108,7 @@ def stable_diffusion_3(out: Path, scheduler: Any) -> Path:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
-    torch.manual_seed(0)
-    words, tokens = tokenizer(out.with_name("tokens"))
+    words, tokens = seeded_tokenizer(out)
     config = partial(_text_config, tokens, projection_dim=16)
     transformer = SD3Transformer2DModel(
         sample_size=4,
@@ -132,8 +135,7 @@ def flux(out: Path, scheduler: Any, *, guidance_embeds: bool = True) -> Path:
     from diffusers import FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
-    torch.manual_seed(0)
-    words, tokens = tokenizer(out.with_name("tokens"))
+    words, tokens = seeded_tokenizer(out)
     letters = [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)]
     pieces = T5Tokenizer(
         [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters], extra_ids=0, model_max_length=LENGTH
