@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from ...tasks.task import load_task
 from .. import flags
+from .evaluate_text import deployed, summary, verdict_line
 from .tasks import open_with_task
 
 if TYPE_CHECKING:
@@ -135,68 +134,3 @@ def picture_name(run: Run) -> str:
         return f"pictures/{run.condition.replace(' ', '_')}.png"
     readable = re.sub(r"[^A-Za-z0-9]+", "_", run.condition)[:LONGEST]
     return f"pictures/{readable}-{crc32(run.condition.encode()):08x}.png"
-
-
-def verdict_line(certificate: dict[str, Any]) -> str:
-    """The verdict and its reasons."""
-    return f"verdict: {certificate['verdict']}: {'; '.join(certificate['reasons'])}"
-
-
-def summary(certificate: dict[str, Any], folder: Path) -> str:
-    """The verdict in one line, and the metrics behind it."""
-
-    def shown(name: str, digits: int = 3) -> str:
-        return f"{certificate[name]:.{digits}f} ± {certificate[f'{name}_se']:.{digits}f}"
-
-    lines = [
-        f"ELBO {shown('elbo')} ≤ log Z {shown('log_z')} (target side {shown('log_z_forward')}) ≤ EUBO {shown('eubo')}",
-        f"gap {shown('gap')}   ESS {certificate['ess']:.3f}   target side {certificate['target_ess']:.0f} effective of"
-        f" {certificate['size']}   Pareto-k {certificate['pareto_k']:.2f}",
-        prior_line(certificate),
-        *task_lines(certificate),
-        f"{certificate['energy_calls']:,} energy calls in training, {certificate['certificate_energy_calls']:,} in the"
-        f" certificate; written to {folder}",
-        *[f"flag: {flag}" for flag in certificate["flags"] if flag not in certificate["reasons"]],
-        verdict_line(certificate),
-    ]
-    return "\n".join(lines)
-
-
-def prior_line(certificate: dict[str, Any]) -> str:
-    """What the training changed: mean energy, gap and cell difference of the policy, and of the prior it started from."""
-    prior, compared = certificate["prior"], certificate["verdict_unknown_truth"]
-    gap = f"gap {certificate['gap']:.3f} (prior {prior['gap']:.3f})"
-    energy = f"mean energy {certificate['mean_energy']:.3f} (prior {prior['mean_energy']:.3f})"
-    cells = f"   cell TV {compared['cell_tv']:.3f} (prior {prior['cell_tv']:.3f})" if "cell_tv" in compared else ""
-    return f"{energy}   {gap}{cells}"
-
-
-def task_lines(certificate: dict[str, Any]) -> list[str]:
-    """What a task knows of its samples, and the same of samples resampled by weight; empty without a task's metrics."""
-    lines = []
-    for title, metrics in (("policy", certificate), ("reweighted, as by sample --exact", certificate.get("exact", {}))):
-        shown = [
-            f"{name.replace('_', ' ')} {metrics[name]:.3f}"
-            + (f" ({metrics[f'{name}_reference']:.3f})" if f"{name}_reference" in metrics else "")
-            for name in ("share", "diversity", "residual", "component_tv", "energy_tv", "w2_ratio")
-            if name in metrics
-        ]
-        if shown:
-            lines.append(f"{title}: {'   '.join(shown)}")
-    return lines
-
-
-def deployed(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of what plain diffusers loops around the policy give; empty where there is no scheduler to deploy."""
-    if len(rows) < 3:
-        return []
-
-    def against(row: dict[str, Any], side: str) -> str:
-        distance, null = row[f"{side}_cell_tv"], row[f"{side}_cell_tv_null"]
-        return f"{'':>15}" if distance is None else f"{distance:>8.3f} ({null:.3f})"
-
-    lines = [f"{'deployed':<34}{'steps':>6}{'energy':>10}{'cell TV: chain':>16}{'target':>16}    (by chance)"]
-    for row in rows:
-        energy = math.nan if row["energy"] is None else row["energy"]
-        lines.append(f"{row['sampler']:<34}{row['steps']:>6}{energy:>10.3f} {against(row, 'chain')} {against(row, 'target')}")
-    return lines
