@@ -12,7 +12,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class SmallClassifier(nn.Module):
-    """Images [B, 1, size, size] in [-1, 1], on any device → logits [B, classes].
+    """Images [B, channels, size, size] in [-1, 1], on any device → logits [B, classes].
 
     One 3 x 3 convolution at full size, two that halve it, one linear layer; smooth activations, so that an energy made of it
     has a gradient. size: a multiple of 4. width: channels of the first convolution; the others have twice as many.
@@ -20,13 +20,13 @@ class SmallClassifier(nn.Module):
     Errors: ValueError for a size that cannot be halved twice.
     """
 
-    def __init__(self, size: int, width: int = 16, classes: int = 10) -> None:
+    def __init__(self, size: int, width: int = 16, classes: int = 10, channels: int = 1) -> None:
         super().__init__()
         if size < 4 or size % 4:
             raise ValueError(f"a classifier of images of {size} x {size} pixels cannot halve them twice; use a multiple of 4.")
-        self.config = {"size": size, "width": width, "classes": classes}
+        self.config = {"size": size, "width": width, "classes": classes, "channels": channels}
         self.layers = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1),
+            nn.Conv2d(channels, width, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
             nn.SiLU(),

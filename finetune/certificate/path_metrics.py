@@ -19,7 +19,9 @@ from .reference import reference_metrics
 def path_metrics(evidence: Evidence) -> dict[str, Any]:
     """ELBO, EUBO, log Z from both sides, ESS, Pareto-k, start dependence: every figure with its standard error (_se).
 
-    ``prior`` holds the same of the prior itself, the model that was started from. EUBO and gap are by the prior's weighted paths,
+    kl_to_prior: KL(policy || prior), how far the policy moved; kl_to_target: KL(policy || target); kl_from_target: KL(target ||
+    policy), which grows with what the policy lost. All are over paths, nats. ``prior`` holds ELBO, EUBO and gap of the prior
+    itself, the model that was started from. EUBO and gap are by the prior's weighted paths,
     or by those of the target's exact denoiser where there are any (`reference_metrics`).
     """
     lw, target = evidence.log_weight, evidence.target_weight
@@ -34,6 +36,7 @@ def path_metrics(evidence: Evidence) -> dict[str, Any]:
         "log_z_forward": forward[0],
         "log_z_forward_se": forward[1],
         **_sandwich(evidence),
+        **_divergences(evidence, forward),
         "prior": _sandwich(evidence.as_prior()),
         "elbo_finite": mean(lw[finite])[0] if bool(finite.any()) else -math.inf,
         "ess": ess(lw),
@@ -89,6 +92,20 @@ def _sandwich(evidence: Evidence) -> dict[str, float]:
         "eubo_se": eubo[1],
         "gap": eubo[0] - elbo[0],
         "gap_se": math.hypot(eubo[1], elbo[1]),
+    }
+
+
+def _divergences(evidence: Evidence, log_z: tuple[float, float]) -> dict[str, float]:
+    """The policy's KL to the prior, and its KL to and from the target, each with its standard error."""
+    bounds = _sandwich(evidence)
+    moved = mean(evidence.log_ratio)
+    return {
+        "kl_to_prior": moved[0],
+        "kl_to_prior_se": moved[1],
+        "kl_to_target": log_z[0] - bounds["elbo"],
+        "kl_to_target_se": math.hypot(log_z[1], bounds["elbo_se"]),
+        "kl_from_target": bounds["eubo"] - log_z[0],
+        "kl_from_target_se": math.hypot(log_z[1], bounds["eubo_se"]),
     }
 
 

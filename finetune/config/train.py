@@ -95,6 +95,9 @@ class TrainConfig:
     """Steps left out in a row, for spikes or gradients that are not finite, above which the run stops."""
     memory_mb: float = 64.0
     """What autograd may keep for one chunk of the second pass."""
+    max_kl: float | None = None
+    """Budget of nats: the updates end once KL(policy || prior), of any prompt or label, is above it in what the policy drew for
+    one of them. None: no budget."""
     max_invalid: float = 0.05
     """Share of NaN or -inf energies above which the run stops."""
     monitor_every: int = 20
@@ -144,6 +147,7 @@ class TrainConfig:
         refuse(
             spike is not None and not spike > 1, f"spike_factor is {spike}; a spike is over once the median: give more than 1."
         )
+        refuse(self.max_kl is not None and not self.max_kl > 0, f"max_kl is {self.max_kl}; give positive nats, or None.")
         refuse(self.huber is not None and not self.huber > 0, f"huber is {self.huber}; give positive nats, or None.")
 
     def _refuse_pairs(self) -> None:
@@ -184,6 +188,11 @@ class TrainConfig:
             self.soft_value_updates > 0 and self.population_size < 2,
             f"population_size is {self.population_size}; the soft value is learned on two halves of the population, so"
             " give at least 2.",
+        )
+
+        refuse(
+            self.max_kl is not None and not (self.updates and "on_policy" in self.shares),
+            f"max_kl is {self.max_kl}, and is watched on what the policy draws for updates; give updates, and on_policy a share.",
         )
 
     def _refuse_behaviors(self) -> None:

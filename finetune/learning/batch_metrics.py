@@ -6,18 +6,24 @@ import math
 from typing import Any
 
 from ...samplers.shapes import Index
+from ...samplers.trajectory import Trajectories
 from ..estimators import ess, log_mean_exp
 from .batch import Batch
 from .state import TrainState
 
 
-def batch_metrics(state: TrainState, batch: Batch, on_policy: int) -> dict[str, Any]:
-    """The residual of the whole batch; ELBO, ESS and log Z of its on-policy part, at the final temperature.
+def batch_metrics(state: TrainState, trajectories: Trajectories, batch: Batch, on_policy: int) -> dict[str, Any]:
+    """The residual of the whole batch; of its on-policy part ELBO, ESS and log Z at the final temperature, and
+    how far it has moved (`Drift`).
 
     Of several conditions, the mean over them, and under "conditions" those of each.
     """
     table = state.prior.condition_table
     own = [_metrics_of(state, batch, on_policy, row, index) for row, index in enumerate(batch.groups(state.prior.num_conditions))]
+    if on_policy:
+        drawn = [index[index < on_policy] for index in trajectories.groups]
+        moved = state.drift(trajectories.terminal, batch.log_ratio, drawn, state.preparation.population)
+        own = [figures | drift for figures, drift in zip(own, moved, strict=True)]
     if table is None or len(table) == 1:
         return {"alpha": state.temperature.alpha, **own[0]}
     mean = {name: sum(each[name] for each in own) / len(own) for name in own[0]}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..strict_json import strict_json
 
-SHOWN = ("elbo", "eubo", "ess", "log_z", "alpha")  # on the bar
+SHOWN = ("elbo", "eubo", "ess", "log_z", "alpha", "kl_to_prior")  # on the bar
 
 
 class MetricsLog:

@@ -22,6 +22,7 @@ from ..energies.error import EnergyError
 from ..energies.evaluation import EnergyEvaluation
 from .behaviors import sizes
 from .critic import Critic
+from .drift import Drift
 from .log_z import LogZ
 from .metrics_log import MetricsLog
 from .monitor import Monitor
@@ -74,6 +75,7 @@ class TrainState:
         self.replay = Replay(prior)
         self.critic = Critic(prior, config.alpha, processes)
         self.temperature = Temperature(config, processes, prior.num_conditions)
+        self.drift = Drift(processes)
         self.bound = StepBound(prior, self.wrapped, processes.mean)
         guard = StepGuard(config.max_skipped, config.spike_factor)
         self.optimization = Optimization(policy, self.wrapped, config, processes, self.bound, guard)

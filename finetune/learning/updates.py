@@ -20,6 +20,7 @@ from .batch_metrics import batch_metrics
 from .behaviors import NEEDS_POPULATION
 from .critic import VALUE_STEPS
 from .drawing import draw_batch
+from .drift import over_budget
 from .gradients import backward_trajectories, chunk_rows, objective_gradient
 from .objectives import CollapsedWeights
 from .rows import sampled_steps
@@ -47,6 +48,8 @@ def updates(state: TrainState) -> None:
         state.phase(first, config.updates, config.learning_rate, epochs=config.epochs) as steps,
     ):
         for update in steps:
+            if state.global_step > first and over_budget(state.log.history[-1], config.max_kl):
+                break
             chunk = _update(state, bar, update, chunk)
 
 
@@ -72,7 +75,7 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
             except CollapsedWeights:  # the batch has nothing more to say to a policy this far from the one that drew it
                 break
             taken, nats = taken + 1, moved if nats is None else nats + (moved or 0.0)
-        record: dict[str, Any] = {"loss": loss.item(), **batch_metrics(state, batch, on_policy), "step_nats": nats}
+        record: dict[str, Any] = {"loss": loss.item(), **batch_metrics(state, trajectories, batch, on_policy), "step_nats": nats}
         if taken < config.epochs:
             record["epochs"] = taken
         if nats is None:

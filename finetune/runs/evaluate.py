@@ -87,6 +87,8 @@ def certify(
             wanted = min(until_decided, max(more, 5 * wanted // 4))
     notes = ["training was interrupted; this is what it had reached"] if run.record["interrupted"] else []
     notes += [f"training stopped early: {run.record['stopped']}"] if run.record["stopped"] else []
+    budget = run.record.get("over_budget")
+    notes += [f"the updates ended at their budget: {budget}"] if budget else []
     notes += unjudged(metrics)
     metrics |= {
         "flags": energy_flags(run, terms) + worse_than_prior(metrics) + flags(metrics) + notes,

@@ -52,12 +52,15 @@ def record_of(
     named: whether the config's terms name the energy, or a function was given. conditions: of the chain. checkpoint_seconds:
     of the longest save, for whoever has so many before SIGKILL.
     """
+    from ..learning.drift import over_budget
+
     result, stopped, prior = ending.result, ending.stopped, trainer.state.prior
     alone = trainer.state.processes.count == 1
     return {
         "interrupted": ending.interrupted,
         "preempted": ending.preempted,
         "stopped": f"{type(stopped).__name__}: {stopped}" if isinstance(stopped, Exception) else None,
+        "over_budget": over_budget(trainer.history[-1], config.train.max_kl),
         "new_steps": ending.new_steps,
         "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
         "energy_calls": trainer.state.energies.meter.calls if alone else trainer.history[-1]["energy_calls"],

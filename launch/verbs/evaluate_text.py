@@ -32,13 +32,25 @@ def summary(certificate: dict[str, Any], folder: Path) -> str:
     return "\n".join(lines)
 
 
+def summary_lines(certificate: dict[str, Any]) -> list[str]:
+    """Median and worst of all conditions."""
+    found = certificate["summary"]
+    named = {"gap": "gap", "kl_to_prior": "KL(policy || prior)", "kl_from_target": "KL(target || policy)", "ess": "ESS"}
+    shown = [
+        f"{said} {found[name]['median']:.3f}, worst {found[name]['worst']:.3f} ({found[name]['of']})"
+        for name, said in named.items()
+    ]
+    return [f"decided {found['decided']:.0%}, pass {found['pass']:.0%}   median and worst: {'   '.join(shown)}"]
+
+
 def prior_line(certificate: dict[str, Any]) -> str:
     """What the training changed: mean energy, gap and cell difference of the policy, and of the prior it started from."""
     prior, compared = certificate["prior"], certificate["verdict_unknown_truth"]
+    moved = f"KL(policy || prior) {certificate['kl_to_prior']:.3f}"
     gap = f"gap {certificate['gap']:.3f} (prior {prior['gap']:.3f})"
     energy = f"mean energy {certificate['mean_energy']:.3f} (prior {prior['mean_energy']:.3f})"
     cells = f"   cell TV {compared['cell_tv']:.3f} (prior {prior['cell_tv']:.3f})" if "cell_tv" in compared else ""
-    return f"{energy}   {gap}{cells}"
+    return f"{energy}   {gap}   {moved}{cells}"
 
 
 def task_lines(certificate: dict[str, Any]) -> list[str]:

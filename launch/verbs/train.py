@@ -101,6 +101,8 @@ def train(config: RunConfig, out: Path, overwrite: bool, resume: str | None = No
             file=sys.stderr,
         )
         return ended
+    if trained.record["over_budget"]:
+        print(f"the updates ended early: {trained.record['over_budget']}")
     improvement = trained.record["improvement"]
     print("how much it helped was not measured, for want of held-out paths" if improvement is None else improvement["sentence"])
     print(f"next: tiltune evaluate {out}{said_again(trained)}")

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 SIDE = 8
 
 
-def sheet(images: Tensor) -> Tensor:
-    """At most 8 x 8 images [N, 1 or 3, H, W] in [-1, 1] → one picture [height, width, 3] in [0, 1], white lines between them."""
-    images = images[: SIDE * SIDE].detach().float().cpu()
+def sheet(images: Tensor, side: int = SIDE) -> Tensor:
+    """At most ``side``² images [N, 1 or 3, H, W] in [-1, 1], ``side`` in a row → one picture [height, width, 3] in [0, 1] with
+    white lines between them."""
+    images = images[: side * side].detach().float().cpu()
     count, _, height, width = images.shape
-    columns = min(count, SIDE)
+    columns = min(count, side)
     rows = -(-count // columns)
     picture = torch.ones(rows * (height + 1), columns * (width + 1), 3)
     for position, image in enumerate((images / 2 + 0.5).clamp(0, 1)):
