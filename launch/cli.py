@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": ("evaluate", "judge a run by fresh rollouts of both sides: its certificate"),
     "sample": ("sample", "draw from a run's policy; --exact for samples of the tilted prior itself"),
     "export": ("export", "write a run's policy as a diffusers pipeline or peft adapters"),
+    "audit": ("audit", "judge a LoRA or network that another toolkit trained, by the tilt it is closest to"),
     "checkpoint": ("checkpoint", "list or verify what a run has saved to go on from"),
     "launch": ("launch", "train in several processes, here or on a cluster: tiltune launch -- train ..."),
     "doctor": ("doctor", "say what is installed, whether processes reach each other, and what is wrong"),

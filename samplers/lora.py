@@ -173,7 +173,8 @@ def without_adapters(denoiser: DiffusersDenoiser, merge: str | None = None) -> D
 
 
 def load_adapter(denoiser: DiffusersDenoiser, folder: Path, source: Source | None = None) -> LoraDenoiser:
-    """The adapter that `LoraDenoiser.save` wrote, put into a denoiser's network. peft never sees the file of the config.
+    """The adapter in ``folder``, as `LoraDenoiser.save` or peft wrote it, put into a denoiser's network. peft never sees the
+    file of the config.
 
     Errors: ValueError where it does not fit, and for options of peft that `make_policy` does not set.
     """
@@ -189,6 +190,8 @@ def load_adapter(denoiser: DiffusersDenoiser, folder: Path, source: Source | Non
         # Before anything of that rank is allocated.
         if {weight.shape[:1] for name, weight in state.items() if ".lora_A." in name} != {(rank,)}:
             raise ValueError(f"its weights are not of rank {rank}.")
+        if targets == ("*",):
+            targets = tuple(sorted({_layer(name) for name in state}))
         loaded = add_adapters(denoiser, rank, targets, alpha, source)
         loaded.load_adapter_state(state)
     except ValueError as error:
@@ -197,8 +200,15 @@ def load_adapter(denoiser: DiffusersDenoiser, folder: Path, source: Source | Non
     return loaded
 
 
+def _layer(name: str) -> str:
+    """Of a weight of an adapter, the layer's name in the network."""
+    return name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+
+
 # What an adapter_config.json says of itself, which changes nothing about the adapter.
 NOTES = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
+# Nor do these: what matters in training alone, and how the adapter began.
+OF_TRAINING = ("lora_dropout", "init_lora_weights")
 
 
 def _read_config(path: Path, defaults: dict[str, Any]) -> tuple[int, float, tuple[str, ...]]:
@@ -212,11 +222,15 @@ def _read_config(path: Path, defaults: dict[str, Any]) -> tuple[int, float, tupl
         raise ValueError(f"{path} has r = {rank!r}, which is no rank; it must be a whole number of at least 1.")
     if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
         raise ValueError(f"{path} has lora_alpha = {alpha!r}; it must be a positive number.")
+    if isinstance(targets, str) and targets:  # a pattern: which layers it matched, their weights say
+        targets = ["*"]
     if not (
         isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in cast("list[Any]", targets))
     ):
         raise ValueError(f"{path} has target_modules = {targets!r}; it must be a list of names of layers.")
-    other = sorted(name for name in set(settings) - set(NOTES) if settings[name] and settings[name] != defaults.get(name))
+    other = sorted(
+        name for name in set(settings) - set(NOTES + OF_TRAINING) if settings[name] and settings[name] != defaults.get(name)
+    )
     if other:
         raise ValueError(
             f"{path} sets {other[0]} = {settings[other[0]]!r}, which is not covered; merge that adapter into its base in peft and"

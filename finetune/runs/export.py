@@ -28,7 +28,7 @@ FORMATS: dict[str, tuple[str, ...]] = {"full": ("pipeline",), "lora": ("lora", "
 PLAIN_PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}
 
 
-def export_policy(policy: Policy, format: Format, out: str | Path) -> str:
+def export_policy(policy: Policy, format: Format, out: str | Path, card: str = "") -> str:
     """Write a policy to the new folder ``out``; returns the Python that loads it and samples, also written to README.md there.
 
     pipeline: a full policy as the denoiser of the pipeline that its prior came from, with the prior's scheduler; merged: the
@@ -37,6 +37,7 @@ def export_policy(policy: Policy, format: Format, out: str | Path) -> str:
     adapter_config.json and adapter_model.safetensors as peft writes them, the scheduler in scheduler/. Of a text-to-image
     prior the first two write the whole pipeline, whose other parts are copied as they are, and lora also what a pipeline's
     load_lora_weights takes. All weights are safetensors, those that were trained float32.
+    card: what README.md says of the training, before the code (`card.model_card`).
 
     ``out`` appears when it is complete. What is deployed is not the trained chain: the policy runs the last step too where that
     belongs to the prior, and schedulers space steps their own way. `finetune.deployment` measures the difference.
@@ -53,7 +54,7 @@ def export_policy(policy: Policy, format: Format, out: str | Path) -> str:
             usage = _write_adapter(policy, partial, out)
         else:
             usage = _write_model(policy.prior, _network(policy, format), partial, out)
-        (partial / "README.md").write_text(_readme(policy, format, usage))
+        (partial / "README.md").write_text(_readme(policy, format, usage, card))
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -177,7 +178,7 @@ def _usage(prior: Prior, network: Any, pipeline: str | None, out: Path, adapter:
     return "\n".join(lines)
 
 
-def _readme(policy: Policy, format: str, usage: str) -> str:
+def _readme(policy: Policy, format: str, usage: str, card: str) -> str:
     """What was exported, how it is loaded, and whether that call is the chain that was trained."""
     prior = policy.prior
     notes = [f"Trained as {prior.chain.name}, K = {prior.chain.num_steps}."]
@@ -195,4 +196,5 @@ def _readme(policy: Policy, format: str, usage: str) -> str:
         notes += ["diffusers runs this flow without the noise that it was trained with."]
     notes += ["`tiltune evaluate` measures what samplers other than the trained chain lose."]
     decided = "\n".join(f"- {line}" for line in prior.decisions)
-    return f"# A {policy.kind} policy as {format}, by tiltune\n\n```python\n{usage}\n```\n\n{' '.join(notes)}\n\n{decided}\n"
+    title = f"# A {policy.kind} policy as {format}, by tiltune"
+    return "\n\n".join([*([card, f"#{title}"] if card else [title]), f"```python\n{usage}\n```", " ".join(notes), decided]) + "\n"

@@ -35,8 +35,9 @@ def main(argv: list[str]) -> int:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"{options.out} is not an empty folder; nothing was touched. Name another one with --out.")
     run = open_with_task(options.run)
+    from ...finetune.runs.card import model_card
     from ...finetune.runs.export import export_policy
 
-    usage = export_policy(run.policy, options.format, options.out)
+    usage = export_policy(run.policy, options.format, options.out, model_card(run))
     print(f"written to {options.out}; it loads with\n\n{usage}")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..denoiser import DiffusersDenoiser, ResidualDenoiser
 from ..lora import load_adapter
@@ -30,16 +30,24 @@ def load_policy(prior: Prior, folder: str | Path) -> Policy:
         raise ValueError("this prior is not a diffusers model, so no saved policy fits it.")
     if kind == "lora":
         return Policy(prior, load_adapter(base, folder, prior.source))
-    place = folder if kind == "full" else folder / "residual"
-    network, _ = load_model(place, (type(base.model).__name__,), type(base.model))
-    if kind == "full" and _architecture(network) != _architecture(base.model):
+    if kind == "full":
+        return load_full(prior, folder)
+    network, _ = load_model(folder / "residual", (type(base.model).__name__,), type(base.model))
+    residual = residual_of(prior)
+    residual.residual = beside(prior, network, guidance=1.0)
+    return Policy(prior, residual.requires_grad_(True))
+
+
+def load_full(prior: Prior, folder: Path) -> Policy:
+    """The policy that is a network of the prior's own class and config, as diffusers saves it, in ``folder``.
+
+    Errors: ValueError for broken weights, and for another network.
+    """
+    base = prior.denoiser
+    network, _ = load_model(folder, (type(base.model).__name__,), cast(Any, type(base.model)))
+    if _architecture(network) != _architecture(base.model):
         raise ValueError(f"the policy in {folder} is not of this prior's network: their configs differ.")
-    denoiser = beside(prior, network, base.guidance if kind == "full" else 1.0)
-    if kind == "residual":
-        residual = residual_of(prior)
-        residual.residual = denoiser
-        denoiser = residual
-    return Policy(prior, denoiser.requires_grad_(True))
+    return Policy(prior, beside(prior, network, base.guidance).requires_grad_(True))
 
 
 def _beside_no_network(prior: Prior, folder: Path) -> ResidualDenoiser:

@@ -157,7 +157,7 @@ class Conditioned(nn.Module):
         return self.network(state, step, self.text(ids).last_hidden_state).sample
 
 
-def train_prior(pictures: Pictures, seconds: float = 2700.0, batch: int = 64, peak: float = 2e-3, ema: float = 0.999) -> None:
+def train_prior(pictures: Pictures, seconds: float = 3000.0, batch: int = 64, peak: float = 2e-3, ema: float = 0.999) -> None:
     """v-prediction on the cosine schedule over even timesteps, on latents of the saved autoencoder; prompts drawn by `SHARES`.
 
     Trailing spacing starts at the last timestep, where nothing is left of the data: a start that the chain forgets.
@@ -222,6 +222,6 @@ def train_classifiers(pictures: Pictures) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(sys.argv[3]) if sys.argv[3:] else 1)
     makers = {"autoencoder": train_autoencoder, "prior": train_prior, "classifiers": train_classifiers}
     makers[sys.argv[2]](read_pictures(Path(sys.argv[1])))

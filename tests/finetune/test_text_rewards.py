@@ -104,9 +104,9 @@ def test_image_reward_scores_as_blip_and_its_head(tmp_path: Path, pictures: torc
 
 
 def test_folders_that_hold_something_else(tmp_path: Path, clip: Path) -> None:
-    with pytest.raises(ValueError, match="config.json is missing"):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
         text_rewards.clip_score(str(tmp_path))
-    with pytest.raises(ValueError, match="another model|cannot be read"):
+    with pytest.raises(ValueError, match=r"another model|cannot be read"):
         text_rewards.image_reward(str(clip))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(ValueError, match="cannot be read"):
@@ -114,7 +114,7 @@ def test_folders_that_hold_something_else(tmp_path: Path, clip: Path) -> None:
 
 
 def test_written_text_is_compared_with_the_one_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a reader that reads OPEN in two lines of a dark picture, and nothing in a bright one; the real package has no part here."""
+    """By a reader that reads OPEN in two lines of a dark picture, and nothing in a bright one: not the real package."""
 
     class Reader:
         def __call__(self, picture: Any) -> tuple[Any, Any]:
