@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     chosen = {"size": options.size, "seed": options.seed, "tolerance": options.tolerance}
     certificate: dict[str, Any] = {}
     for side in filter(None, sides):
-        for one in side.run.by_condition():
+        for one in side.runs():
             with preemptible():
                 side.judged.append((one, *certify(one, energy, terms=terms, until_decided=options.until_decided, **chosen)))
             certificate = of_run(own, held_out)
@@ -106,6 +106,10 @@ class Side:
     @property
     def whole(self) -> str:
         return "all held-out prompts" if self.held_out else "all conditions"
+
+    def runs(self) -> list[Run]:
+        """One for each law. A held-out prompt has its name also where it is the only one."""
+        return [self.run.only(row) for row in range(self.run.prior.num_conditions)] if self.held_out else self.run.by_condition()
 
     def title(self, one: Run) -> str:
         """The line above what is said of a condition."""

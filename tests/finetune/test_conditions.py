@@ -348,7 +348,8 @@ def test_resampling_several_conditions_as_one_is_refused(problem: Conditional) -
     ],
 )
 def test_a_run_passes_where_every_condition_does(verdicts: tuple[str, str], expected: tuple[str, int, str]) -> None:
-    own = {"energy_calls": 7, "certificate_energy_calls": 10}
+    figures = {"gap": 1.0, "kl_to_prior": 1.0, "kl_from_target": 1.0, "ess": 0.5}
+    own = {"energy_calls": 7, "certificate_energy_calls": 10, **figures}
     whole = together({name: {"verdict": verdict, **own} for name, verdict in zip("ab", verdicts, strict=True)})
     assert (whole["verdict"], whole["exit_status"], whole["reasons"][0]) == expected
     assert (whole["energy_calls"], whole["certificate_energy_calls"]) == (7, 20)

@@ -74,6 +74,7 @@ VALUES: dict[str, list[str]] = {
     "--max-grad-norm": ["5"],
     "--memory-mb": ["5"],
     "--max-invalid": ["0.5"],
+    "--max-kl": ["3"],
     "--monitor-every": ["5"],
     "--checkpoint-every": ["4"],
     "--process-timeout": ["30.0"],
@@ -108,9 +109,14 @@ def test_the_names_of_train_are_frozen(tiltune: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("verb", "names"),
     [
-        ("evaluate", "RUN --energy --size --seed --tolerance --until-decided --deployment"),
+        ("evaluate", "RUN --energy --size --seed --tolerance --until-decided --held-out --beside --deployment"),
         ("sample", "RUN --n --exact --proposals --candidates --sweeps --energy --labels --prompts --seed --out --overwrite"),
         ("export", "RUN --out --format"),
+        (
+            "audit",
+            "BASE --policy --energy --prompts --labels --steps --scheduler --eta --noise --noise-level --guidance"
+            " --negative-prompt --size --tolerance --seed --threads --out",
+        ),
         ("tasks", ""),
         ("2d", "--objective --alpha --chain --steps --warm-start --seed --out --overwrite --compare --threads"),
         ("bench", "--device --quick --threads --out"),
@@ -120,7 +126,7 @@ def test_the_names_of_train_are_frozen(tiltune: Callable[..., Any]) -> None:
 def test_the_names_of_the_other_verbs_are_frozen(tiltune: Callable[..., Any], verb: str, names: str) -> None:
     shown = tiltune(verb, "--help")
     assert shown.status == 0
-    listed = re.findall(r"^│ (RUN|\{bash,zsh,fish\}|(?:-h, )?--[a-z-]+)", shown.out, re.MULTILINE)
+    listed = re.findall(r"^│ (RUN|BASE|\{bash,zsh,fish\}|(?:-h, )?--[a-z-]+)", shown.out, re.MULTILINE)
     assert set(listed) == {"-h, --help", *names.split()}
 
 
@@ -139,6 +145,7 @@ def test_a_flag_reaches_its_field_and_no_other(flag: str) -> None:
         "--energy-timeout": ("--energy-workers", "energy.workers", 2),
         "--horizon": ("--objective", "train.objective", "trust_pcl"),
         "--clip": ("--objective", "train.objective", "ppo_kl"),
+        "--max-kl": ("--updates", "train.updates", 2),
         **dict.fromkeys(("--prompt-metadata", "--negative-prompt", "--guidance"), prompts),
     }
     other, leaf, value = needed.get(flag, (None, "", None))

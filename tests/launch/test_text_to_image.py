@@ -52,14 +52,19 @@ def test_train_evaluate_export_and_sample(build: Callable[..., Path], tiltune: C
     assert opened.config.prior.prompts == ("a red apple", "a dog, big")
     assert [json.loads(one) for one in opened.config.prior.prompt_metadata] == [{"sign": "1"}, {"sign": "-1"}]
 
-    judged = tiltune("evaluate", run, "--energy", energy)
+    (tmp_path / "unseen.csv").write_text("prompt,sign\na bird,-1\n")
+    judged = tiltune("evaluate", run, "--energy", energy, "--held-out", tmp_path / "unseen.csv", "--beside", run)
     assert judged.status in (0, 1, 3), judged.err
     certificate = json.loads((run / "certificate.json").read_text())
+    assert "a bird (held out)" in judged.out and "all held-out prompts:" not in judged.out  # there is one
+    assert set(certificate["held_out"]["conditions"]) == {"a bird"}
+    assert {"decided", "gap", "ess", "kl_to_prior"} <= certificate["summary"].keys()
+    assert (run / "picture.png").exists()
     assert set(certificate["conditions"]) == {"a red apple", "a dog, big"}
     assert all({"verdict", "log_z", "gap"} <= one.keys() for one in certificate["conditions"].values())
 
     pictures = sorted(path.name for path in (run / "pictures").iterdir())
-    assert len(pictures) == 2 and pictures[0].startswith("a_dog_big-") and pictures[1] == "a_red_apple.png"
+    assert pictures[0] == "a_bird.png" and pictures[1].startswith("a_dog_big-") and pictures[2:] == ["a_red_apple.png"]
 
     policy = opened.policy
     with torch.no_grad():  # as if it had been trained for long
@@ -84,7 +89,9 @@ def test_train_evaluate_export_and_sample(build: Callable[..., Path], tiltune: C
             ["a red apple", "a dog, big"], latents=start, generator=generator, output_type="latent", **options
         ).images
         torch.testing.assert_close(drawn, live, rtol=1e-4, atol=1e-4)
-        assert "guidance_scale=3.0, negative_prompt='fog'" in (out / "README.md").read_text()
+        card = (out / "README.md").read_text()
+        assert "guidance_scale=3.0, negative_prompt='fog'" in card
+        assert card.startswith('---\nbase_model: "prior"') and "| a dog, big |" in card and "| alpha | 1:" in card
 
     shown = tiltune("sample", run, "--n", 3, "--prompts", "a cat", "--out", tmp_path / "cats.safetensors")
     assert shown.status == 0 and "3 samples of shape (3, 8, 8)" in shown.out and (tmp_path / "cats.png").exists()
