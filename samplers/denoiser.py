@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from .chain import Chain
-from .condition import Condition
+from .condition import Condition, selected
 from .guidance import guided
 from .network_calls import call_of, embeds_guidance
 from .shapes import States, Steps, Timestep
+from .trajectory import rows_at_once
 
 if TYPE_CHECKING:
     from .adapter_switch import AdapterSwitch
@@ -32,6 +33,16 @@ def evaluate(denoiser: Denoiser, chain: Chain, state: States, step: Steps, condi
     """The network's output at a chain's step, in the dtype of ``state`` whatever precision it ran in."""
     output = denoiser(chain.network_input(state, step), chain.timestep(step, state), condition)
     return output.to(state.dtype)
+
+
+@torch.no_grad()
+def evaluate_in_parts(denoiser: Denoiser, chain: Chain, state: States, k: int, condition: Condition | None) -> States:
+    """`evaluate` at step k, `rows_at_once` states at a time: a large network then takes the memory of few of them."""
+    rows = rows_at_once(tuple(state.shape[1:]), state.device)
+    if len(state) <= rows:
+        return evaluate(denoiser, chain, state, k, condition)
+    places = [slice(first, first + rows) for first in range(0, len(state), rows)]
+    return torch.cat([evaluate(denoiser, chain, state[place], k, selected(condition, place)) for place in places])
 
 
 class DiffusersDenoiser(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .chain import Chain
 from .condition import Condition
-from .denoiser import Denoiser, evaluate
+from .denoiser import Denoiser, evaluate_in_parts
 from .prior import Prior
 from .shapes import States
 from .trajectory import Trajectories
@@ -45,12 +45,12 @@ def step(
     The prior takes the steps that are not trained, and all of them where ``policy`` is None or drawn_by is 'prior'.
     """
     chain, kernel = prior.chain, prior.chain.kernel
-    prior_output = evaluate(prior.denoiser, chain, state, k, condition)
+    prior_output = evaluate_in_parts(prior.denoiser, chain, state, k, condition)
     if policy is None or k not in chain.trained:
         drawn = kernel.mean(state, k, prior_output) if noise is None else kernel.sample(state, k, prior_output, noise)
         return Step(drawn, None, prior_output)
     assert noise is not None
-    policy_output = evaluate(policy, chain, state, k, condition)
+    policy_output = evaluate_in_parts(policy, chain, state, k, condition)
     shift = kernel.shift(state, k, policy_output, prior_output)
     if drawn_by == "prior":
         return Step(kernel.sample(state, k, prior_output, noise), kernel.log_ratio_from_states(noise, shift), prior_output)
@@ -147,7 +147,7 @@ def denoise(
     condition = prior.condition(len(state)) if condition is None else condition
     for k in range(first, chain.num_steps):
         noise = step_noise(chain, k, state, generator)
-        output = evaluate(denoiser if k in chain.trained else prior.denoiser, chain, state, k, condition)
+        output = evaluate_in_parts(denoiser if k in chain.trained else prior.denoiser, chain, state, k, condition)
         state = chain.kernel.mean(state, k, output) if noise is None else chain.kernel.sample(state, k, output, noise)
         yield state
 

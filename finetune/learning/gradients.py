@@ -8,6 +8,7 @@ The prior's share of l does not depend on the parameters, so pass 2 needs the po
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -153,6 +154,10 @@ def backward_trajectories(
             backward_rows(policy, chain, state, following, step, flat[rows], condition)
 
 
+class _Enough(Exception):
+    """More is kept than fits."""
+
+
 def chunk_rows(
     policy: nn.Module, chain: Chain, trajectories: Trajectories, budget_mb: float, most: int = MAX_CHUNK, total: int | None = None
 ) -> int:
@@ -161,16 +166,20 @@ def chunk_rows(
     most: the upper bound. total: the rows there are to work through, those of the trajectories where None.
 
     Deterministic for a network, so that a run repeats bit for bit. Gradient checkpointing is left out of the measurement: it
-    keeps less, but recomputes a whole block at once, which would not show.
+    keeps less, but recomputes a whole block at once, which would not show. A large network, of which one row alone exceeds the
+    budget, is measured no further than that.
     """
     rows = chain.num_kernels * len(trajectories)
     total = rows if total is None else total
     kept: dict[int, Any] = {}
+    enough = math.inf
 
     def measure(tensor: AnyShape) -> AnyShape:
         # Held on to, and not known by its address: the weights of a policy in shards come and go, and addresses with them.
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage  # pyright: ignore[reportPrivateUsage]
+        if math.isfinite(enough) and sum(one.nbytes() for one in kept.values()) > enough:
+            raise _Enough
         return tensor
 
     def bytes_for(count: int) -> int:
@@ -187,6 +196,12 @@ def chunk_rows(
                 setattr(module, "gradient_checkpointing", True)  # noqa: B010
         return sum(storage.nbytes() for storage in kept.values())
 
+    enough = budget_mb * 2**20 + sum(weight.numel() * weight.element_size() for weight in policy.parameters())
+    try:
+        bytes_for(1)
+    except _Enough:
+        return 1
+    enough = math.inf
     few, more = min(2, rows), min(6, rows)
     if more == few:
         return total

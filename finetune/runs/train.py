@@ -116,6 +116,7 @@ class _Training:
 def _build(config: RunConfig, folder: Path, task: Task | None, energy: Energy, speaks: bool, progress: bool) -> _Training:
     """Prior, policy, tracker and trainer; prints what the loader decided."""
     from ...samplers.loading.hints import widest_variance
+    from ..learning.memory import estimate_memory
     from ..learning.objective_table import OBJECTIVES
     from ..learning.trainer import Trainer
     from .checkpointer import Checkpointer
@@ -139,6 +140,8 @@ def _build(config: RunConfig, folder: Path, task: Task | None, energy: Energy, s
         on_checkpoint=checkpointer.save if config.train.checkpoint_every else None,
         on_record=None if tracker is None else tracker.log,
     )
+    if (memory := estimate_memory(trainer.state)) is not None and speaks:
+        print(memory)
     return _Training(folder, config, policy, conditions, trainer, checkpointer, tracker)
 
 
