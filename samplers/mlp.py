@@ -31,6 +31,8 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
 
     Where ``sees_prior`` is set, F sees the prior's estimate of the data beside the state, x_hat = p(t) · s + q(t) · (the prior's
     output). A tilt moves that estimate within what the prior holds possible, so that a network that knows it has less to learn.
+    F then also has a part that is linear in state and estimate, with weights that depend on t: the whole answer to a quadratic
+    energy where the prior is Gaussian, and most of it elsewhere.
 
     The functions of the timestep are tables of ``num_labels`` entries, interpolated linearly and stored with the weights
     (`set_preconditioning_`); as built input_scale, output_skip and output_scale are 1, 0 and 1. The Fourier features (width
@@ -67,6 +69,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.outward.bias)
         self.own = OwnWaves(dim, own_frequencies) if own_frequencies else None
         self.sees_prior = sees_prior
+        self.linear = LinearPath(2 * dim, width, dim) if sees_prior else None
 
     def forward(
         self,
@@ -108,6 +111,8 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         output = self.outward(hidden)
         if self.own is not None:
             output = output + self.own(state, embedded, inverse)
+        if self.linear is not None:
+            output = output + self.linear(torch.cat([state, inputs[-1]], 1), embedded, inverse)
         return (output_skip * sample + output_scale * output,)
 
     @torch.no_grad()
@@ -118,6 +123,8 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         self.outward.bias.zero_()
         if self.own is not None:
             self.own.zero_output_()
+        if self.linear is not None:
+            self.linear.zero_output_()
 
     @torch.no_grad()
     def set_preconditioning_(
@@ -186,6 +193,29 @@ class OwnWaves(nn.Module):
         """Make the output zero."""
         self.outward.weight.zero_()
         self.outward.bias.zero_()
+
+
+class LinearPath(nn.Module):
+    """A linear map of rank ``width`` at most, W_2 diag(g(t)) (W_1 x + b), zero at the start."""
+
+    def __init__(self, inputs: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.inward = nn.Linear(inputs, width)
+        self.gate = nn.Sequential(nn.Linear(13, 64), nn.SiLU(), nn.Linear(64, width))
+        self.outward = nn.Linear(width, outputs, bias=False)
+        self.zero_output_()
+
+    def forward(
+        self, x: Float[Tensor, " n inputs"], embedded: Float[Tensor, " labels 13"], inverse: Index
+    ) -> Float[Tensor, " n outputs"]:
+        """embedded: of the distinct timesteps; inverse: which of them each state has."""
+        gate = self.gate(embedded)
+        return self.outward((gate[inverse] if len(gate) > 1 else gate) * self.inward(x))
+
+    @torch.no_grad()
+    def zero_output_(self) -> None:
+        """Make the output zero."""
+        self.outward.weight.zero_()
 
 
 def precondition_for_(model: MLPDenoiser, chain: Chain, data_std: float) -> MLPDenoiser:

@@ -51,6 +51,7 @@ class Task:
 
 TASKS = {
     "digits": "8 x 8 handwritten digits, drawn as one class or a set of them",
+    "emoji": "32 x 32 pictures from prompts, drawn redder, plainer or more symmetric: a small Stable Diffusion",
     "fashion": "16 x 16 Fashion-MNIST, inpainted from a noisy measurement, or drawn as a class",
     "dw4": "four particles in the plane with double-well distances, from a fitted Gaussian",
     "funnel": "Neal's funnel in ten dimensions, from a fitted Gaussian",
