@@ -10,6 +10,7 @@ import torch
 from .case import Network, make_case
 from .exactness import log_ratio_errors
 from .floor import update_over_floor
+from .precision import SHAPE, STEPS, half_precision
 from .two_pass import two_pass_against_naive
 
 METHOD = {
@@ -30,6 +31,11 @@ METHOD = {
         "|Λ - Λ64| in nats, mean over trajectories of the float32 policy. arithmetic: Λ64 in float64 from the same float32"
         " network outputs; total: from float64 networks. drawn = from the noise drawn, stored = from stored states,"
         " subtracted = two float32 log-densities (what the library does not do)"
+    ),
+    "bf16": (
+        "LoRA of rank 4 on a small UNet2DConditionModel, states and log-ratios float32, networks under bf16 autocast; move:"
+        " standard deviation of the adapters' second factor. error: mean |Λ of bf16 networks - Λ of float32 networks| on the same"
+        " states; kl, kl_float32: mean of the sum of ½|δ|² by both"
     ),
 }
 
@@ -53,6 +59,7 @@ def measure(device: str, threads: int, quick: bool, say: Callable[[str], None] =
         "update": _updates(device, quick, say),
         "two_pass": _two_passes(device, quick, say),
         "log_ratio": _log_ratios(device, say),
+        "bf16": _half_precision(device, say),
     }
 
 
@@ -103,4 +110,13 @@ def _log_ratios(device: str, say: Callable[[str], None]) -> list[dict[str, Any]]
                 f"{name:8}{row['dimensions']:5d}{steps:5d}{row['mean_abs_log_ratio']:8.3g}  {kind:11}"
                 f"{value['drawn']:10.1e}{value['stored']:10.1e}{value['subtracted']:12.1e}"
             )
+    return rows
+
+
+def _half_precision(device: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    say(f"\nlog-ratio of bf16 networks, states {' x '.join(map(str, SHAPE))}, K = {STEPS}, LoRA; nats")
+    say(f"{'move':>8}{'|Λ|':>10}{'off float32':>13}{'KL':>10}{'KL, float32':>13}")
+    rows = half_precision(device)
+    for row in rows:
+        say(f"{row['move']:8.0e}{row['log_ratio']:10.3g}{row['error']:13.3g}{row['kl']:10.3g}{row['kl_float32']:13.3g}")
     return rows
