@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
+from ..finetune.config.prior import PriorConfig
 from ..finetune.config.run import RunConfig
 from ..finetune.config.yaml_file import from_mapping, to_mapping
 
@@ -44,6 +45,20 @@ def flags(base: RunConfig, own: type, tasks: tuple[str, ...]) -> type:
         elif name != "task":
             members.append((name, hint, field(default=value)))
     return make_dataclass("Options", members, bases=(RunConfig, own), frozen=True, namespace=_NO_CHECKS)
+
+
+def with_prior(base: PriorConfig, own: type, tasks: tuple[str, ...]) -> type:
+    """A dataclass for tyro: the positional TASK, the fields of ``own``, and every field of the prior's config with ``base``'s
+    value, under the names that `flags` gives them."""
+    task = Annotated[Literal[tasks] | None, POSITIONAL, tyro.conf.arg(metavar="[TASK]")]
+    section = _unchecked(PriorConfig, "prior.")
+    members: list[Any] = [("task", task, field(default=None)), ("prior", section, field(default=section(**_values(base))))]
+    return make_dataclass("Options", members, bases=(own,), frozen=True, kw_only=True)
+
+
+def built(kind: type, section: Any) -> Any:
+    """The config's section that its unchecked flags say. Errors: ValueError for what it refuses."""
+    return kind(**_values(section))
 
 
 def parse(options: type, argv: list[str], prog: str, description: str) -> Any:

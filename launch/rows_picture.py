@@ -38,7 +38,8 @@ def rows_figure(judged: list[tuple[Run, dict[str, Any], Evidence]], other: Run |
                 side.set_visible(False)
             if row == 0:
                 axes.set_title(title, fontsize=9)
-        label = f"{one.condition}\n{certificate['verdict']}, KL {certificate['kl_to_prior']:.1f}"
+        name = (one.condition or "").replace("$", r"\$")  # matplotlib reads mathematics between two of them
+        label = f"{name}\n{certificate['verdict']}, KL {certificate['kl_to_prior']:.1f}"
         panels[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
     return figure
 
@@ -48,7 +49,7 @@ def _columns(run: Run, evidence: Evidence, other: Run | None) -> dict[str, Tenso
     seed = seed_for("samples", 0)
     columns = {"Prior": Policy(run.prior, run.prior.denoiser).sample(EACH, seed=seed)}
     if other is not None:
-        columns[other.config.train.objective] = other.policy.sample(EACH, seed=seed)
+        columns[other.folder.name] = other.policy.sample(EACH, seed=seed)
     columns["Policy"] = run.policy.sample(EACH, seed=seed)
     columns["Target: prior samples by weight"] = target_samples(on_cpu(evidence), EACH)
     return {title: torch.as_tensor(pictures) for title, pictures in columns.items()}

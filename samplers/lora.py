@@ -83,14 +83,20 @@ class LoraDenoiser(nn.Module):
 
 
 def add_adapters(
-    denoiser: Any, rank: int, targets: tuple[str, ...] = (), alpha: float | None = None, source: Source | None = None
+    denoiser: Any,
+    rank: int,
+    targets: tuple[str, ...] = (),
+    alpha: float | None = None,
+    source: Source | None = None,
+    *,
+    whole_names: bool = False,
 ) -> LoraDenoiser:
     """Put fresh adapters of ``rank`` into a denoiser's network, in place; they are off until the result is called.
 
-    targets: names of linear or convolutional layers, or endings of such names. None given: every such layer that is larger
-    than its adapter, attention projections and convolutions among them. alpha: the rank where None. The update is
-    alpha / rank · B A x with B = 0 at the start (arXiv 2106.09685, eq. 3), so that the network starts unchanged. Adapters of
-    earlier policies on the same network stay as they are and stop being trainable.
+    targets: names of linear or convolutional layers, or endings of such names (``whole_names``: no endings). None given: every
+    such layer that is larger than its adapter, attention projections and convolutions among them. alpha: the rank where None. The
+    update is alpha / rank · B A x with B = 0 at the start (arXiv 2106.09685, eq. 3), so that the network starts unchanged.
+    Adapters of earlier policies on the same network stay as they are and stop being trainable.
 
     Errors: ValueError for a network that is no diffusers model or has adapters of its own, a rank below 1, targets that
     match nothing, and a missing peft.
@@ -106,7 +112,7 @@ def add_adapters(
     if denoiser.adapters is None and any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("this prior's network has peft adapters of its own; merge them into its weights first.")
     alpha = rank if alpha is None else alpha
-    config = library.LoraConfig(r=rank, lora_alpha=alpha, target_modules=_choose(model, rank, targets))
+    config = library.LoraConfig(r=rank, lora_alpha=alpha, target_modules=_choose(model, rank, targets, whole_names))
     switch = AdapterSwitch() if denoiser.adapters is None else denoiser.adapters
     name = f"policy_{len(switch)}"
     model.requires_grad_(False)
@@ -123,7 +129,7 @@ def _adapted(model: nn.Module, name: str) -> dict[str, nn.Module]:
     return {key: module for key, module in named_modules(model) if name in getattr(module, "lora_A", ())}
 
 
-def _choose(model: nn.Module, rank: int, targets: tuple[str, ...]) -> list[str]:
+def _choose(model: nn.Module, rank: int, targets: tuple[str, ...], whole_names: bool) -> list[str]:
     """Full names of the layers that get adapters."""
     layers: dict[str, Any] = {
         name.replace(".base_layer", ""): module  # adapted once already, by an earlier policy
@@ -136,7 +142,7 @@ def _choose(model: nn.Module, rank: int, targets: tuple[str, ...]) -> list[str]:
             raise ValueError(f"at rank {rank} an adapter is larger than any layer of this network; lower the rank.")
     chosen: set[str] = set()
     for target in targets:
-        found = {name for name in layers if name == target or name.endswith("." + target)}
+        found = {name for name in layers if name == target or (not whole_names and name.endswith("." + target))}
         if not found:
             endings = {".".join(name.split(".")[-parts:]) for name in layers for parts in (1, 2)}
             near = get_close_matches(target, sorted(endings | set(layers)), n=3, cutoff=0.3)
@@ -190,9 +196,9 @@ def load_adapter(denoiser: DiffusersDenoiser, folder: Path, source: Source | Non
         # Before anything of that rank is allocated.
         if {weight.shape[:1] for name, weight in state.items() if ".lora_A." in name} != {(rank,)}:
             raise ValueError(f"its weights are not of rank {rank}.")
-        if targets == ("*",):
-            targets = tuple(sorted({_layer(name) for name in state}))
-        loaded = add_adapters(denoiser, rank, targets, alpha, source)
+        by_pattern = targets is None
+        names = tuple(sorted({_layer(name) for name in state})) if targets is None else targets
+        loaded = add_adapters(denoiser, rank, names, alpha, source, whole_names=by_pattern)
         loaded.load_adapter_state(state)
     except ValueError as error:
         reason = str(error).splitlines()[0]
@@ -207,12 +213,13 @@ def _layer(name: str) -> str:
 
 # What an adapter_config.json says of itself, which changes nothing about the adapter.
 NOTES = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
-# Nor do these: what matters in training alone, and how the adapter began.
-OF_TRAINING = ("lora_dropout", "init_lora_weights")
+OF_TRAINING = ("lora_dropout", "init_lora_weights")  # nor do these, but for beginnings that change the base's weights
+HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def _read_config(path: Path, defaults: dict[str, Any]) -> tuple[int, float, tuple[str, ...]]:
-    """(rank, alpha, targets) of an adapter_config.json whose other options are peft's ``defaults``, or off."""
+def _read_config(path: Path, defaults: dict[str, Any]) -> tuple[int, float, tuple[str, ...] | None]:
+    """(rank, alpha, targets) of an adapter_config.json whose other options are peft's ``defaults``, or off. targets: None where
+    they are a pattern; which layers it matched, the weights say."""
     settings = read_json(path)
     kind = settings.pop("peft_type", None)
     rank, alpha, targets = (settings.pop(name, None) for name in ("r", "lora_alpha", "target_modules"))
@@ -222,18 +229,24 @@ def _read_config(path: Path, defaults: dict[str, Any]) -> tuple[int, float, tupl
         raise ValueError(f"{path} has r = {rank!r}, which is no rank; it must be a whole number of at least 1.")
     if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
         raise ValueError(f"{path} has lora_alpha = {alpha!r}; it must be a positive number.")
-    if isinstance(targets, str) and targets:  # a pattern: which layers it matched, their weights say
-        targets = ["*"]
-    if not (
+    pattern = isinstance(targets, str) and bool(targets)
+    if not pattern and not (
         isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in cast("list[Any]", targets))
     ):
         raise ValueError(f"{path} has target_modules = {targets!r}; it must be a list of names of layers.")
-    other = sorted(
-        name for name in set(settings) - set(NOTES + OF_TRAINING) if settings[name] and settings[name] != defaults.get(name)
-    )
-    if other:
+    refuse_other_options(settings, defaults, path)
+    return rank, alpha, None if pattern else tuple(cast("list[str]", targets))
+
+
+def refuse_other_options(settings: dict[str, Any], defaults: dict[str, Any], path: Path) -> None:
+    """Errors: ValueError for what an adapter says of itself besides rank, alpha and targets, and that changes what it does."""
+    start = settings.get("init_lora_weights")
+    wrong = {name: settings[name] for name in set(settings) - set(NOTES + OF_TRAINING)}
+    found = sorted(name for name, value in wrong.items() if value and value != defaults.get(name))
+    if start not in HARMLESS_STARTS:  # PiSSA, OLoRA and others take what they begin with out of the base
+        found = ["init_lora_weights"]
+    if found:
         raise ValueError(
-            f"{path} sets {other[0]} = {settings[other[0]]!r}, which is not covered; merge that adapter into its base in peft and"
+            f"{path} sets {found[0]} = {settings[found[0]]!r}, which is not covered; merge that adapter into its base in peft and"
             " load the result as a prior, or train one without it."
         )
-    return rank, alpha, tuple(cast("list[str]", targets))

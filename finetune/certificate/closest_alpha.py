@@ -36,17 +36,25 @@ class ClosestAlpha:
 
 
 def closest_alpha(policy: list[Float[Tensor, " n"]], prior: list[Float[Tensor, " m"]]) -> ClosestAlpha:
-    """One alpha for several laws, the energies of each in an entry; energies that are no finite numbers do not count."""
+    """One alpha for several laws, the energies of each in an entry; energies that are no finite numbers do not count.
+
+    Errors: ValueError where fewer than `FEWEST` energies of a law are finite, on either side.
+    """
     own = [energy[energy.isfinite()].double() for energy in policy]
     base = [energy[energy.isfinite()].double() for energy in prior]
-    everything = sum(len(energy) for energy in base)
-    if not all(len(energy) > 1 for energy in (*own, *base)):
-        return ClosestAlpha(math.inf, float(everything), beyond=False)
+    for name, energies in (("policy", own), ("base", base)):
+        fewest = min(len(energy) for energy in energies)
+        if fewest < FEWEST:
+            raise ValueError(
+                f"only {fewest} energies of the {name}'s rollouts are finite, which says nothing; draw more rollouts, or look at"
+                " the energy."
+            )
+    everything = float(sum(len(energy) for energy in base))
     wanted = sum(energy.mean().item() for energy in own) / len(own)
     now = sum(energy.mean().item() for energy in base) / len(base)
     error = math.hypot(*(mean(energy)[1] for energy in (*own, *base))) / len(own)
     if wanted > now - STANDARD_ERRORS * error:
-        return ClosestAlpha(math.inf, float(everything), beyond=False)
+        return ClosestAlpha(math.inf, everything, beyond=False)
     low, high = 0.0, 1.0 / max(1e-12, max(energy.std().item() for energy in base))
     while _tilted(base, high)[0] > wanted and min(_tilted(base, high)[1]) >= FEWEST:
         low, high = high, 2 * high
@@ -68,5 +76,6 @@ def _tilted(base: list[Float[Tensor, " m"]], inverse: float) -> tuple[float, lis
 def least_kl(prior: Float[Tensor, " m"], alpha: float) -> float:
     """KL(p*_alpha || prior), nats, by weighted prior samples: the least that a policy of the same mean energy moves."""
     energy = prior[prior.isfinite()].double()
+    assert len(energy) and alpha < math.inf
     log_z = torch.logsumexp(-energy / alpha, 0) - math.log(len(energy))
     return (-(torch.softmax(-energy / alpha, 0) @ energy) / alpha - log_z).item()

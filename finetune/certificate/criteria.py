@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Verdict = Literal["pass", "fail", "inconclusive"]
+SEVEREST: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
 EXIT_STATUS: dict[str, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
 
 # Thresholds of the target side's own reliability (docs/theory.md, "The verdict", holds the calibration).

@@ -96,8 +96,8 @@ class TrainConfig:
     memory_mb: float = 64.0
     """What autograd may keep for one chunk of the second pass."""
     max_kl: float | None = None
-    """Budget of nats: the updates end once KL(policy || prior), of any prompt or label, is above it in what the policy drew for
-    one of them. None: no budget."""
+    """Budget of nats: the updates end once KL(policy || prior), of any prompt or label, is above it by 2.6 of its standard errors
+    in an update's own rollouts. None: no budget."""
     max_invalid: float = 0.05
     """Share of NaN or -inf energies above which the run stops."""
     monitor_every: int = 20

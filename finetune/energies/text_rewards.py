@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .images import to_pil
 
 TextEnergy = Callable[..., Tensor]
-MLP = "reward_head.safetensors"  # ImageReward's head beside the weights of BLIP
+HEAD = "reward_head.safetensors"  # ImageReward's head beside the weights of BLIP
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of ImageReward's scores on its authors' data, which they take out
 BLIP_TOKENS = 35
 
@@ -68,9 +68,9 @@ def image_reward(folder: str, device: str = "cpu") -> TextEnergy:
 
     model = _loaded(BlipForImageTextRetrieval, folder, device)
     processor, words = _image_processor(folder), _read(BertTokenizer, folder)
-    if not (Path(folder) / MLP).is_file():
-        raise ValueError(f"{folder} has no {MLP}, the head that makes a score of BLIP's features.")
-    saved = {name.removeprefix("layers."): weight.float() for name, weight in load_file(Path(folder) / MLP).items()}
+    if not (Path(folder) / HEAD).is_file():
+        raise ValueError(f"{folder} has no {HEAD}, the head that makes a score of BLIP's features.")
+    saved = {name.removeprefix("layers."): weight.float() for name, weight in load_file(Path(folder) / HEAD).items()}
     head = nn.Sequential(*_layers(saved)).to(device).eval()
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ def image_reward(folder: str, device: str = "cpu") -> TextEnergy:
 
 
 def _layers(saved: dict[str, Tensor]) -> list[nn.Module]:
-    """The head's modules in order, dropouts of its training among them as nothing.
+    """The head's modules in order; dropouts are left out.
 
     Errors: ValueError for weights that are no chain of linear layers.
     """
@@ -103,12 +103,12 @@ def _layers(saved: dict[str, Tensor]) -> list[nn.Module]:
     for number in numbers:
         weight, bias = saved.get(f"{number}.weight"), saved.get(f"{number}.bias")
         if weight is None or bias is None or weight.ndim != 2 or len(bias) != len(weight):
-            raise ValueError(f"layer {number} of {MLP} is no linear layer with weight and bias.")
+            raise ValueError(f"layer {number} of {HEAD} is no linear layer with weight and bias.")
         layer = nn.Linear(weight.shape[1], weight.shape[0])
         layer.load_state_dict({"weight": weight, "bias": bias})
         layers.append(layer)
     if not layers:
-        raise ValueError(f"{MLP} holds no layers, which are named layers.0.weight and so on.")
+        raise ValueError(f"{HEAD} holds no layers, which are named layers.0.weight and so on.")
     return layers
 
 

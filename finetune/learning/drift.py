@@ -11,15 +11,17 @@ from torch import Tensor
 
 from ...samplers.shapes import Index
 from ..distributed.processes import Processes
+from ..estimators import mean
 from ..populations.population import Population
 
+STANDARD_ERRORS = 2.6  # of the KL, by which it must be above a budget
 MOST = 256  # prior samples of a condition whose distances are taken
 
 
 class Drift:
-    """Per condition, "kl_to_prior": the mean of Λ over the policy's own rollouts, KL(policy || prior) over paths, nats; and
-    "diversity": the mean distance between two of its terminal states, over that between two of the prior's (NaN without a
-    population). It has no state: the prior's distances are those of its paths in the population.
+    """Per condition, "kl_to_prior": the mean of Λ over the policy's own rollouts, KL(policy || prior) over paths, nats, with its
+    standard error; and "diversity": the mean distance between two of its terminal states, over that between two of the prior's
+    (NaN without a population). It has no state: the prior's distances are those of its paths in the population.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -40,7 +42,8 @@ class Drift:
         figures: list[dict[str, float]] = []
         for row, index in enumerate(own):
             spread = self._distance(terminal[index]) / self._prior[row] if self._prior else math.nan
-            figures.append({"kl_to_prior": self._processes.mean(log_ratio[index].mean().item()), "diversity": spread})
+            kl, error = mean(self._processes.gather(log_ratio[index]))
+            figures.append({"kl_to_prior": kl, "kl_to_prior_se": error, "diversity": spread})
         return figures
 
     def _distance(self, x: Float[Tensor, " n *state"]) -> float:
@@ -50,14 +53,12 @@ class Drift:
 
 
 def over_budget(line: dict[str, Any], max_kl: float | None) -> str | None:
-    """Why no further update is taken: whose KL the last line of metrics has above the budget; None where it is kept."""
-    if max_kl is None:
+    """Why no further update is taken: whose KL is above the budget for certain by the last line of metrics, or None."""
+    if max_kl is None or "kl_to_prior" not in line:
         return None
-    each = {name: found["kl_to_prior"] for name, found in line.get("conditions", {}).items()} or {
-        "": line.get("kl_to_prior", 0.0)
-    }
-    worst = max(each, key=lambda name: each[name])
-    if not each[worst] > max_kl:
-        return None
-    of = f" of {worst!r}" if worst else ""
-    return f"KL(policy || prior){of} is {each[worst]:.2f} nats, above max_kl {max_kl:g}"
+    for name, found in (line.get("conditions") or {"": line}).items():
+        kl, error = found["kl_to_prior"], found["kl_to_prior_se"]
+        if kl - STANDARD_ERRORS * error > max_kl:
+            of = f" of {name!r}" if name else ""
+            return f"KL(policy || prior){of} is {kl:.2f} ± {error:.2f} nats, above max_kl {max_kl:g}"
+    return None

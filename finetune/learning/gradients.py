@@ -155,7 +155,7 @@ def backward_trajectories(
 
 
 class _Enough(Exception):
-    """More is kept than fits."""
+    """What is kept exceeds the budget already."""
 
 
 def chunk_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def estimate_memory(state: TrainState) -> MemoryEstimate | None:
     """What the updates of this training will hold at their peak; None for a small network, one in shards, and where the system
     does not tell.
 
-    One chunk of the second pass and one step of a rollout are run on noise to see what they take, and leave nothing behind.
+    One chunk of the second pass, one step of a rollout and one decoding are run on noise to see what they take, and leave
+    nothing behind. What the energy takes is not in it.
     """
     prior, config = state.prior, state.config
     weights = sum(weight.numel() for weight in state.policy.parameters())
@@ -56,7 +58,7 @@ def estimate_memory(state: TrainState) -> MemoryEstimate | None:
             "paths of the population": path * (population + population // 4),
             "paths of an update": path * state.size["batch_size"] * (2 if config.epochs > 1 else 1),
             "gradients, moments and copies of what is trained": COPIES * trained,
-            "one chunk": max(_peak_of_chunk(state), _peak_of_step(state)),
+            "one chunk, step or decoding": max(_peak_of_chunk(state), _peak_of_step(state), _peak_of_decoding(state)),
         }
     )
 
@@ -83,8 +85,16 @@ def _peak_of_step(state: TrainState) -> int:
     paths = _noise(state, state.size["batch_size"], states=1)
     before = _begin(prior.device)
     k = prior.chain.trained[0]
-    step(prior, state.wrapped, paths.states[0], k, torch.randn_like(paths.states[0]), paths.condition)
+    step(prior, state.wrapped, paths.states[0], k, paths.states[0], paths.condition)
     return max(0, _peak(prior.device) - before)
+
+
+def _peak_of_decoding(state: TrainState) -> int:
+    """Of making samples of a batch's last states."""
+    paths = _noise(state, state.size["batch_size"], states=1)
+    before = _begin(state.prior.device)
+    state.prior.to_data(paths.states[0])
+    return max(0, _peak(state.prior.device) - before)
 
 
 def _noise(state: TrainState, count: int, states: int | None = None) -> Trajectories:
@@ -98,7 +108,7 @@ def _noise(state: TrainState, count: int, states: int | None = None) -> Trajecto
 
 
 def _tells(device: torch.device) -> bool:
-    return device.type == "cuda" or (STATUS.exists() and RESET.exists())
+    return device.type == "cuda" or (STATUS.exists() and os.access(RESET, os.W_OK))
 
 
 def _now(device: torch.device) -> int:

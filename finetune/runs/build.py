@@ -42,7 +42,9 @@ def load_prior(config: RunConfig, task: Task | None) -> Prior:
     device = device_of(config)
     if task is not None:
         prior = task.load_prior(config.prior)
-        prior.denoiser.to(device)
+        for part in (prior.denoiser, prior.decoder):
+            if hasattr(part, "to"):
+                part.to(device)
         return prior
     if config.prior.dim is not None or config.prior.seed:
         raise ValueError(f"dim and seed choose a prior of the mixture task; {config.prior.source!r} is as it is, leave them out.")

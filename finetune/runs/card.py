@@ -28,7 +28,7 @@ def model_card(run: Run) -> str:
     rows = {
         "base": _base(run),
         "chain": f"{run.prior.chain.name}, K = {run.prior.chain.num_steps}",
-        "energy": " + ".join(record.get("energy") or ()) or "a function without a name",
+        "energy": " + ".join(map(_unplaced, record.get("energy") or ())) or "a function without a name",
         "alpha": f"{config.train.alpha:g}: the target is p_prior(x) · exp(-E(x)/alpha)",
         "objective": config.train.objective,
         "energy calls": f"{record['energy_calls']:,}",
@@ -37,10 +37,22 @@ def model_card(run: Run) -> str:
     if config.prior.prompts:
         rows["prompts"] = "; ".join(config.prior.prompts)
         rows["guidance"] = f"{run.prior.denoiser.guidance:g}"
-    table = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items())
-    matter = f"---\nbase_model: {json.dumps(_base(run))}\nlibrary_name: diffusers\ntags: [tiltune]\n---"  # what a hub reads
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
+    source = run.config.prior.source
+    known = [] if source is None or os.path.isdir(source) else [f"base_model: {json.dumps(source)}"]  # of a hub alone
+    matter = "\n".join(["---", *known, "library_name: diffusers", "tags: [tiltune]", "---"])  # what a hub reads
     title = f"# {_base(run)}, tilted by tiltune"
     return "\n\n".join([matter, title, f"| | |\n|---|---|\n{table}", _certificate(run.folder)])
+
+
+def _unplaced(term: str) -> str:
+    """An energy's name without the folder of its file."""
+    scale, times, name = term.rpartition("*") if "*" in term.split(":")[0] else ("", "", term)
+    return f"{scale}{times}{os.path.basename(name.split(':')[0])}:{name.split(':', 1)[1]}" if ":" in name else term
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _base(run: Run) -> str:
@@ -57,8 +69,10 @@ def _certificate(folder: Path) -> str:
     found: dict[str, Any] = json.loads(path.read_text())
     each = found.get("conditions") or {"": found}
     head = f"| | {' | '.join(FIGURES.values())} |\n|---|{'---|' * len(FIGURES)}"
-    rows = [f"| {name} | {' | '.join(_shown(one.get(key)) for key in FIGURES)} |" for name, one in each.items()]
-    return "\n".join([f"Certificate: **{found['verdict']}** ({'; '.join(found['reasons'])}).", "", head, *rows])
+    rows = [f"| {_cell(name)} | {' | '.join(_shown(one.get(key)) for key in FIGURES)} |" for name, one in each.items()]
+    flags = sorted({flag for one in each.values() for flag in one.get("flags", ())})
+    said = [f"Certificate: **{found['verdict']}** ({'; '.join(found['reasons'])}).", "", head, *rows]
+    return "\n".join([*said, *(["", *(f"- {flag}" for flag in flags)] if flags else [])])
 
 
 def _shown(value: Any) -> str:

@@ -55,14 +55,15 @@ def record_of(
     from ..learning.drift import over_budget
 
     result, stopped, prior = ending.result, ending.stopped, trainer.state.prior
+    taken = sum(line["phase"] == config.train.objective for line in trainer.history)
     alone = trainer.state.processes.count == 1
     return {
         "interrupted": ending.interrupted,
         "preempted": ending.preempted,
         "stopped": f"{type(stopped).__name__}: {stopped}" if isinstance(stopped, Exception) else None,
-        "over_budget": over_budget(trainer.history[-1], config.train.max_kl),
+        "over_budget": over_budget(trainer.history[-1], config.train.max_kl) if taken < config.train.updates else None,
         "new_steps": ending.new_steps,
-        "updates": sum(line["phase"] == config.train.objective for line in trainer.history),
+        "updates": taken,
         "energy_calls": trainer.state.energies.meter.calls if alone else trainer.history[-1]["energy_calls"],
         "population_ess": trainer.state.preparation.effective,
         "log_z": None if result is None or len(result.log_z_by_condition) > 1 else result.log_z,

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..certificate.criteria import EXIT_STATUS, Verdict
+from ..certificate.criteria import EXIT_STATUS, SEVEREST, Verdict
 
-SEVEREST: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
 # What is summarized over conditions; whether a large figure is the worse one.
 SUMMARIZED = {"gap": True, "kl_to_prior": True, "kl_from_target": True, "ess": False}
 

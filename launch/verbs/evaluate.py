@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     from ...finetune.runs.evaluate import certify, write_certificate
     from ..cluster.torchrun import REQUEUE
 
-    sides = Side(run, []), Side(run.on_prompts(options.held_out), [], held_out=True) if options.held_out else None
+    sides = Side(run, []), Side(unseen(run, options.held_out), [], held_out=True) if options.held_out else None
     own, held_out = sides
     other = None if options.beside is None else beside(run, open_with_task(options.beside))
     energy = run.energy(options.energy)
@@ -126,6 +126,15 @@ class Side:
         return together(certificates, table.names[len(self.judged) :])
 
 
+def unseen(run: Run, prompts: tuple[str, ...]) -> Run:
+    """The run on held-out prompts. Errors: ValueError for prompts that it was trained on."""
+    found = run.on_prompts(prompts)
+    known = sorted(set(found.config.prior.prompts or ()) & set(run.config.prior.prompts or ()))
+    if known:
+        raise ValueError(f"--held-out {known[0]!r}: {run.folder} was trained on it; leave it out.")
+    return found
+
+
 def of_run(own: Side, held_out: Side | None) -> dict[str, Any]:
     """The certificate of the run, with that of the held-out prompts beside it, which is no part of the verdict."""
     return own.certificate() | ({"held_out": held_out.certificate()} if held_out and held_out.judged else {})
@@ -138,7 +147,7 @@ def beside(run: Run, other: Run) -> Run:
     """
     source, its = run.prior.source, other.prior.source
     if run.config.prior.prompts is None or source is None or its is None or source.path != its.path:
-        raise ValueError(f"--beside {other.folder}: a run of prompts on the same prior, whose pictures stand beside this one's.")
+        raise ValueError(f"--beside {other.folder}: it is no run of prompts on the prior of {run.folder}; name one that is.")
     return other.on_prompts(run.config.prior.prompts)
 
 
@@ -154,7 +163,7 @@ def show(options: Options, own: Side, held_out: Side | None, energy: Energy, oth
         picture = run.folder / picture_name(one)
         picture.parent.mkdir(exist_ok=True)
         figure_of(one, certificate, evidence, energy).savefig(picture)
-    if run.prior.num_conditions > 1 and is_images(own.judged[0][2].samples):
+    if (run.prior.num_conditions > 1 or other is not None) and is_images(own.judged[0][2].samples):
         rows_figure([(one, certificate, evidence) for one, certificate, evidence in own.judged], other).savefig(
             run.folder / "picture.png"
         )

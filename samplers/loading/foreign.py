@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..denoiser import DiffusersDenoiser
-from ..lora import LoraDenoiser, add_adapters, load_adapter
+from ..lora import LoraDenoiser, add_adapters, load_adapter, peft, refuse_other_options
 from ..policy import Policy
 from ..prior import Prior
 from ..shapes import AnyShape
@@ -35,19 +35,28 @@ def load_foreign_policy(prior: Prior, folder: str | Path) -> Policy:
     own = prior.source.denoiser
     for adapter in (place, place / "lora", place / own):
         if (adapter / PEFT).is_file():
+            _refuse_pickles(adapter)
             return Policy(prior, load_adapter(base, adapter, prior.source))
     if (file := _lora_file(place)) is not None:
         return Policy(prior, _diffusers_lora(prior, base, file))
     for network in (place / own, place):
         if (network / "config.json").is_file():
             return load_full(prior, network)
-    pickles = sorted(path.name for path in place.iterdir() if path.name.endswith(PICKLES))
-    if pickles:
+    _refuse_pickles(place)
+    several = sorted(path.name for path in place.glob("*.safetensors"))
+    if several:
+        raise ValueError(f"{place} holds several files ({', '.join(several[:3])}), and none is {DIFFUSERS}; leave one of them.")
+    raise ValueError(f"{place} holds no policy: neither {PEFT}, nor {DIFFUSERS}, nor the config.json of a network.")
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Errors: ValueError for a folder whose weights are a pickle alone."""
+    pickles = sorted(path.name for path in folder.iterdir() if path.name.endswith(PICKLES))
+    if pickles and not any(folder.glob("*.safetensors")):
         raise ValueError(
-            f"{place} holds {pickles[0]}, a pickle, which can run code when it is read, so it is refused; load it where it was"
+            f"{folder} holds {pickles[0]}, a pickle, which can run code when it is read, so it is refused; load it where it was"
             " trained and save it as safetensors (save_lora_weights, or save_pretrained with safe_serialization=True)."
         )
-    raise ValueError(f"{place} holds no policy: neither {PEFT}, nor {DIFFUSERS}, nor the config.json of a network.")
 
 
 def _lora_file(folder: Path) -> Path | None:
@@ -63,7 +72,7 @@ def _diffusers_lora(prior: Prior, base: DiffusersDenoiser, file: Path) -> LoraDe
     """Adapters with the weights of a file that diffusers reads. Errors: ValueError as `load_foreign_policy`."""
     assert prior.source is not None
     part = prior.source.denoiser
-    state, scales = _read(file, prior.source.pipeline)
+    state, scales = _read(file, prior.source.pipeline, part, base.model)
     encoders = sorted({key.split(".")[0] for key in state} - {part})
     if encoders and any(key.startswith("text_encoder") for key in state):
         raise ValueError(
@@ -80,30 +89,39 @@ def _diffusers_lora(prior: Prior, base: DiffusersDenoiser, file: Path) -> LoraDe
         )
     try:
         layers = tuple(sorted({key.rsplit(".lora_", 1)[0] for key in own}))
-        lora = add_adapters(base, ranks.pop(), layers, next(iter(scales), None), prior.source)
+        lora = add_adapters(base, ranks.pop(), layers, next(iter(scales), None), prior.source, whole_names=True)
         lora.load_adapter_state({f"base_model.model.{key}": weight for key, weight in own.items()})
     except ValueError as error:
         raise ValueError(f"the LoRA in {file} does not fit this base's network: {str(error).splitlines()[0]}") from error
     return lora
 
 
-def _read(file: Path, pipeline: str | None) -> tuple[dict[str, AnyShape], set[float]]:
-    """(weights under peft's endings, behind the name of the part that they change; the alphas that the file names)."""
+def _read(file: Path, pipeline: str | None, part: str, network: Any) -> tuple[dict[str, AnyShape], set[float]]:
+    """(weights under peft's endings, behind the name of the part that they change; the alphas that the file names).
+
+    Errors: ValueError for a file that is no LoRA, and for options of one that are not covered.
+    """
     import diffusers
     from diffusers.utils import state_dict_utils
 
     kind: Any = getattr(diffusers, pipeline or "StableDiffusionPipeline", None)
     if not hasattr(kind, "lora_state_dict"):
         raise ValueError(f"{file} is a LoRA as pipelines save it, and {pipeline} loads none; give it as a peft adapter.")
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "return_lora_metadata": True}
+    if pipeline == "FluxPipeline":  # the others return them unasked
+        options["return_alphas"] = True
+    if pipeline == "StableDiffusionXLPipeline":  # whose blocks have other names at kohya
+        options["unet_config"] = network.config
     try:
-        found = kind.lora_state_dict(
-            str(file.parent), weight_name=file.name, local_files_only=True, use_safetensors=True, return_lora_metadata=True
-        )
+        found: Any = kind.lora_state_dict(str(file.parent), weight_name=file.name, **options)
     except Exception as error:  # whatever a third party's reader makes of a broken file
         raise ValueError(f"{file} cannot be read as a LoRA: {str(error).strip().splitlines()[0]}") from error
-    state, *others = found
-    alphas: set[float] = set()
-    for told in filter(None, others):  # by layer, and in the file's metadata
-        alphas |= {float(value) for key, value in told.items() if key.endswith("alpha") and value is not None}
+    state, alphas, metadata = found[0], found[1:-1], cast("dict[str, Any]", found[-1] or {})
+    named = {float(value) for told in filter(None, alphas) for value in told.values()}
+    settings = {key.removeprefix(f"{part}."): value for key, value in metadata.items() if key.startswith(f"{part}.")}
+    if settings.get("lora_alpha"):
+        named.add(float(settings["lora_alpha"]))
+    own = {name: value for name, value in settings.items() if name not in ("r", "lora_alpha", "target_modules", "peft_type")}
+    refuse_other_options(own, peft().LoraConfig().to_dict(), file)
     converted = cast(Any, state_dict_utils).convert_unet_state_dict_to_peft(state)
-    return {key: weight.float() for key, weight in converted.items()}, alphas
+    return {key: weight.float() for key, weight in converted.items()}, named

@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
+from ...finetune.certificate.spread import pairwise_distance
 from .samples import even
 
 DIVERSITY_SAMPLES = 4000  # pairs grow with the square
-
-
-def pairwise_distance(x: Tensor, weight: Tensor, chunk: int = 1024) -> tuple[float, float]:
-    """Weighted mean Euclidean distance between two different samples of [N, ...], and its standard error.
-
-    sum_{i≠j} w_i w_j |x_i - x_j| / sum_{i≠j} w_i w_j, a U-statistic: its error is that of twice its projection. NaN below two
-    samples with weight.
-    """
-    kept = weight > 0
-    flat, weight = x[kept].flatten(1).float(), weight[kept] / weight.sum()
-    if len(flat) < 2:
-        return math.nan, math.nan
-    total = torch.cat([torch.cdist(part, flat).double() @ weight for part in flat.split(chunk)])
-    other = 1 - weight  # the weight of the pairs that a sample has; its distance to itself is 0
-    value = ((weight * total).sum() / (weight * other).sum()).item()
-    influence = 2 * weight * (total - value * other) / (weight * other).sum()
-    return value, influence.square().sum().sqrt().item()
 
 
 def diversity_metrics(

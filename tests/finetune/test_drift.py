@@ -49,10 +49,12 @@ def test_the_updates_end_at_their_budget() -> None:
     free, bounded, wide = run(None), run(0.5), run(5.0)
     assert len(free) == len(wide) == 60 and free == wide
     assert 0 < len(bounded) < 60 and bounded == free[: len(bounded)]
-    assert bounded[-1]["kl_to_prior"] > 0.5 >= max(line["kl_to_prior"] for line in bounded[:-1])
+    certain = [line["kl_to_prior"] - 2.6 * line["kl_to_prior_se"] for line in bounded]
+    assert certain[-1] > 0.5 >= max(certain[:-1])
     assert over_budget(bounded[-1], 0.5) and not over_budget(free[0], 5.0)
-    said = over_budget({"conditions": {"a": {"kl_to_prior": 1.0}, "b": {"kl_to_prior": 3.0}}}, 2.0)
-    assert said is not None and "'b' is 3.00 nats" in said
+    sure, unsure = {"kl_to_prior": 3.0, "kl_to_prior_se": 0.1}, {"kl_to_prior": 3.0, "kl_to_prior_se": 0.5}
+    said = over_budget({"kl_to_prior": 3.0, "conditions": {"a": unsure, "b": sure}}, 2.0)
+    assert said is not None and "'b' is 3.00 ± 0.10 nats" in said
 
 
 def test_median_and_worst_over_conditions() -> None:

@@ -52,7 +52,7 @@ def loras(base: Path) -> dict[str, Path]:
 
 
 def audit(tiltune: Callable[..., Any], base: Path, policy: Path, out: Path) -> tuple[Any, dict[str, Any]]:
-    shown = tiltune("audit", base, "--policy", policy, "--energy", REDNESS, *FLAGS, "--out", out)
+    shown = tiltune("audit", "--prior", base, "--policy", policy, "--energy", REDNESS, *FLAGS, "--out", out)
     assert shown.status in (0, 1, 3), shown.err
     assert (out / "picture.png").exists()
     return shown, json.loads((out / "audit.json").read_text())
@@ -67,7 +67,9 @@ def test_untouched_and_trained_are_told_apart(
     shown, found = audit(tiltune, base, loras["trained"], tmp_path / "trained")
     assert not found["untouched"] and found["moved"] and "It moved" in shown.out
     assert [one["condition"] for one in found["conditions"]] == PROMPTS
-    refused = tiltune("audit", base, "--policy", loras["trained"], "--energy", REDNESS, *FLAGS, "--out", tmp_path / "trained")
+    refused = tiltune(
+        "audit", "--prior", base, "--policy", loras["trained"], "--energy", REDNESS, *FLAGS, "--out", tmp_path / "trained"
+    )
     assert refused.status == 2 and "not an empty folder" in refused.err
 
 
@@ -212,4 +214,4 @@ def test_a_collapsed_policy_is_called_so(tiltune: Callable[..., Any], tmp_path: 
     shown = tiltune("audit", "digits", "--policy", tmp_path / "one", "--energy", f"classes({digit})", *chain)
     assert shown.status == 1 and "It collapsed" in shown.out, shown.out + shown.err
     found = json.loads((tmp_path / "out" / "audit.json").read_text())["conditions"][0]
-    assert found["diversity"] < 0.5 and found["kl_to_prior"] > 3 * found["least_kl"]
+    assert found["diversity"] < 0.5 and math.isfinite(found["alpha"]) and found["kl_to_prior"] > 3 * found["least_kl"]

@@ -114,8 +114,9 @@ def test_the_names_of_train_are_frozen(tiltune: Callable[..., Any]) -> None:
         ("export", "RUN --out --format"),
         (
             "audit",
-            "BASE --policy --energy --prompts --labels --steps --scheduler --eta --noise --noise-level --guidance"
-            " --negative-prompt --size --tolerance --seed --threads --out",
+            "--policy --energy --size --tolerance --seed --threads --out --prior --steps --chain --dim --prior-seed --eta"
+            " --variance --noise --noise-level --train-steps --labels --scheduler --prompts --prompt-metadata --negative-prompt --guidance"
+            " --image-size --precision --channels-last",
         ),
         ("tasks", ""),
         ("2d", "--objective --alpha --chain --steps --warm-start --seed --out --overwrite --compare --threads"),
@@ -126,7 +127,7 @@ def test_the_names_of_train_are_frozen(tiltune: Callable[..., Any]) -> None:
 def test_the_names_of_the_other_verbs_are_frozen(tiltune: Callable[..., Any], verb: str, names: str) -> None:
     shown = tiltune(verb, "--help")
     assert shown.status == 0
-    listed = re.findall(r"^│ (RUN|BASE|\{bash,zsh,fish\}|(?:-h, )?--[a-z-]+)", shown.out, re.MULTILINE)
+    listed = re.findall(r"^│ (RUN|\{bash,zsh,fish\}|(?:-h, )?--[a-z-]+)", shown.out, re.MULTILINE)
     assert set(listed) == {"-h, --help", *names.split()}
 
 

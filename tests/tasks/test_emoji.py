@@ -101,9 +101,9 @@ def test_bars_hold_for_the_target_and_fail_for_the_prior_and_for_one_picture(evi
     weight = (-half.energy / ALPHA).double().softmax(0)
     exact = systematic(weight, 150, torch.Generator().manual_seed(1))
     everything = torch.arange(300)
-    named = ["mean energy, standard errors off", "|diversity ratio - 1|", "energy TV"]
+    named = ["mean energy off, in the prior's spreads", "|diversity ratio - 1|", "energy TV"]
     assert all(judged(half.resampled(exact, everything))[name] for name in named)
     of_prior = judged(half)
-    assert not of_prior["mean energy, standard errors off"] and not of_prior["energy TV"]
+    assert not of_prior["mean energy off, in the prior's spreads"] and not of_prior["energy TV"]
     reddest = half.energy.argsort()[:3].repeat(50)
     assert not judged(half.resampled(reddest, everything))["|diversity ratio - 1|"]

@@ -8,8 +8,9 @@ import torch
 from scipy import linalg
 
 from tiltune.finetune.certificate.evidence import Evidence
+from tiltune.finetune.certificate.spread import pairwise_distance
 from tiltune.tasks.inpainting import measure, measured_pixels
-from tiltune.tasks.metrics.diversity import diversity_metrics, pairwise_distance
+from tiltune.tasks.metrics.diversity import diversity_metrics
 from tiltune.tasks.metrics.images import class_shares, energy_tv, image_metrics, inpainting_metrics, w2_metrics, wanted_metrics
 from tiltune.tasks.metrics.moments import moment_metrics, moments
 from tiltune.tasks.metrics.principal_components import frechet, frechet_with_error, pixel_basis
