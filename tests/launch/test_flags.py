@@ -115,8 +115,8 @@ def test_the_names_of_train_are_frozen(tiltune: Callable[..., Any]) -> None:
         (
             "audit",
             "--policy --energy --size --tolerance --seed --threads --out --prior --steps --chain --dim --prior-seed --eta"
-            " --variance --noise --noise-level --train-steps --labels --scheduler --prompts --prompt-metadata --negative-prompt --guidance"
-            " --image-size --precision --channels-last",
+            " --variance --noise --noise-level --train-steps --labels --scheduler --prompts --prompt-metadata"
+            " --negative-prompt --guidance --image-size --precision --channels-last",
         ),
         ("tasks", ""),
         ("2d", "--objective --alpha --chain --steps --warm-start --seed --out --overwrite --compare --threads"),
