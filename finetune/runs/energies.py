@@ -19,7 +19,7 @@ from .task import Task
 if TYPE_CHECKING:
     from ..energies.energy import Energy
 
-SHIPPED = re.compile(r"tiltune\.tasks\.(?!py$)[a-z_0-9]+")
+SHIPPED = re.compile(r"tiltune\.tasks\.(?!py$)[a-z_0-9]+|tiltune\.finetune\.energies\.pictures")
 
 
 def load_energies(config: RunConfig, task: Task | None, energy: Energy | None = None) -> Energy:
@@ -73,7 +73,8 @@ def absolute_term(term: str) -> str:
 
 
 def is_shipped(term: str, task: Task | None) -> bool:
-    """Whether a term names nothing but what a module of ``tiltune.tasks`` defines, and not what it happens to import."""
+    """Whether a term names nothing but what a module of ``tiltune.tasks`` or the energies of pictures define, and not what such
+    a module happens to import."""
     spec = parse_energy(term)
     place = spec.place or ("" if task is None else task.module)
     if not SHIPPED.fullmatch(place):

@@ -177,3 +177,13 @@ def test_a_target_without_weight_is_inconclusive() -> None:
     verdict, reasons, own = verdict_of(evidence)
     assert (verdict, own) == ("inconclusive", {})
     assert "no prior sample has a finite energy" in reasons[0]
+
+
+def test_kl_to_and_from_the_target_and_the_prior() -> None:
+    """N(-1, 1) against a policy that draws N(-.4, 1), without path noise: .18 nats both ways, and .08 from the prior; each within
+    four of its standard errors (p = .0002 in all)."""
+    metrics = path_metrics(evidence_of(-0.4, size=20_000, noise=0.0))
+    for name, exact in (("kl_to_prior", 0.08), ("kl_to_target", 0.18), ("kl_from_target", 0.18)):
+        assert metrics[f"{name}_se"] < 0.02
+        assert metrics[name] == pytest.approx(exact, abs=4 * metrics[f"{name}_se"])
+    assert metrics["kl_to_target"] + metrics["kl_from_target"] == pytest.approx(metrics["gap"], abs=1e-9)

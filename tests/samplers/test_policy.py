@@ -13,11 +13,12 @@ from torch.distributions import Normal
 
 from tiltune.samplers.bridge import noise_back
 from tiltune.samplers.chain import Chain
-from tiltune.samplers.denoiser import ResidualDenoiser, as_denoiser, evaluate, zero_output_layer_
+from tiltune.samplers.condition import Condition, ConditionTable
+from tiltune.samplers.denoiser import ResidualDenoiser, as_denoiser, evaluate, evaluate_in_parts, zero_output_layer_
 from tiltune.samplers.inflated import inflated_rollout
 from tiltune.samplers.log_ratio import rows_of, step_log_ratio
 from tiltune.samplers.make_policy import trainable_copy
-from tiltune.samplers.mlp import MLPDenoiser, precondition_for_
+from tiltune.samplers.mlp import LinearPath, MLPDenoiser, precondition_for_
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import draw_start, prior_last_states, rollout
 from tiltune.samplers.schedulers.brownian import brownian_chain
@@ -321,3 +322,38 @@ def test_a_few_tlm_steps_move_the_policy_toward_its_data(kind: str) -> None:
         optimizer.step()
     assert likelihood[0] == 0
     assert likelihood[-1] > 1
+
+
+def test_the_linear_part_is_linear_in_state_and_estimate() -> None:
+    """W_2 diag(g(t)) (W_1 x + b), another matrix at each timestep; zero as it is built."""
+    torch.manual_seed(0)
+    path = LinearPath(4, 3, 2)
+    embedded, x = torch.randn(2, 13), torch.randn(5, 4)
+    which = torch.tensor([0, 1, 1, 0, 1])
+    assert torch.equal(path(x, embedded, which), torch.zeros(5, 2))
+    torch.nn.init.normal_(path.outward.weight)
+    gate = path.gate(embedded)
+    for row, own in enumerate(which.tolist()):
+        matrix = path.outward.weight @ torch.diag(gate[own])
+        expected = matrix @ (path.inward.weight @ x[row] + path.inward.bias)
+        torch.testing.assert_close(path(x, embedded, which)[row], expected)
+    network = MLPDenoiser(2, width=8, depth=1, fourier_features=2, sees_prior=True)
+    assert network.linear is not None and MLPDenoiser(2, width=8, depth=1, fourier_features=2).linear is None
+
+
+def test_a_large_network_is_evaluated_a_few_states_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same outputs, each with its own condition, and never more than three states in a call."""
+    sizes: list[int] = []
+    table = ConditionTable(("a", "b"), {"class_labels": torch.tensor([3, 5])})
+
+    def network(state: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
+        assert condition is not None
+        sizes.append(len(state))
+        return state * condition.network_inputs()["class_labels"][:, None] + timestep
+
+    chain = brownian_chain(4)
+    state, condition = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)), table.in_turn(8, torch.device("cpu"))
+    whole = evaluate(network, chain, state, 2, condition)
+    monkeypatch.setattr("tiltune.samplers.denoiser.rows_at_once", lambda shape, device: 3)
+    assert torch.equal(evaluate_in_parts(network, chain, state, 2, condition), whole)
+    assert sizes == [8, 3, 3, 2]
