@@ -196,6 +196,9 @@ def train_prior(pictures: Pictures, seconds: float = 3000.0, batch: int = 64, pe
     none: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     parts: Any = {"vae": vae.half(), "text_encoder": kept.text, "tokenizer": words, "unet": kept.network, "scheduler": scheduler}
     StableDiffusionPipeline(**parts, **none).save_pretrained(FOLDER)
+    config = FOLDER / "vae" / "config.json"  # diffusers writes down where it was loaded from
+    told = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+    config.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def train_classifier(pictures: Pictures, labels: list[str], width: int, seed: int, seconds: float = 240.0) -> SmallClassifier:
