@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..finetune.certificate.criteria import Criterion, judge_weighted
+from ..finetune.config.certificate import CertificateConfig
+from ..finetune.config.energy import EnergyConfig
 from ..finetune.config.prior import PriorConfig
-from ..finetune.config.run import RunConfig
+from ..finetune.config.run import RunConfig, pretrained_recipe
 from ..finetune.energies.pictures import compressibility, incompressibility, redness, symmetry  # named in this task's configs
-from .image_recipe import image_recipe, shipped_prior
+from .image_recipe import shipped_prior
 from .task import Task
 
 if TYPE_CHECKING:
@@ -64,9 +66,16 @@ def category(*wanted: str) -> ClassEnergy:
 
 
 def recipe() -> RunConfig:
-    """Redder pictures for six prompts at K = 20."""
-    config = image_recipe("emoji", "redness", alpha=0.1, updates=80, certificate_size=1500)
-    return replace(config, prior=replace(config.prior, prompts=PROMPTS, guidance=1.0))
+    """Redder pictures for six prompts at K = 20: the training of a prior about which nothing is known, on three times its paths."""
+    train = replace(pretrained_recipe().train, alpha=0.1, population_size=12_000, soft_value_updates=1500, warm_start_updates=400)
+    return RunConfig(
+        task="emoji",
+        prior=PriorConfig(steps=20, prompts=PROMPTS, guidance=1.0),
+        energy=EnergyConfig(("redness",)),
+        train=train,
+        certificate=CertificateConfig(size=1200),
+        threads=2,
+    )
 
 
 def load_prior(config: PriorConfig) -> Prior:
