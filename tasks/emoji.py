@@ -66,7 +66,7 @@ def category(*wanted: str) -> ClassEnergy:
 
 
 def recipe() -> RunConfig:
-    """Redder pictures for six prompts at K = 20: the training of any prior of which nothing is known, on three times its paths."""
+    """Redder pictures for six prompts at K = 20: the training of a prior that nothing is known of, with three times its paths."""
     train = replace(pretrained_recipe().train, alpha=0.1, population_size=12_000, soft_value_updates=1500, warm_start_updates=400)
     return RunConfig(
         task="emoji",
