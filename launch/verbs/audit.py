@@ -52,6 +52,9 @@ class Own:
     """New folder for audit.json and picture.png; runs/audit- and the policy's name where not given."""
 
 
+Options = flags.with_prior(PriorConfig(), Own, tuple(TASKS))
+
+
 def main(argv: list[str]) -> int:
     """Run the verb; returns its exit status."""
     named = argv[0] if argv and argv[0] in TASKS else None

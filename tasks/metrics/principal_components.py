@@ -25,8 +25,13 @@ def pixel_basis(images: Tensor, dim: int) -> PixelBasis:
     """The ``dim`` leading principal components of images [N, ...]."""
     flat = images.flatten(1).double()
     center = flat.mean(0)
-    values, vectors = torch.linalg.eigh((flat - center).T @ (flat - center) / (len(flat) - 1))
-    return PixelBasis(center, vectors[:, -dim:].flip(1), (values[-dim:].sum() / values.sum()).item())
+    centered, free = flat - center, len(flat) - 1
+    if len(flat) >= flat.shape[1]:
+        values, axes = torch.linalg.eigh(centered.T @ centered / free)
+    else:  # of fewer images than pixels the same components, by the matrix between images
+        values, vectors = torch.linalg.eigh(centered @ centered.T / free)
+        axes = centered.T @ vectors[:, -dim:] / (values[-dim:].clamp(min=1e-300) * free).sqrt()
+    return PixelBasis(center, axes[:, -dim:].flip(1), (values[-dim:].sum() / values.sum()).item())
 
 
 def frechet(x: Tensor, y: Tensor) -> float:

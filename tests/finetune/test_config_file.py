@@ -156,7 +156,7 @@ def test_the_yaml_keys_are_frozen() -> None:
     horizon log_z_learning_rate step_nats warm_start
     warm_start_updates warm_start_rows warm_start_learning_rate warm_start_step_nats soft_value_updates population_size
     population forward_rows tempering_ess huber max_energy noise_scale max_grad_norm ema_decay spike_factor max_skipped memory_mb
-    max_invalid monitor_every checkpoint_every process_timeout seed"""
+    max_kl max_invalid monitor_every checkpoint_every process_timeout seed"""
     sections: dict[str, str] = {
         "prior": "source steps chain dim seed eta variance noise noise_level train_steps labels scheduler prompts prompt_metadata"
         " negative_prompt guidance image_size precision channels_last",

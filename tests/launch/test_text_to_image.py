@@ -91,7 +91,12 @@ def test_train_evaluate_export_and_sample(build: Callable[..., Path], tiltune: C
         torch.testing.assert_close(drawn, live, rtol=1e-4, atol=1e-4)
         card = (out / "README.md").read_text()
         assert "guidance_scale=3.0, negative_prompt='fog'" in card
-        assert card.startswith('---\nbase_model: "prior"') and "| a dog, big |" in card and "| alpha | 1:" in card
+        assert (
+            card.startswith("---\nlibrary_name: diffusers")
+            and "# prior, tilted by tiltune" in card
+            and "| a dog, big |" in card
+            and "| alpha | 1:" in card
+        )
 
     shown = tiltune("sample", run, "--n", 3, "--prompts", "a cat", "--out", tmp_path / "cats.safetensors")
     assert shown.status == 0 and "3 samples of shape (3, 8, 8)" in shown.out and (tmp_path / "cats.png").exists()

@@ -20,7 +20,7 @@ from tiltune.tasks.classifier import predicted
 from tiltune.tasks.emoji import CATEGORIES, FOLDER, PROMPTS, TASK, category, classifier, criteria, judge
 from tiltune.tasks.task import load_task
 
-STEPS, ALPHA = 8, 0.1
+STEPS, ALPHA = 6, 0.1
 
 
 def test_what_is_shipped_is_small_and_holds_no_pickle() -> None:
@@ -38,7 +38,7 @@ def prior() -> Prior:
 
 
 def test_a_prompt_draws_what_it_says(prior: Prior) -> None:
-    """32 samples in turn, eight steps: most are of their own category, the rest is not told apart by chance (p < 1e-6)."""
+    """32 samples in turn, six steps: most are of their own category, the rest is not told apart by chance (p < 1e-6)."""
     images = Policy(prior, prior.denoiser).sample(64, seed=0)
     assert images.shape == (64, 3, 32, 32)
     found = predicted(classifier(), images)
@@ -74,12 +74,12 @@ def test_energies_by_name() -> None:
 
 @pytest.fixture(scope="module")
 def evidence(prior: Prior) -> Evidence:
-    """600 a side of "a fruit" with the prior as its own policy."""
+    """480 a side of "a fruit" with the prior as its own policy."""
     one = prior.only(1)
     energy = load_energy("redness", TASK.module)
     policy = Policy(one, one.denoiser)
     return gather_evidence(
-        one, policy, energy, ALPHA, torch.Generator().manual_seed(0), size=600, starts=0, population="importance"
+        one, policy, energy, ALPHA, torch.Generator().manual_seed(0), size=480, starts=0, population="importance"
     )
 
 
@@ -96,14 +96,14 @@ def judged(evidence: Evidence) -> dict[str, Any]:
 def test_bars_hold_for_the_target_and_fail_for_the_prior_and_for_one_picture(evidence: Evidence) -> None:
     """The target's own samples, of the half that is not the target side, meet what is said of samples; the prior's do not, nor do
     copies of the reddest of them."""
-    own, other = torch.arange(0, 600, 2), torch.arange(1, 600, 2)
+    own, other = torch.arange(0, 480, 2), torch.arange(1, 480, 2)
     half = evidence.resampled(own, other)
     weight = (-half.energy / ALPHA).double().softmax(0)
-    exact = systematic(weight, 150, torch.Generator().manual_seed(1))
-    everything = torch.arange(300)
+    exact = systematic(weight, 120, torch.Generator().manual_seed(1))
+    everything = torch.arange(240)
     named = ["mean energy off, in the prior's spreads", "|diversity ratio - 1|", "energy TV"]
     assert all(judged(half.resampled(exact, everything))[name] for name in named)
     of_prior = judged(half)
     assert not of_prior["mean energy off, in the prior's spreads"] and not of_prior["energy TV"]
-    reddest = half.energy.argsort()[:3].repeat(50)
+    reddest = half.energy.argsort()[:3].repeat(40)
     assert not judged(half.resampled(reddest, everything))["|diversity ratio - 1|"]

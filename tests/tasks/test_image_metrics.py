@@ -78,6 +78,14 @@ def tilted():
     return exact, prior, (TILT * prior[:, 0]).softmax(0)
 
 
+def test_fewer_images_than_pixels_have_the_components_of_the_whole_covariance() -> None:
+    images = torch.randn(20, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis, flat = pixel_basis(images, 5), images.flatten(1) - images.flatten(1).mean(0)
+    values, vectors = torch.linalg.eigh(flat.T @ flat / 19)
+    assert basis.share == pytest.approx((values[-5:].sum() / values.sum()).item())
+    assert torch.allclose((basis.axes.T @ vectors[:, -5:].flip(1)).abs(), torch.eye(5, dtype=torch.float64), atol=1e-8)
+
+
 def test_w2_ratio_is_one_for_an_exact_sampler_and_more_for_the_prior(tilted):
     """Within 4 standard errors; sets are no larger than the effective size of an eighth of the prior samples."""
     exact, prior, weight = tilted
