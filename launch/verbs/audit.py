@@ -86,7 +86,8 @@ def main(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     told = {"prior": named or run.config.prior.source, "policy": str(options.policy), "energy": list(options.energy)}
     replace_file(out / "audit.json", strict_json(told | found, indent=2) + "\n")
-    picture_of(list(zip(runs, judged, sides.values(), strict=True))).savefig(out / "picture.png")
+    at_alpha = [replace(side, alpha=found["closest"]["alpha"]) for side in sides.values()]
+    picture_of(list(zip(runs, judged, at_alpha, strict=True))).savefig(out / "picture.png")
     print(f"written to {out}")
     return found["exit_status"]
 

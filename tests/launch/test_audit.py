@@ -16,6 +16,7 @@ from tests.toys.plain_policy_gradient import train
 from tests.toys.text_pipelines import BETAS, stable_diffusion
 from tiltune.finetune.certificate.closest_alpha import closest_alpha, least_kl
 from tiltune.finetune.config.prior import PriorConfig
+from tiltune.launch import rows_picture
 from tiltune.samplers.condition import Condition
 from tiltune.samplers.loading.foreign import load_foreign_policy
 from tiltune.samplers.loading.pretrained import load_prior
@@ -190,7 +191,7 @@ def test_the_closest_alpha_of_gaussians() -> None:
     assert both.alpha == pytest.approx(1.0, rel=0.03)
 
 
-def test_a_collapsed_policy_is_called_so(tiltune: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_collapsed_policy_is_called_so(tiltune: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digits network, trained on one of its own pictures until it draws hardly anything else."""
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -210,8 +211,12 @@ def test_a_collapsed_policy_is_called_so(tiltune: Callable[..., Any], tmp_path: 
         optimizer.step()
     network.save_pretrained(tmp_path / "one")
     digit = int(judge()(picture).argmax())
+    drawn: list[Any] = []
+    whole = rows_picture.rows_figure
+    monkeypatch.setattr(rows_picture, "rows_figure", lambda judged: drawn.extend(judged) or whole(judged))
     chain = ["--steps", "20", "--size", "200", "--out", tmp_path / "out"]
     shown = tiltune("audit", "digits", "--policy", tmp_path / "one", "--energy", f"classes({digit})", *chain)
     assert shown.status == 1 and "It collapsed" in shown.out, shown.out + shown.err
     found = json.loads((tmp_path / "out" / "audit.json").read_text())["conditions"][0]
     assert found["diversity"] < 0.5 and math.isfinite(found["alpha"]) and found["kl_to_prior"] > 3 * found["least_kl"]
+    assert [side.alpha for _, _, side in drawn] == [found["alpha"]]  # the picture shows that tilt
