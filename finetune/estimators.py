@@ -140,3 +140,25 @@ def start_variance(log_weight: Float[Tensor, " starts rollouts"]) -> tuple[float
     leave_out = torch.stack([estimate(level[..., row]) for row in keep])
     error = ((starts - 1) / starts * (leave_out - leave_out.mean()).square().sum()).sqrt()
     return max(0.0, estimate(level).item()), error.item()
+
+
+def even(count: int) -> Float[Tensor, " {count}"]:
+    """Equal weights, float64: those of a policy's samples."""
+    return torch.full((count,), 1 / max(count, 1), dtype=torch.float64)
+
+
+def pairwise_distance(x: Float[Tensor, " n *data"], weight: Float[Tensor, " n"], chunk: int = 1024) -> tuple[float, float]:
+    """Weighted mean Euclidean distance between two different samples of [N, ...], and its standard error.
+
+    sum_{i≠j} w_i w_j |x_i - x_j| / sum_{i≠j} w_i w_j, a U-statistic: its error is that of twice its projection. NaN below two
+    samples with weight.
+    """
+    kept = weight > 0
+    flat, weight = x[kept].flatten(1).float(), weight[kept] / weight.sum()
+    if len(flat) < 2:
+        return math.nan, math.nan
+    total = torch.cat([torch.cdist(part, flat).double() @ weight for part in flat.split(chunk)])
+    other = 1 - weight  # the weight of the pairs that a sample has; its distance to itself is 0
+    value = ((weight * total).sum() / (weight * other).sum()).item()
+    influence = 2 * weight * (total - value * other) / (weight * other).sum()
+    return value, influence.square().sum().sqrt().item()

@@ -35,8 +35,7 @@ def flags(base: RunConfig, own: type, tasks: tuple[str, ...]) -> type:
 
     It checks nothing: `with_flags` builds the config, once all values are known.
     """
-    task = Annotated[Literal[tasks] | None, POSITIONAL, tyro.conf.arg(metavar="[TASK]")]
-    members: list[Any] = [("task", task, field(default=None))]
+    members = [_task(tasks)]
     for name, hint in get_type_hints(RunConfig).items():
         value = getattr(base, name)
         if is_dataclass(hint):
@@ -50,9 +49,8 @@ def flags(base: RunConfig, own: type, tasks: tuple[str, ...]) -> type:
 def with_prior(base: PriorConfig, own: type, tasks: tuple[str, ...]) -> type:
     """A dataclass for tyro: the positional TASK, the fields of ``own``, and every field of the prior's config with ``base``'s
     value, under the names that `flags` gives them."""
-    task = Annotated[Literal[tasks] | None, POSITIONAL, tyro.conf.arg(metavar="[TASK]")]
     section = _unchecked(PriorConfig, "prior.")
-    members: list[Any] = [("task", task, field(default=None)), ("prior", section, field(default=section(**_values(base))))]
+    members = [_task(tasks), ("prior", section, field(default=section(**_values(base))))]
     return make_dataclass("Options", members, bases=(own,), frozen=True, kw_only=True)
 
 
@@ -85,6 +83,11 @@ def with_flags(base: RunConfig, options: Any) -> RunConfig:
     values = {name: getattr(options, name) for name in to_mapping(base) if name != "task"}
     sections = {name: asdict(value) for name, value in values.items() if is_dataclass(value) and not isinstance(value, type)}
     return from_mapping(values | sections, base, "")
+
+
+def _task(tasks: tuple[str, ...]) -> Any:
+    """The member of the positional TASK."""
+    return "task", Annotated[Literal[tasks] | None, POSITIONAL, tyro.conf.arg(metavar="[TASK]")], field(default=None)
 
 
 def _unchecked(section: Any, path: str) -> Any:

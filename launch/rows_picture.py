@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..samplers.policy import Policy
@@ -52,4 +51,4 @@ def _columns(run: Run, evidence: Evidence, other: Run | None) -> dict[str, Tenso
         columns[other.folder.name] = other.policy.sample(EACH, seed=seed)
     columns["Policy"] = run.policy.sample(EACH, seed=seed)
     columns["Target: prior samples by weight"] = target_samples(on_cpu(evidence), EACH)
-    return {title: torch.as_tensor(pictures) for title, pictures in columns.items()}
+    return columns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from .prior import Source
 from .shapes import AnyShape, States, Timestep
 from .typed import forked_rng, named_modules
 
+PREFIX = "base_model.model."  # of peft, before the name of a layer in the network
 Layers = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -56,7 +58,7 @@ class LoraDenoiser(nn.Module):
     def adapter_state(self) -> dict[str, AnyShape]:
         """The adapter's weights under the names of peft's own files."""
         return {
-            f"base_model.model.{name}.{part}.weight": getattr(layer, part)[self.name].weight.detach().contiguous()
+            f"{PREFIX}{name}.{part}.weight": getattr(layer, part)[self.name].weight.detach().contiguous()
             for name, layer in self.layers().items()
             for part in ("lora_A", "lora_B")
         }
@@ -197,7 +199,7 @@ def load_adapter(denoiser: DiffusersDenoiser, folder: Path, source: Source | Non
         if {weight.shape[:1] for name, weight in state.items() if ".lora_A." in name} != {(rank,)}:
             raise ValueError(f"its weights are not of rank {rank}.")
         by_pattern = targets is None
-        names = tuple(sorted({_layer(name) for name in state})) if targets is None else targets
+        names = layers_of(state) if targets is None else targets
         loaded = add_adapters(denoiser, rank, names, alpha, source, whole_names=by_pattern)
         loaded.load_adapter_state(state)
     except ValueError as error:
@@ -206,9 +208,9 @@ def load_adapter(denoiser: DiffusersDenoiser, folder: Path, source: Source | Non
     return loaded
 
 
-def _layer(name: str) -> str:
-    """Of a weight of an adapter, the layer's name in the network."""
-    return name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+def layers_of(state: Iterable[str]) -> tuple[str, ...]:
+    """The names in the network of the layers that an adapter's weights, under peft's names, are of."""
+    return tuple(sorted({name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in state}))
 
 
 # What an adapter_config.json says of itself, which changes nothing about the adapter.

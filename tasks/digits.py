@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..finetune.certificate.criteria import Criterion, judge_weighted
 from ..finetune.config.prior import PriorConfig
 from ..finetune.config.run import RunConfig
-from .image_recipe import class_criteria, image_recipe, shipped_prior
+from .image_recipe import class_criteria, image_recipe, path_criteria, shipped_prior
 from .task import Task, energy_terms
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def criteria(metrics: dict[str, Any]) -> list[Criterion]:
     """The bars of the task: what a policy that draws the tilted prior, and nothing less, meets."""
     lines = [
         Criterion("energy TV", metrics["energy_tv"], 0.15),
-        Criterion("EUBO - ELBO", metrics["gap"], 2.0),
-        Criterion("|log Z forward - reverse|", abs(metrics["log_z"] - metrics["log_z_forward"]), 0.3),
+        *path_criteria(metrics),
     ]
     return lines + class_criteria(metrics)
 

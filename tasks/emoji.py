@@ -18,7 +18,7 @@ from ..finetune.config.energy import EnergyConfig
 from ..finetune.config.prior import PriorConfig
 from ..finetune.config.run import RunConfig, pretrained_recipe
 from ..finetune.energies.pictures import compressibility, incompressibility, redness, symmetry  # named in this task's configs
-from .image_recipe import shipped_prior
+from .image_recipe import path_criteria, shipped_prior
 from .task import Task
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ def criteria(metrics: dict[str, Any]) -> list[Criterion]:
         Criterion("mean energy off, in the prior's spreads", abs(metrics["energy_off"]), 0.05 + 3.0 * metrics["energy_off_se"]),
         Criterion("|diversity ratio - 1|", abs(metrics["diversity"] - 1), 0.1),
         Criterion("energy TV", metrics["energy_tv"], 0.03 + metrics["energy_tv_null"]),
-        Criterion("EUBO - ELBO", metrics["gap"], 2.0),
-        Criterion("|log Z forward - reverse|", abs(metrics["log_z"] - metrics["log_z_forward"]), 0.3),
+        *path_criteria(metrics),
     ]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..finetune.certificate.criteria import Criterion, judge_weighted
 from ..finetune.config.prior import PriorConfig
 from ..finetune.config.run import RunConfig
-from .image_recipe import class_criteria, image_recipe, shipped_prior
+from .image_recipe import class_criteria, image_recipe, path_criteria, shipped_prior
 from .task import Task, energy_terms
 
 if TYPE_CHECKING:
@@ -113,8 +113,7 @@ def criteria(metrics: dict[str, Any]) -> list[Criterion]:
     """The bars of the task; ``_null`` is what an exact sampler exceeds in three cases of a thousand."""
     lines = [
         Criterion("energy TV", metrics["energy_tv"], 0.03 + metrics["energy_tv_null"]),
-        Criterion("EUBO - ELBO", metrics["gap"], 2.0),
-        Criterion("|log Z forward - reverse|", abs(metrics["log_z"] - metrics["log_z_forward"]), 0.3),
+        *path_criteria(metrics),
     ]
     if "share" in metrics or "residual" not in metrics:  # an energy of neither kind leaves these two unmeasured, and says so
         lines += class_criteria(metrics)

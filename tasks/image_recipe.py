@@ -46,6 +46,14 @@ def image_recipe(task: str, energy: str, alpha: float, updates: int, certificate
     )
 
 
+def path_criteria(metrics: dict[str, Any]) -> list[Criterion]:
+    """The lines of paths: how far apart the bounds of log Z are, and its estimates from both sides."""
+    return [
+        Criterion("EUBO - ELBO", metrics["gap"], 2.0),
+        Criterion("|log Z forward - reverse|", abs(metrics["log_z"] - metrics["log_z_forward"]), 0.3),
+    ]
+
+
 def class_criteria(metrics: dict[str, Any]) -> list[Criterion]:
     """The lines of an energy of one set of classes, unmeasured where the certificate found no such energy."""
     found = "share" in metrics

@@ -6,21 +6,20 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
-from ..estimators import weighted_mean
+from ..estimators import even, pairwise_distance, weighted_mean
 from .closest_alpha import ClosestAlpha, closest_alpha, least_kl
-from .criteria import EXIT_STATUS, SEVEREST
+from .criteria import EXIT_STATUS, SEVEREST, STANDARD_ERRORS
 from .evidence import Evidence
 from .path_metrics import path_metrics
-from .spread import pairwise_distance
 from .verdict import judge_unknown
 
 TOLD = ("verdict", "reasons", "kl_to_prior", "kl_to_prior_se", "kl_to_target", "kl_from_target", "gap", "gap_se")
 
 
-def audit(sides: dict[str, Evidence], tolerance: float, remembers: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what is found of all laws and of each, the whole certificate of each at the closest alpha).
+def audit(
+    sides: dict[str, Evidence], tolerance: float, remembers: bool = False
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], Evidence]]]:
+    """(what is found of all laws and of each; of each the whole certificate at the closest alpha, and the evidence at it).
 
     sides: by condition, rollouts of both sides, at any alpha, on the CPU. One alpha is matched over all of them, as a training
     has one. remembers: whether samples depend on the start that base and policy share, so that the tilt of paths is not that of
@@ -33,14 +32,15 @@ def audit(sides: dict[str, Evidence], tolerance: float, remembers: bool = False)
     Errors: ValueError where a side has hardly any finite energy.
     """
     closest = closest_alpha([side.energy for side in sides.values()], [side.prior_energy for side in sides.values()])
-    judged = [_certificate(side, closest.alpha, tolerance) for side in sides.values()]
+    tilted = [replace(side, alpha=closest.alpha) for side in sides.values()]
+    judged = [(_certificate(side, tolerance), side) for side in tilted]
     conditions = [
         {"condition": name, **_figures(side, certificate, closest_alpha([side.energy], [side.prior_energy]))}
-        for (name, side), certificate in zip(sides.items(), judged, strict=True)
+        for name, (certificate, side) in zip(sides, judged, strict=True)
     ]
     untouched = all(bool((ratio == 0).all()) for side in sides.values() for ratio in (side.log_ratio, side.prior_log_ratio))
-    moved = any(one["kl_to_prior"] - 2.6 * one["kl_to_prior_se"] > 0 for one in conditions)
-    verdict = next(severe for severe in SEVEREST if any(one["verdict"] == severe for one in judged))
+    moved = any(one["kl_to_prior"] - STANDARD_ERRORS * one["kl_to_prior_se"] > 0 for one in conditions)
+    verdict = next(severe for severe in SEVEREST if any(one["verdict"] == severe for one in conditions))
     if untouched or closest.alpha == math.inf:  # of a tilt there is nothing to see
         verdict = "fail"
     elif remembers and verdict == "pass":
@@ -49,30 +49,25 @@ def audit(sides: dict[str, Evidence], tolerance: float, remembers: bool = False)
     return {**found, "exit_status": EXIT_STATUS[verdict], "conditions": conditions}, judged
 
 
-def _certificate(side: Evidence, alpha: float, tolerance: float) -> dict[str, Any]:
-    """The figures of paths and the verdict of the two sides at this alpha."""
-    tilted = replace(side, alpha=alpha)
-    metrics = path_metrics(tilted)
-    verdict, reasons, own = judge_unknown(tilted, metrics, tolerance)
-    return metrics | own | {"verdict": verdict, "reasons": reasons, "alpha": alpha}
+def _certificate(side: Evidence, tolerance: float) -> dict[str, Any]:
+    """The figures of paths and the verdict of the two sides."""
+    metrics = path_metrics(side)
+    verdict, reasons, own = judge_unknown(side, metrics, tolerance)
+    return metrics | own | {"verdict": verdict, "reasons": reasons, "alpha": side.alpha}
 
 
 def _figures(side: Evidence, certificate: dict[str, Any], closest: ClosestAlpha) -> dict[str, Any]:
     """What is told of one law. closest: of this one alone."""
-    target = replace(side, alpha=certificate["alpha"]).target_weight
-    evenly = [
-        torch.full((len(samples),), 1 / len(samples), dtype=torch.float64) for samples in (side.samples, side.prior_samples)
-    ]
-    own = pairwise_distance(side.samples, evenly[0])[0]
+    own = pairwise_distance(side.samples, even(len(side.samples)))[0]
     return {
         **asdict(closest),
-        "least_kl": 0.0 if closest.alpha == math.inf else least_kl(side.prior_energy, closest.alpha),
-        "kl_from_common": 0.0 if certificate["alpha"] == math.inf else least_kl(side.prior_energy, certificate["alpha"]),
+        "least_kl": least_kl(side.prior_energy, closest.alpha),
+        "kl_from_common": least_kl(side.prior_energy, side.alpha),
         "energy_prior": certificate["prior"]["mean_energy"],
         "energy_policy": certificate["mean_energy"],
-        "energy_target": weighted_mean(side.prior_energy, target)[0],
-        "diversity": own / pairwise_distance(side.prior_samples, target)[0],
-        "diversity_of_prior": own / pairwise_distance(side.prior_samples, evenly[1])[0],
+        "energy_target": weighted_mean(side.prior_energy, side.target_weight)[0],
+        "diversity": own / pairwise_distance(side.prior_samples, side.target_weight)[0],
+        "diversity_of_prior": own / pairwise_distance(side.prior_samples, even(len(side.prior_samples)))[0],
         "undercovered": certificate.get("undercovered"),
         "cell_tv": certificate.get("cell_tv"),
         **{name: certificate[name] for name in TOLD},

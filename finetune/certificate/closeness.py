@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...samplers.shapes import Index
+from ..estimators import even
 from .evidence import Evidence
 from .partition import normal_draws
 
@@ -67,9 +68,8 @@ def bridge(evidence: Evidence, design_effect: float = 1.0) -> Bridge:
     mine = evidence.log_weight.double().cpu().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     theirs = evidence.log_weight_on_target.double().cpu()
     theirs = theirs.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)[weight > 0]
-    even = torch.full((len(mine),), 1 / len(mine), dtype=torch.float64)
     rho = effective(weight) / design_effect / len(mine)
-    sides = (even, mine), (rho * weight[weight > 0], theirs)
+    sides = (even(len(mine)), mine), (rho * weight[weight > 0], theirs)
 
     def level(log_ratio: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         share = torch.sigmoid(log_ratio + math.log(rho))

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..estimators import mean
+from .criteria import STANDARD_ERRORS
 
 FEWEST = 30.0  # effective prior samples below which a tilt is no longer known
-STANDARD_ERRORS = 2.6
 STEPS = 60  # of the bisection
 
 
@@ -55,15 +55,19 @@ def closest_alpha(policy: list[Float[Tensor, " n"]], prior: list[Float[Tensor, "
     error = math.hypot(*(mean(energy)[1] for energy in (*own, *base))) / len(own)
     if wanted > now - STANDARD_ERRORS * error:
         return ClosestAlpha(math.inf, everything, beyond=False)
+
+    def may_be_steeper(inverse: float) -> bool:
+        energy, effective = _tilted(base, inverse)
+        return energy > wanted and min(effective) >= FEWEST
+
     low, high = 0.0, 1.0 / max(1e-12, max(energy.std().item() for energy in base))
-    while _tilted(base, high)[0] > wanted and min(_tilted(base, high)[1]) >= FEWEST:
+    while may_be_steeper(high):
         low, high = high, 2 * high
     for _ in range(STEPS):
         middle = 0.5 * (low + high)
-        energy, effective = _tilted(base, middle)
-        low, high = (middle, high) if energy > wanted and min(effective) >= FEWEST else (low, middle)
-    energy, effective = _tilted(base, low)
-    return ClosestAlpha(1 / low if low else math.inf, min(effective), beyond=_tilted(base, high)[0] > wanted)
+        low, high = (middle, high) if may_be_steeper(middle) else (low, middle)
+    effective = min(_tilted(base, low)[1])
+    return ClosestAlpha(1 / low if low else math.inf, effective, beyond=_tilted(base, high)[0] > wanted)
 
 
 def _tilted(base: list[Float[Tensor, " m"]], inverse: float) -> tuple[float, list[float]]:
@@ -74,8 +78,11 @@ def _tilted(base: list[Float[Tensor, " m"]], inverse: float) -> tuple[float, lis
 
 
 def least_kl(prior: Float[Tensor, " m"], alpha: float) -> float:
-    """KL(p*_alpha || prior), nats, by weighted prior samples: the least that a policy of the same mean energy moves."""
+    """KL(p*_alpha || prior), nats, by weighted prior samples: the least that a policy of the same mean energy moves. 0 at an
+    infinite alpha."""
+    if alpha == math.inf:
+        return 0.0
     energy = prior[prior.isfinite()].double()
-    assert len(energy) and alpha < math.inf
+    assert len(energy)
     log_z = torch.logsumexp(-energy / alpha, 0) - math.log(len(energy))
     return (-(torch.softmax(-energy / alpha, 0) @ energy) / alpha - log_z).item()

@@ -10,6 +10,7 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 SEVEREST: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
 EXIT_STATUS: dict[str, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
 
+STANDARD_ERRORS = 2.6  # 99% of a normal law lie within
 # Thresholds of the target side's own reliability (docs/theory.md, "The verdict", holds the calibration).
 MIN_TARGET_ESS = 300.0
 MAX_TARGET_WEIGHT = 0.02
@@ -108,7 +109,7 @@ def against_prior(metrics: dict[str, Any]) -> Criterion:
     prior = metrics["prior"]
     # An infinite ELBO has an infinite error, which excuses nothing.
     errors = [error for error in (metrics["gap_se"], prior["gap_se"]) if math.isfinite(error)]
-    return Criterion("gap against the prior's", metrics["gap"], prior["gap"] + 2.6 * math.hypot(*errors))
+    return Criterion("gap against the prior's", metrics["gap"], prior["gap"] + STANDARD_ERRORS * math.hypot(*errors))
 
 
 def worse_than_prior(metrics: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from ...samplers.rollout import in_parts
 from ...samplers.shapes import States, Timestep
 from ...samplers.trajectory import rows_at_once
 from ..energies.energy import Energy, EnergyMeter
-from ..estimators import mean, weighted_mean
+from ..estimators import even, mean, weighted_mean
 from .bins import BINS, filled, weighted_quantiles
 from .evidence import Evidence
 from .partition import CELLS, binned_distance, k_means, nearest, share_distance
@@ -135,9 +135,8 @@ def deployment_metrics(
     """
     prior, steps = policy.prior, policy.prior.chain.num_steps
     meter = EnergyMeter(energy, max_invalid=1.0)
-    even = torch.full((len(evidence.samples),), 1 / len(evidence.samples), dtype=torch.float64)
     target = Reference(evidence.target_samples, evidence.target_energy, evidence.target_weight.cpu())
-    chain = Reference(evidence.samples, evidence.energy, even)
+    chain = Reference(evidence.samples, evidence.energy, even(len(evidence.samples)))
 
     def row(
         name: str, steps: int, samples: Float[Tensor, " n *data"], energies: Float[Tensor, " n"], compared: bool = True

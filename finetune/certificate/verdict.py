@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ...samplers.shapes import Index
 from .closeness import bridge, effective, path_tv, total_variation, undercovered, unseen
-from .criteria import MAX_PARETO_K, MIN_TARGET_ESS, Verdict, flags, thin_target, worse_than_prior
+from .criteria import MAX_PARETO_K, MIN_TARGET_ESS, STANDARD_ERRORS, Verdict, flags, thin_target, worse_than_prior
 from .evidence import Evidence
 from .partition import PARTS, partition_of
 
-STANDARD_ERRORS = 2.6  # 99% of a normal law lie within
 MOST_ROLLOUTS = 10_000_000  # beyond which no number of rollouts is named
 WHERE = {
     "cell_tv": "shares of regions",

@@ -189,7 +189,6 @@ class TrainConfig:
             f"population_size is {self.population_size}; the soft value is learned on two halves of the population, so"
             " give at least 2.",
         )
-
         refuse(
             self.max_kl is not None and not (self.updates and "on_policy" in self.shares),
             f"max_kl is {self.max_kl}, and is watched on what the policy draws for updates; give updates, and on_policy a share.",

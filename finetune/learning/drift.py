@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ...samplers.shapes import Index
 from ..distributed.processes import Processes
-from ..estimators import mean
+from ..estimators import even, mean, pairwise_distance
 from ..populations.population import Population
 
 STANDARD_ERRORS = 2.6  # of the KL, by which it must be above a budget
@@ -47,9 +46,7 @@ class Drift:
         return figures
 
     def _distance(self, x: Float[Tensor, " n *state"]) -> float:
-        flat = x.flatten(1)
-        pairs = len(flat) * (len(flat) - 1)
-        return self._processes.mean((torch.cdist(flat, flat).sum() / max(pairs, 1)).item())
+        return self._processes.mean(pairwise_distance(x, even(len(x)).to(x.device))[0])
 
 
 def over_budget(line: dict[str, Any], max_kl: float | None) -> str | None:

@@ -172,18 +172,23 @@ def chunk_rows(
     rows = chain.num_kernels * len(trajectories)
     total = rows if total is None else total
     kept: dict[int, Any] = {}
-    enough = math.inf
+    total_kept, enough = 0, math.inf
 
     def measure(tensor: AnyShape) -> AnyShape:
         # Held on to, and not known by its address: the weights of a policy in shards come and go, and addresses with them.
+        nonlocal total_kept
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # pyright: ignore[reportPrivateUsage]
-        if math.isfinite(enough) and sum(one.nbytes() for one in kept.values()) > enough:
+        if storage._cdata not in kept:  # pyright: ignore[reportPrivateUsage]
+            kept[storage._cdata] = storage  # pyright: ignore[reportPrivateUsage]
+            total_kept += storage.nbytes()
+        if total_kept > enough:
             raise _Enough
         return tensor
 
     def bytes_for(count: int) -> int:
+        nonlocal total_kept
         kept.clear()
+        total_kept = 0
         state, _, step, condition = rows_of(trajectories, chain, slice(0, count))
         checkpointed = [module for module in policy.modules() if getattr(module, "gradient_checkpointing", False)]
         for module in checkpointed:
@@ -194,7 +199,7 @@ def chunk_rows(
         finally:
             for module in checkpointed:
                 setattr(module, "gradient_checkpointing", True)  # noqa: B010
-        return sum(storage.nbytes() for storage in kept.values())
+        return total_kept
 
     enough = budget_mb * 2**20 + sum(weight.numel() * weight.element_size() for weight in policy.parameters())
     try:

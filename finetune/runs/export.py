@@ -21,6 +21,7 @@ from ...samplers.policy import Policy
 from ...samplers.prior import Prior
 from ..certificate.deployment import has_even_steps
 from .export_text import copy_text_parts, is_text, text_usage, write_text_adapter
+from .folder import holds_anything
 
 Format = Literal["pipeline", "lora", "merged"]
 FORMATS: dict[str, tuple[str, ...]] = {"full": ("pipeline",), "lora": ("lora", "merged"), "residual": ()}
@@ -79,7 +80,7 @@ def _check(policy: Policy, format: str, out: Path) -> None:
             "this policy's prior was put together by hand, so nothing says what scheduler to deploy it with; Policy.save writes"
             " its network, and load_prior makes priors that can be exported."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if holds_anything(out):
         raise ValueError(f"{out} is not empty, and nothing is overwritten; name a new folder.")
 
 

@@ -15,7 +15,7 @@ from ...samplers.loading.folder import (
     locate,
     weights_variant,
 )
-from ...samplers.lora import LoraDenoiser
+from ...samplers.lora import PREFIX, LoraDenoiser
 from ...samplers.prior import Prior
 
 ADAPTER = "pytorch_lora_weights.safetensors"  # as a pipeline's load_lora_weights takes it
@@ -32,7 +32,7 @@ def write_text_adapter(denoiser: LoraDenoiser, out: Path) -> None:
 
     assert denoiser.source is not None
     own = f"{denoiser.source.denoiser}."
-    weights = {name.replace("base_model.model.", own): part for name, part in denoiser.adapter_state().items()}
+    weights = {name.replace(PREFIX, own): part for name, part in denoiser.adapter_state().items()}
     save_file(weights, out / ADAPTER, metadata={"format": "pt"})
 
 

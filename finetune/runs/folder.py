@@ -147,3 +147,8 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def holds_anything(path: Path) -> bool:
+    """Whether something is there that a new folder would overwrite: a file, or a folder that is not empty."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))

@@ -140,7 +140,8 @@ def _build(config: RunConfig, folder: Path, task: Task | None, energy: Energy, s
         on_checkpoint=checkpointer.save if config.train.checkpoint_every else None,
         on_record=None if tracker is None else tracker.log,
     )
-    if (memory := estimate_memory(trainer.state)) is not None and speaks:
+    memory = estimate_memory(trainer.state) if progress else None  # by all processes or none
+    if memory is not None and speaks:
         print(memory)
     return _Training(folder, config, policy, conditions, trainer, checkpointer, tracker)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...finetune.config.energy import EnergyConfig
 from ...finetune.config.prior import PriorConfig
 from ...finetune.config.run import RunConfig
+from ...finetune.runs.folder import holds_anything
 from ...tasks.task import TASKS, load_task
 from .. import flags
 from .audit_text import of_condition, overall
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     if options.task != named:
         raise ValueError(f"name the task first: tiltune audit {options.task} ….")
     out = options.out or Path("runs") / f"audit-{options.policy.resolve().name}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if holds_anything(out):
         raise ValueError(f"{out} is not an empty folder; nothing was touched. Name another one with --out.")
     if options.size < FEWEST:
         raise ValueError(f"--size {options.size}: fewer than {FEWEST} rollouts a side show nothing.")
@@ -86,8 +87,7 @@ def main(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     told = {"prior": named or run.config.prior.source, "policy": str(options.policy), "energy": list(options.energy)}
     replace_file(out / "audit.json", strict_json(told | found, indent=2) + "\n")
-    at_alpha = [replace(side, alpha=found["closest"]["alpha"]) for side in sides.values()]
-    picture_of(list(zip(runs, judged, at_alpha, strict=True))).savefig(out / "picture.png")
+    picture_of([(one, *own) for one, own in zip(runs, judged, strict=True)]).savefig(out / "picture.png")
     print(f"written to {out}")
     return found["exit_status"]
 
@@ -124,9 +124,7 @@ def evidence_of(runs: list[Run], energy: Energy, size: int, seed: int) -> dict[s
     with progress_bar(2 * size * len(runs), "rollouts") as advance:
         for one in runs:
             options: dict[str, Any] = {"size": size, "starts": 0, "population": "importance", "on_progress": advance}
-            side = on_cpu(gather_evidence(one.prior, one.policy, energy, math.inf, generator, **options))
-            ratios = {"log_ratio": side.log_ratio.cpu(), "prior_log_ratio": side.prior_log_ratio.cpu()}
-            sides[one.condition or ""] = replace(side, **ratios, step_kl=side.step_kl.cpu())
+            sides[one.condition or ""] = on_cpu(gather_evidence(one.prior, one.policy, energy, math.inf, generator, **options))
     return sides
 
 

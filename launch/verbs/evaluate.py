@@ -85,7 +85,8 @@ def main(argv: list[str]) -> int:
                 write_certificate(run, certificate)
                 print(side.title(one), summary(side.judged[-1][1], run.folder), sep="", flush=True)
         if side.run.prior.num_conditions > 1:
-            print(f"\n{side.whole}: {verdict_line(side.certificate())}", *summary_lines(side.certificate()), sep="\n", flush=True)
+            whole = side.certificate()
+            print(f"\n{side.whole}: {verdict_line(whole)}", *summary_lines(whole), sep="\n", flush=True)
     try:
         with preemptible():
             show(options, own, held_out, energy, other)
@@ -164,9 +165,7 @@ def show(options: Options, own: Side, held_out: Side | None, energy: Energy, oth
         picture.parent.mkdir(exist_ok=True)
         figure_of(one, certificate, evidence, energy).savefig(picture)
     if (run.prior.num_conditions > 1 or other is not None) and is_images(own.judged[0][2].samples):
-        rows_figure([(one, certificate, evidence) for one, certificate, evidence in own.judged], other).savefig(
-            run.folder / "picture.png"
-        )
+        rows_figure(own.judged, other).savefig(run.folder / "picture.png")
     if not options.deployment:
         return
     for side in sides:

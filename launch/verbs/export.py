@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ...finetune.runs.folder import holds_anything
 from .. import flags
 from .tasks import open_with_task
 
@@ -32,7 +33,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb; returns its exit status."""
     options = flags.parse(Options, argv, "tiltune export", DESCRIPTION)
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+    if holds_anything(options.out):
         raise ValueError(f"{options.out} is not an empty folder; nothing was touched. Name another one with --out.")
     run = open_with_task(options.run)
     from ...finetune.runs.card import model_card

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..denoiser import DiffusersDenoiser
-from ..lora import LoraDenoiser, add_adapters, load_adapter, peft, refuse_other_options
+from ..lora import PREFIX, LoraDenoiser, add_adapters, layers_of, load_adapter, peft, refuse_other_options
 from ..policy import Policy
 from ..prior import Prior
 from ..shapes import AnyShape
@@ -88,9 +88,8 @@ def _diffusers_lora(prior: Prior, base: DiffusersDenoiser, file: Path) -> LoraDe
             f"{file} is not covered as a LoRA of one rank: {said}; fuse it into its base and give the whole network."
         )
     try:
-        layers = tuple(sorted({key.rsplit(".lora_", 1)[0] for key in own}))
-        lora = add_adapters(base, ranks.pop(), layers, next(iter(scales), None), prior.source, whole_names=True)
-        lora.load_adapter_state({f"base_model.model.{key}": weight for key, weight in own.items()})
+        lora = add_adapters(base, ranks.pop(), layers_of(own), next(iter(scales), None), prior.source, whole_names=True)
+        lora.load_adapter_state({f"{PREFIX}{key}": weight for key, weight in own.items()})
     except ValueError as error:
         raise ValueError(f"the LoRA in {file} does not fit this base's network: {str(error).splitlines()[0]}") from error
     return lora

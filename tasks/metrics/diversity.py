@@ -6,8 +6,7 @@ import math
 
 from torch import Tensor
 
-from ...finetune.certificate.spread import pairwise_distance
-from .samples import even
+from ...finetune.estimators import even, pairwise_distance
 
 DIVERSITY_SAMPLES = 4000  # pairs grow with the square
 

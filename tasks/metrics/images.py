@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ...finetune.certificate.evidence import Evidence
 from ...finetune.certificate.partition import binned_distance, share_distance, weighted_quantiles
+from ...finetune.estimators import even, weighted_mean
 from ...finetune.estimators import mean as mean_and_error
-from ...finetune.estimators import weighted_mean
 from ...samplers.resampling import systematic
 from ..classifier import predicted
 from ..inpainting import Inpainting
@@ -23,7 +23,7 @@ from .diversity import diversity_metrics
 from .known_truth import w2
 from .moments import moment_metrics, moments
 from .principal_components import pixel_basis
-from .samples import effective, even, generator_on_cpu, on_cpu
+from .samples import effective, generator_on_cpu, on_cpu
 
 BASIS_DIM = 16
 

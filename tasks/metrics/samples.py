@@ -1,4 +1,4 @@
-"""What the metrics of samples share: both sides on the CPU, where they are computed, and weights."""
+"""What the metrics of samples share: both sides on the CPU, where they are computed, and effective numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ...finetune.certificate.evidence import Evidence
 
 
 def on_cpu(evidence: Evidence) -> Evidence:
-    """Samples and energies of both sides on the CPU, where these metrics and pictures are made."""
-    names = ("samples", "energy", "prior_samples", "prior_energy")
+    """Both sides on the CPU, where these metrics and pictures are made."""
+    names = ("samples", "energy", "log_ratio", "prior_samples", "prior_energy", "prior_log_ratio", "step_kl")
     climbed = None if evidence.climbed is None else evidence.climbed.cpu()
     return replace(evidence, **{name: getattr(evidence, name).cpu() for name in names}, climbed=climbed)
 
@@ -22,11 +22,6 @@ def generator_on_cpu(generator: torch.Generator) -> torch.Generator:
     if generator.device.type == "cpu":
         return generator
     return torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
-
-
-def even(count: int) -> Tensor:
-    """Equal weights [count]: those of policy samples."""
-    return torch.full((count,), 1 / max(count, 1), dtype=torch.float64)
 
 
 def effective(weight: Tensor) -> float:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...finetune.certificate.evidence import Evidence
+from ...finetune.estimators import even
 from ...samplers.resampling import systematic
 from ..inpainting import Inpainting
-from ..metrics.samples import even, on_cpu
+from ..metrics.samples import on_cpu
 from .curves import curves, new_figure
 
 if TYPE_CHECKING:

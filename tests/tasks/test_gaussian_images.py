@@ -8,11 +8,11 @@ import torch
 from tiltune.finetune.certificate.evidence import gather_evidence
 from tiltune.finetune.certificate.path_metrics import path_metrics
 from tiltune.finetune.config.train import TrainConfig
+from tiltune.finetune.estimators import even
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.samplers.resampling import importance_resample
 from tiltune.samplers.rollout import rollout
 from tiltune.tasks.metrics.moments import moment_metrics, moments
-from tiltune.tasks.metrics.samples import even
 from toys.exact_moments import exact_moments
 from toys.gaussian_images import GaussianImages, GuidedDenoiser, build_chain, image_mixture, inpainting
 

@@ -8,13 +8,13 @@ import torch
 from scipy import linalg
 
 from tiltune.finetune.certificate.evidence import Evidence
-from tiltune.finetune.certificate.spread import pairwise_distance
+from tiltune.finetune.estimators import even, pairwise_distance
 from tiltune.tasks.inpainting import measure, measured_pixels
 from tiltune.tasks.metrics.diversity import diversity_metrics
 from tiltune.tasks.metrics.images import class_shares, energy_tv, image_metrics, inpainting_metrics, w2_metrics, wanted_metrics
 from tiltune.tasks.metrics.moments import moment_metrics, moments
 from tiltune.tasks.metrics.principal_components import frechet, frechet_with_error, pixel_basis
-from tiltune.tasks.metrics.samples import effective, even
+from tiltune.tasks.metrics.samples import effective
 from toys import gaussian_images
 from toys.exact_moments import exact_moments
 from toys.gaussian_images import GaussianImages, build_chain, draw, image_mixture
