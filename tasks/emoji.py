@@ -66,8 +66,17 @@ def category(*wanted: str) -> ClassEnergy:
 
 
 def recipe() -> RunConfig:
-    """Redder pictures for six prompts at K = 20: the training of a prior that nothing is known of, with three times its paths."""
-    train = replace(pretrained_recipe().train, alpha=0.1, population_size=12_000, soft_value_updates=1500, warm_start_updates=400)
+    """Redder pictures for six prompts at K = 20: the training of a prior that nothing is known of, with three times its paths,
+    for longer and at a lower rate."""
+    train = replace(
+        pretrained_recipe().train,
+        alpha=0.2,
+        population_size=12_000,
+        soft_value_updates=1500,
+        warm_start_updates=1200,
+        warm_start_learning_rate=1.5e-4,
+        ema_decay=0.99,
+    )
     return RunConfig(
         task="emoji",
         prior=PriorConfig(steps=20, prompts=PROMPTS, guidance=1.0),

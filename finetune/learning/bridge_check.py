@@ -17,7 +17,7 @@ from ...samplers.denoiser import evaluate
 from ...samplers.prior import Prior
 from ...samplers.trajectory import Trajectories, rows_at_once
 from ...samplers.typed import symmetric_pinv
-from .soft_value import states_of
+from .rows import states_of
 
 PATHS = 400  # prior paths that are asked
 

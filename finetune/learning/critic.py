@@ -12,6 +12,7 @@ from ...samplers.prior import Prior
 from ...samplers.trajectory import Trajectories
 from ...samplers.typed import backward
 from ..distributed.processes import Processes
+from .path_data import PathData
 from .soft_value import SoftValue
 
 LEARNING_RATE = 1e-3
@@ -49,30 +50,30 @@ class Critic:
         weights = [weight.requires_grad_(True) for network in copied.networks for weight in network.parameters()]
         self._value, self._optimizer = copied, torch.optim.Adam(weights, LEARNING_RATE)
 
-    def _rows(self, trajectories: Trajectories, alpha: float, first: int) -> Float[Tensor, " rows"]:
+    def _rows(self, data: PathData, alpha: float, first: int) -> Float[Tensor, " rows"]:
         """Of the rows (k, b) from ``first`` on, at most `ROWS`, with a graph where one is kept."""
         assert self._value is not None
-        count, chain = len(trajectories), self.prior.chain
+        count, chain = len(data.paths), self.prior.chain
         row = torch.arange(first, min(first + ROWS, count * chain.num_kernels), device=self.prior.device)
         step, path = chain.step_of_row(row // count), row % count
-        state, group = trajectories.states[step, path], trajectories.group[path]
-        one, two = (network(state, step, group) for network in self._value.networks)
+        seen, group = data(step, path), data.paths.group[path]
+        one, two = (network(seen, step, group) for network in self._value.networks)
         return 0.5 * (one + two) * (self._value.times * self.alpha / alpha)
 
     @torch.no_grad()
     def __call__(self, trajectories: Trajectories, alpha: float) -> Float[Tensor, "kernels batch"]:
         """Of the states that trained steps lead from, at this temperature."""
-        shape = self.prior.chain.num_kernels, len(trajectories)
-        parts = [self._rows(trajectories, alpha, first) for first in range(0, shape[0] * shape[1], ROWS)]
+        shape, data = (self.prior.chain.num_kernels, len(trajectories)), PathData(self.prior, trajectories)
+        parts = [self._rows(data, alpha, first) for first in range(0, shape[0] * shape[1], ROWS)]
         return torch.cat(parts).view(shape)
 
     def step(self, trajectories: Trajectories, alpha: float, gradient: Float[Tensor, "kernels batch"]) -> None:
         """One step of Adam along dL/d(log h). gradient: this process's columns times the number of processes, as pass 1 gives
         it."""
         assert self._optimizer is not None
-        flat = gradient.flatten()
+        flat, data = gradient.flatten(), PathData(self.prior, trajectories)
         for first in range(0, len(flat), ROWS):
-            backward(self._rows(trajectories, alpha, first), flat[first : first + ROWS])
+            backward(self._rows(data, alpha, first), flat[first : first + ROWS])
         for group in self._optimizer.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:

@@ -28,11 +28,17 @@ class Drawn(NamedTuple):
 def draw_batch(state: TrainState, progress: float) -> Drawn:
     """Of one update. progress: from 0 to 1 over the updates."""
     parts, terms = _trajectories(state, progress)
-    if state.config.epochs > 1:
+    if _asks_outputs(state):
         parts = {name: _with_prior_outputs(state, part) for name, part in parts.items()}
     trajectories = concatenate(list(parts.values()))
     on_policy = len(parts["on_policy"]) if "on_policy" in parts else 0
     return Drawn(trajectories, _batch(state, parts, trajectories, on_policy), on_policy, terms)
+
+
+def _asks_outputs(state: TrainState) -> bool:
+    """Whether what the prior says along the trajectories is asked for more than once."""
+    valued = state.preparation.soft_value is not None and (state.objective.takes_soft_value or state.objective.learns_soft_value)
+    return state.config.epochs > 1 or valued
 
 
 def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Trajectories], dict[str, float]]:
@@ -49,7 +55,7 @@ def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Traject
         config.noise_scale,
         on_step=state.processes.poll,
         replay=state.replay,
-        keep_outputs=replays or config.epochs > 1,
+        keep_outputs=replays or _asks_outputs(state),
     )
     parts: dict[str, Trajectories] = {}
     terms: dict[str, float] = {}
@@ -64,7 +70,7 @@ def _trajectories(state: TrainState, progress: float) -> tuple[dict[str, Traject
 
 
 def _with_prior_outputs(state: TrainState, part: Trajectories) -> Trajectories:
-    """Evaluated once for all epochs, where the rollout has not kept them."""
+    """Evaluated once for all epochs and for the soft value, where the rollout has not kept them."""
     if part.prior_outputs is not None:
         return part
     chain = state.prior.chain
@@ -82,7 +88,7 @@ def _batch(state: TrainState, parts: dict[str, Trajectories], trajectories: Traj
             f"only {usable} of this update's energies are valid; the policy moved to where the energy is NaN or -inf."
         )
     soft_value = state.preparation.soft_value if state.objective.takes_soft_value else None
-    value = None if soft_value is None else soft_value.along(trajectories, state.prior.chain)
+    value = None if soft_value is None else soft_value.along(trajectories, state.prior)
     group = None if trajectories.condition is None else trajectories.group  # nothing to gather without conditions
     return Batch(_log_ratios(state, parts), energy, valid, trajectories.log_behavior, value, group)
 

@@ -32,10 +32,11 @@ from ..config.train import TrainConfig
 from ..populations.population import Population
 from .bridge_check import bridge_bias
 from .gradients import NoSync, Scale, backward_likelihood, backward_rows, chunk_rows
-from .rows import stratified
-from .soft_value import FRESH, SoftValue, importance_weight, states_of
+from .rows import states_of, stratified
+from .soft_value import SoftValue, importance_weight
 
 SLOPE_PATHS = 1500
+FRESH = 0.7  # share of the states of controlled rows that are noised anew from a path's end
 UNBIASED = 0.1  # nats that bridged next states may move a policy at E = 0
 
 
@@ -188,7 +189,8 @@ class ForwardKL:
             else:
                 following = states[step + 1, path]
             share = scale(factor * chain.num_kernels / (count * mixture[path]))
-            value = soft_value.of_paths(state, step, path, self.population.trajectories.group[path])
+            data = chain.kernel.clean(state, step, prior_output)
+            value = soft_value.of_paths(data, step, path, self.population.trajectories.group[path])
             control = share * of_prior[path] * value.exp()
             with nullcontext() if part is parts[-1] else self.no_sync():
                 total += backward_likelihood(

@@ -51,11 +51,12 @@ def estimate_memory(state: TrainState) -> MemoryEstimate | None:
     here = _now(prior.device)
     path = 4 * (prior.chain.num_steps + 1) * math.prod(prior.shape)
     population = state.size["population_size"] if needs_population(config) else 0
+    outputs = 2 if config.soft_value_updates else 1  # the soft value is learned from what the prior said along the paths
     trained = sum(weight.numel() * weight.element_size() for weight in state.policy.parameters() if weight.requires_grad)
     return MemoryEstimate(
         {
             "networks and libraries": here,
-            "paths of the population": path * (population + population // 4),
+            "paths of the population": path * (population * outputs + population // 4),
             "paths of an update": path * state.size["batch_size"] * (2 if config.epochs > 1 else 1),
             "gradients, moments and copies of what is trained": COPIES * trained,
             "one chunk, step or decoding": max(_peak_of_chunk(state), _peak_of_step(state), _peak_of_decoding(state)),

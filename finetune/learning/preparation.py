@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,10 +27,12 @@ from ..populations.importance import Bar, importance_population, prior_paths
 from ..populations.population import Population, temperature_within_reach, too_few
 from ..populations.smc import ClimbError
 from .behaviors import needs_population
+from .calibration import Calibration, calibrate
 from .forward_kl import ForwardKL
 from .gradients import chunk_rows
 from .log_z import LogZ
 from .noise import Noise
+from .path_data import PathData
 from .soft_value import WAVES, SoftValue, fit_soft_value
 from .value_drift import ValueDrift
 
@@ -63,6 +66,7 @@ class Preparation:
         self.soft_value: SoftValue | None = None
         self.forward_kl: ForwardKL | None = None
         self.value_drift: ValueDrift | None = None
+        self._calibration: Calibration | None = None
         self._settled: dict[str, Any] = {"population": None, "value_drift": None}
 
     def run(self, log_z: LogZ) -> None:
@@ -80,25 +84,43 @@ class Preparation:
         # The forward estimate is a better start for a learned log Z than 0, and costs nothing.
         log_z.set(self.processes.mean_of(population.log_z(alpha).double()))
         weights, count = self.processes.gather(population.log_weight(alpha)), self.prior.num_conditions
-        group, generator = self.processes.gather(population.trajectories.group), self.noise.generator
+        group = self.processes.gather(population.trajectories.group)
         self.effective = effective_number(weights, members(group, count))
         if config.soft_value_updates:
-            updates, waves = config.soft_value_updates, 0 if config.warm_start == "value_drift" else WAVES
-            with self.bar(2 * updates, "soft value, two networks") as bar:
-                self.soft_value = fit_soft_value(
-                    population, self.prior.chain, alpha, updates, generator, lambda: bar.update(1), times=times, waves=waves
-                )
-        self._make_teachers(population)
+            self._learn_value(population, times)
+        self._make_teachers()
         if population.tempering is not None:
             assert self.forward_kl is not None
             self.forward_kl.alpha = math.inf
             self._cool()
-        self._measure_teachers()
+        self._check_bridge()
+
+    def _learn_value(self, population: Population, times: float) -> None:
+        """The soft value, and where the warm start follows it, its calibration."""
+        config, generator, paths, kernels = (
+            self.config,
+            self.noise.generator,
+            population.trajectories,
+            self.prior.chain.num_kernels,
+        )
+        updates, follows = config.soft_value_updates, config.warm_start == "value_drift"
+        steps = 2 * updates + kernels * (paths.prior_outputs is None) + (kernels + 1) * follows
+        with self.bar(steps, "soft value, two networks") as bar:
+            data = PathData(self.prior, paths, bar.update)
+            waves = 0 if follows else WAVES
+            value = fit_soft_value(population, data, config.alpha, updates, generator, bar.update, times, waves=waves)
+            own = calibrate(value, data, population, times * config.alpha, bar.update) if follows else None
+        self.soft_value = value
+        if own is not None:
+            self._calibration = Calibration(*(self.processes.gather(part[None]).mean(0) for part in own))
+        # What the prior said along the paths has served.
+        self.population = replace(population, trajectories=population.trajectories.with_(prior_outputs=None))
 
     def _populate(self) -> tuple[Population, float]:
         """The population, and the temperature at which it can stand for a tilted law, over the target's; sets ``held_out``."""
         alpha, generator, wanted = self.config.alpha, self.noise.generator, self.config.population
-        population = importance_population(self.energies, self.size["population_size"], alpha, generator, self.bar)
+        size, keep = self.size["population_size"], self.config.soft_value_updates > 0
+        population = importance_population(self.energies, size, alpha, generator, self.bar, keep_outputs=keep)
         # One temperature for all processes, by all of their paths: that of the soft value and of the held-out paths.
         energy, group = (self.processes.gather(each) for each in (population.energy, population.trajectories.group))
         if wanted == "smc" or (wanted == "auto" and too_few(energy, alpha, group)):
@@ -179,25 +201,25 @@ class Preparation:
             return None
         return HeldOut.draw(self.prior, paths, alpha, times, generator)
 
-    def _make_teachers(self, population: Population) -> None:
+    def _make_teachers(self) -> None:
         """`ForwardKL` and, where the warm start follows it, `ValueDrift`."""
-        config, generator = self.config, self.noise.generator
-
+        config, generator, population = self.config, self.noise.generator, self.population
+        assert population is not None
         no_sync = partial(self.processes.no_sync, self.policy)
         self.forward_kl = ForwardKL(self.prior, self.policy, population, self.soft_value, config, generator, no_sync)
         if config.warm_start != "value_drift":
             return
-        assert self.soft_value is not None
-        drift = ValueDrift(self.prior, population, self.soft_value, config.alpha, generator, no_sync)
+        assert self.soft_value is not None and self._calibration is not None
+        drift = ValueDrift(self.prior, population, self.soft_value, self._calibration, config.alpha, generator, no_sync)
         few = population.trajectories.select(torch.arange(6, device=self.prior.device) % len(population))
         rows = self.size["warm_start_rows"]
         with no_sync():
             drift.chunk = chunk_rows(self.policy, self.prior.chain, few, config.memory_mb, rows, total=rows)
         self.value_drift = drift
 
-    def _measure_teachers(self) -> None:
-        """What the bridge may be used for, and what the soft value's gradient is worth."""
-        forward, drift = self.forward_kl, self.value_drift
+    def _check_bridge(self) -> None:
+        """What the bridge may be used for."""
+        forward = self.forward_kl
         assert forward is not None
         if self.config.warm_start == "tlm" and self.soft_value is None and forward.bridged:
             nats = forward.check_bridge(self.processes.mean)
@@ -208,11 +230,6 @@ class Preparation:
                     " which are noisier. --warm-start value_drift, with --soft-value-updates 1000, needs neither.",
                     stacklevel=2,
                 )
-        if drift is not None:
-            with self.bar(self.prior.chain.num_kernels, "worth of the soft value") as bar:
-                drift.measure(bar.update)
-            with torch.no_grad():
-                drift.factor = self.processes.gather(drift.factor[None]).mean(0)
 
     # --- its state ---------------------------------------------------------------------------------------------------
 
@@ -242,9 +259,12 @@ class Preparation:
         if state_dict["soft_value"] is not None:
             steps = prior.chain.last_trained + 1
             self.soft_value = SoftValue.from_state_dict(state_dict["soft_value"], prior.shape, steps, device)
-        self._make_teachers(self.population)
+        drift = state_dict["value_drift"]
+        if drift is not None:
+            self._calibration = Calibration(**{name: part.to(device) for name, part in drift["calibration"].items()})
+        self._make_teachers()
         assert self.forward_kl is not None
         self.forward_kl.load_state_dict(state_dict["forward_kl"])
-        if self.value_drift is not None:
-            self.value_drift.load_state_dict(state_dict["value_drift"])
+        if self.value_drift is not None and drift is not None:
+            self.value_drift.load_state_dict(drift)
         self.settle()

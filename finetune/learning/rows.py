@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...samplers.chain import Chain
-from ...samplers.shapes import Index
+from ...samplers.shapes import Index, States
 
 
 def step_share(chain: Chain) -> Float[Tensor, " kernels"]:
@@ -50,3 +50,20 @@ def sampled_steps(
     kernel = torch.searchsorted(probability.cumsum(0), points).clamp(max=chain.num_kernels - 1)
     row = (kernel * batch + torch.arange(batch, device=generator.device)).flatten().sort().values
     return row, 1 / (count * probability[row // batch])
+
+
+def states_of(
+    chain: Chain,
+    states: Float[Tensor, " states batch *state"],
+    path: Index,
+    step: Index,
+    fresh: float,
+    generator: torch.Generator,
+) -> States:
+    """States at ``step`` of paths ``path``: a share ``fresh`` noised anew from the path's end."""
+    stored = states[step, path]
+    around = (-1, *[1] * (stored.ndim - 1))
+    signal, noise = (column.to(stored)[step].view(around) for column in (chain.signal, chain.noise))
+    anew = signal * states[-1, path] + noise * torch.randn(stored.shape, generator=generator, device=stored.device)
+    chosen = torch.rand(len(step), generator=generator, device=stored.device) < fresh
+    return torch.where(chosen.view(around), anew, stored)

@@ -2,11 +2,12 @@
 
 h_k is the density ratio of tilted to prior states at step k, so a classifier of the two estimates it: with w the population's
 weights of mean 1, the minimum of E[w softplus(-f) + softplus(f)] is f = log h_k. Two networks, each trained on half of the
-population, so that no path is ever judged by a network that has seen its energy.
+population, so that no path is ever judged by a network that has seen its energy. They do not see the state itself but what the
+prior expects of the data there, x_hat (`estimated_data`).
 
 The same networks give a second estimate: the first two cumulants of -E/alpha given the state, m and v, by least squares, so
 that log h ≈ m + v/2 + const. It learns from the energies of all paths, where the classifier learns from the few that have weight,
-and is exact where E given s is Gaussian. `ValueDrift` measures which of the two to follow.
+and is exact where E given s is Gaussian. `calibrate` finds out how much of each to follow.
 
 It is the baseline of `reinforce_kl`, where an error in it costs variance only, and the control variate of the forward KL, where
 an error also counts as far as that phase's shortcuts (bridged means, states noised anew) miss the chain's own law:
@@ -24,17 +25,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from ...samplers.chain import Chain
+from ...samplers.prior import Prior
 from ...samplers.shapes import Index, States
 from ...samplers.trajectory import Trajectories
 from ...samplers.typed import backward, forked_rng
 from ..populations.population import Population
+from .path_data import PathData
 from .value_network import ValueNetwork
 
 WAVES = 64
+SEES = "x_hat"  # what the networks are functions of
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 512, 2e-3, 0.3
 VARIANCE_SHARE = 0.3  # of the squared error of the variance beside that of the mean
-FRESH = 0.7  # share of states noised anew from a path's end
 DEEPEST = 30.0  # nats below the best path of the population, beyond which one is as bad as another
 LARGEST = math.log(60.0)  # h is bounded above: where it is larger the population holds too few states to know it
 
@@ -50,11 +52,17 @@ class SoftValue:
         self.networks, self.half, self.times = networks, half, times
 
     def state_dict(self) -> dict[str, Any]:
-        return {"networks": [network.state_dict() for network in self.networks], "half": self.half, "times": self.times}
+        networks = [network.state_dict() for network in self.networks]
+        return {"networks": networks, "half": self.half, "times": self.times, "sees": SEES}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], shape: tuple[int, ...], steps: int, device: torch.device) -> SoftValue:
-        """The soft value whose `state_dict` this is, on states of this shape, up to the step ``steps``."""
+        """The soft value whose `state_dict` this is, on states of this shape, up to the step ``steps``.
+
+        Errors: ValueError for one of an earlier version, which saw the states themselves.
+        """
+        if state.get("sees") != SEES:
+            raise ValueError("the soft value is one of an earlier version of tiltune, which judged by other inputs; train anew.")
         networks: list[ValueNetwork] = []
         for weights in state["networks"]:
             with forked_rng():
@@ -64,20 +72,23 @@ class SoftValue:
         return cls((networks[0], networks[1]), state["half"].to(device), state["times"])
 
     @torch.no_grad()
-    def __call__(self, state: States, step: Index, group: Index | None = None) -> Float[Tensor, " n"]:
-        """Nats, for states that no path of the population has."""
-        values = [network(state, step, group) for network in self.networks]
+    def __call__(self, data: States, step: Index, group: Index | None = None) -> Float[Tensor, " n"]:
+        """Nats, for states that no path of the population has; ``data``: x_hat there."""
+        values = [network(data, step, group) for network in self.networks]
         return (0.5 * self.times * (values[0] + values[1])).clamp(max=LARGEST)
 
-    def along(self, trajectories: Trajectories, chain: Chain) -> Float[Tensor, "kernels batch"]:
+    def along(self, trajectories: Trajectories, prior: Prior) -> Float[Tensor, "kernels batch"]:
         """Nats, of the states that the trained steps of such trajectories lead from."""
-        step = torch.zeros(len(trajectories), dtype=torch.long, device=trajectories.states.device)
-        return torch.stack([self(trajectories.states[k], step + k, trajectories.group) for k in chain.trained])
+        data, group = PathData(prior, trajectories), trajectories.group
+        path = torch.arange(len(trajectories), device=group.device)
+        return torch.stack(
+            [self(data(step, path), step, group) for step in (torch.full_like(path, k) for k in prior.chain.trained)]
+        )
 
     @torch.no_grad()
-    def of_paths(self, state: States, step: Index, path: Index, group: Index | None = None) -> Float[Tensor, " n"]:
+    def of_paths(self, data: States, step: Index, path: Index, group: Index | None = None) -> Float[Tensor, " n"]:
         """The same for states of (or noised from the end of) the population's paths ``path``."""
-        values = [network(state, step, group) for network in self.networks]
+        values = [network(data, step, group) for network in self.networks]
         return (self.times * self._unseen(values[0], values[1], path)).clamp(max=LARGEST)
 
     def _unseen(
@@ -89,13 +100,13 @@ class SoftValue:
         return torch.where(half == 0, second, torch.where(half == 1, first, 0.5 * (first + second)))
 
     def estimates(
-        self, state: States, step: Index, path: Index | None, times: float, group: Index | None = None
+        self, data: States, step: Index, path: Index | None, times: float, group: Index | None = None
     ) -> Float[Tensor, " n 2"]:
         """log h by classification and by cumulants (up to a constant), with a graph; ``path`` as in `of_paths`.
 
         times: 1 for the temperature at which the networks have learned, ``self.times`` for the target's.
         """
-        first, second = (network.estimates(state, step, times, group) for network in self.networks)
+        first, second = (network.estimates(data, step, times, group) for network in self.networks)
         if path is None:
             return 0.5 * (first + second)
         return self._unseen(first, second, path)
@@ -126,26 +137,9 @@ def standardized(population: Population, alpha: float) -> tuple[Float[Tensor, " 
     return standard, torch.tensor(spreads, device=standard.device)
 
 
-def states_of(
-    chain: Chain,
-    states: Float[Tensor, " states batch *state"],
-    path: Index,
-    step: Index,
-    fresh: float,
-    generator: torch.Generator,
-) -> States:
-    """States at ``step`` of paths ``path``: a share ``fresh`` noised anew from the path's end."""
-    stored = states[step, path]
-    around = (-1, *[1] * (stored.ndim - 1))
-    signal, noise = (column.to(stored)[step].view(around) for column in (chain.signal, chain.noise))
-    anew = signal * states[-1, path] + noise * torch.randn(stored.shape, generator=generator, device=stored.device)
-    chosen = torch.rand(len(step), generator=generator, device=stored.device) < fresh
-    return torch.where(chosen.view(around), anew, stored)
-
-
 def fit_soft_value(
     population: Population,
-    chain: Chain,
+    data: PathData,
     alpha: float,
     updates: int,
     generator: torch.Generator,
@@ -155,18 +149,17 @@ def fit_soft_value(
 ) -> SoftValue:
     """Train both networks for ``updates`` steps each; ``on_progress`` is called after each step.
 
-    alpha: the target's temperature; they learn at ``times`` of it. waves: Fourier features of vectors, none where the gradient of
-    log h is what is wanted.
+    data: what the prior expects along the population's paths. alpha: the target's temperature; they learn at ``times`` of it.
+    waves: Fourier features of vectors, none where the gradient of log h is what is wanted.
     """
     learned = times * alpha
-    states, weight = population.trajectories.states, importance_weight(population, learned)
-    of_prior = importance_weight(population, math.inf)
-    group = population.trajectories.group
-    device, count = states.device, states.shape[1]
+    weight, of_prior = (importance_weight(population, each) for each in (learned, math.inf))
+    group, prior = population.trajectories.group, data.prior
+    chain = prior.chain
+    device, count = group.device, len(population)
     half = torch.zeros(count, dtype=torch.long, device=device)
     half[torch.randperm(count, generator=generator, device=device)[count // 2 :]] = 1
-    fresh = FRESH if chain.forgets_start else 0.0
-    scale = states.flatten(1).std(1).clamp(min=1e-6)
+    scale = data.spread()
     reward, spread = standardized(population, learned)
     last = chain.last_trained + 1  # nothing is asked before the first trained step, nor after what the last one leads to
     networks: list[ValueNetwork] = []
@@ -175,15 +168,14 @@ def fit_soft_value(
         for side in (0, 1):
             seed = int(torch.randint(2**31, (), generator=generator, device=device))
             torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
-            network = ValueNetwork(tuple(states.shape[2:]), last, scale[: last + 1], spread, waves).to(device).train()
+            network = ValueNetwork(prior.shape, last, scale, spread, waves).to(device).train()
             optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
             mine = (half == side).nonzero()[:, 0]
             for update in range(updates):
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / updates) * min(1.0, (update + 1) / 100)
                 path = mine[torch.randint(len(mine), (BATCH,), generator=generator, device=device)]
                 step = torch.randint(chain.trained[0], last + 1, (BATCH,), generator=generator, device=device)
-                state = states_of(chain, states, path, step, fresh, generator)
-                value, mean, variance = network.heads(state, step, group[path]).unbind(1)
+                value, mean, variance = network.heads(data(step, path), step, group[path]).unbind(1)
                 miss = reward[path] - mean
                 loss = (weight[path] * functional.softplus(-value) + of_prior[path] * functional.softplus(value)).mean()
                 loss = loss + miss.square().mean() + VARIANCE_SHARE * (miss.detach().square() - variance).square().mean()

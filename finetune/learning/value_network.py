@@ -16,9 +16,11 @@ BANDWIDTH = 3.0  # of the Fourier features, in 1 / sqrt(dimension)
 
 
 class ValueNetwork(nn.Module):
-    """States of a chain, their steps and the rows of their conditions, if any → log h; zero at the start.
+    """What the prior expects of the data (x_hat) at states of a chain, their steps and the rows of their conditions, if any
+    → log h; zero at the start.
 
-    scale: the states' standard deviation at each step. spread: that of -E/alpha over the prior paths of each condition.
+    The prior's network has found out what of a state is noise, which a few thousand energies would not teach. scale: the standard
+    deviation of x_hat at each step. spread: that of -E/alpha over the prior paths of each condition.
     Images [C, H, W] pass two convolutions that halve them, anything else is flattened. Vectors may have random Fourier
     features beside them (``waves``), without which a small network does not follow the steep edges of h between modes; its
     gradient is noisier with them. Each layer is scaled and shifted by an embedding of the step, and of the condition where there
@@ -66,19 +68,19 @@ class ValueNetwork(nn.Module):
         nn.init.zeros_(self.out.bias)
         self.group = nn.Embedding(len(self.spread), 64) if len(self.spread) > 1 else None
 
-    def forward(self, state: States, step: Index, group: Index | None = None) -> Float[Tensor, " n"]:
-        return self.heads(state, step, group)[:, 0]
+    def forward(self, data: States, step: Index, group: Index | None = None) -> Float[Tensor, " n"]:
+        return self.heads(data, step, group)[:, 0]
 
-    def estimates(self, state: States, step: Index, times: float = 1.0, group: Index | None = None) -> Float[Tensor, " n 2"]:
+    def estimates(self, data: States, step: Index, times: float = 1.0, group: Index | None = None) -> Float[Tensor, " n 2"]:
         """At a temperature lower by ``times`` than the one that was learned: log h grows with 1/alpha to first order, the
         cumulants with its first and second power."""
-        log_h, mean, variance = self.heads(state, step, group).unbind(1)
+        log_h, mean, variance = self.heads(data, step, group).unbind(1)
         spread = times * (self.spread if group is None else self.spread[group])
         return torch.stack([times * log_h, spread * mean + 0.5 * spread.square() * variance], 1)
 
-    def heads(self, state: States, step: Index, group: Index | None = None) -> Float[Tensor, " n 3"]:
+    def heads(self, data: States, step: Index, group: Index | None = None) -> Float[Tensor, " n 3"]:
         """log h; mean and variance of -E/alpha given the state, in units of ``spread``."""
-        hidden = state / self.scale[step].view(-1, *[1] * (state.ndim - 1))
+        hidden = data / self.scale[step].view(-1, *[1] * (data.ndim - 1))
         if self.waves.shape[1]:
             angle = hidden @ self.waves
             hidden = torch.cat([hidden, angle.sin(), angle.cos()], 1)

@@ -108,7 +108,7 @@ def _value_errors(problem: Problem, state: TrainState) -> Row:
     truth = torch.stack([log_h(problem, paths.states[k], k) for k in chain.trained]) + problem.log_z
     soft_value = state.preparation.soft_value
     assert soft_value is not None
-    before = soft_value.along(paths, chain) + problem.log_z
+    before = soft_value.along(paths, problem.prior) + problem.log_z
     learned = state.config.horizon is not None
     after = state.critic(paths, 1.0) + state.log_z.values()[0] if learned else before
 

@@ -16,8 +16,10 @@ from ...finetune.learning.soft_value import SoftValue
 from ...finetune.runs.bar import progress_bar
 from ...finetune.runs.run import Run
 from ...samplers.condition import Condition, context_of, members
+from ...samplers.denoiser import estimated_data
 from ...samplers.moves import PARTS
 from ...samplers.policy import Policy
+from ...samplers.prior import Prior
 from ...samplers.resample_move import SWEEPS, move
 from ...samplers.resampling import Resampled, importance_resample
 from ...samplers.streams import stream
@@ -77,7 +79,7 @@ def draw_exact(
         def log_potential(data: Tensor) -> Tensor:
             return -meter(data, **context_of(policy.prior.condition(len(data)))) / run.config.train.alpha
 
-        twist = None if soft_value is None else Twist(partial(_value, soft_value, row), candidates)
+        twist = None if soft_value is None else Twist(partial(_value, run.prior, soft_value, row), candidates)
         total, before = proposals if proposals is not None else max(10 * count, 1000), meter.calls
         with progress_bar(total, "proposals") as advance:
             drawn = importance_resample(
@@ -93,10 +95,11 @@ def draw_exact(
     return [one(*part) for part in parts]
 
 
-def _value(soft_value: SoftValue, row: int, state: Tensor, k: int) -> Tensor:
+def _value(prior: Prior, soft_value: SoftValue, row: int, state: Tensor, k: int) -> Tensor:
     """log h of states at step ``k`` of the condition ``row``, nats."""
     step, group = (torch.full((len(state),), number, device=state.device) for number in (k, row))
-    return soft_value(state, step, group)
+    condition = None if prior.condition_table is None else Condition(prior.condition_table, group)
+    return soft_value(estimated_data(prior.denoiser, prior.chain, state, step, condition), step, group)
 
 
 def trust(exact: Exact) -> str:

@@ -22,6 +22,7 @@ from tiltune.finetune.learning.gradients import objective_gradient
 from tiltune.finetune.learning.improvement import Improvement
 from tiltune.finetune.learning.log_z import LogZ
 from tiltune.finetune.learning.objective_table import OBJECTIVES
+from tiltune.finetune.learning.path_data import PathData
 from tiltune.finetune.learning.replay import Replay
 from tiltune.finetune.learning.soft_value import fit_soft_value, standardized
 from tiltune.finetune.learning.temperature import Temperature
@@ -29,7 +30,8 @@ from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.populations.population import Population, temperature_within_reach
 from tiltune.finetune.runs.state_file import read_state, write_state
 from tiltune.finetune.runs.verdicts import together
-from tiltune.samplers.condition import ConditionTable, selected
+from tiltune.samplers.condition import Condition, ConditionTable, selected
+from tiltune.samplers.denoiser import estimated_data
 from tiltune.samplers.resampling import importance_resample
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
@@ -142,14 +144,16 @@ def test_the_gradient_is_the_mean_of_the_conditions_own(name: str) -> None:
 
 def test_the_soft_value_knows_the_condition(problem: Conditional, population: Population) -> None:
     """Its error is below a third of that of a value that is asked for another condition."""
-    value = fit_soft_value(population, problem.chain, 1.0, 250, torch.Generator().manual_seed(1))
+    prior, generator = problem.prior(), torch.Generator().manual_seed(1)
+    value = fit_soft_value(population, PathData(prior, population.trajectories), 1.0, 250, generator)
     state = torch.randn(600, 2, generator=torch.Generator().manual_seed(2))
     step = torch.full((600,), 4)
 
     def error(asked: int, row: int) -> float:
         g, _ = (part[4].float() for part in problem.laws[row].soft_value)
         exact = state @ g
-        found = value(state, step, torch.full((600,), asked))
+        data = estimated_data(prior.denoiser, prior.chain, state, step, Condition(prior.condition_table, torch.full((600,), row)))
+        found = value(data, step, torch.full((600,), asked))
         return ((found - found.mean()) - (exact - exact.mean())).square().mean().item()
 
     for row in range(3):

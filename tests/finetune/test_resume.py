@@ -140,7 +140,7 @@ def test_a_state_that_forgets_something_is_caught(lost, task):
     assert not same(ended(resumed), whole)
 
 
-@pytest.mark.parametrize("lost", ["factor", "scale", "share", "held_out"])
+@pytest.mark.parametrize("lost", ["calibration", "scale", "share", "held_out"])
 def test_a_state_that_forgets_something_of_the_value_drift_is_caught(lost, task):
     """The control, in the warm start."""
     config, at = CASES["short steps" if lost == "share" else "value drift"], 2
@@ -149,8 +149,9 @@ def test_a_state_that_forgets_something_of_the_value_drift_is_caught(lost, task)
     states: dict[int, Any] = {}
     whole = ended(trainer_of(task, config, on_checkpoint=lambda trainer: states.update({trainer.global_step: both(trainer)})))
     common, own = states[at]
-    if lost == "factor":
-        own["preparation"]["value_drift"]["factor"] = torch.zeros_like(own["preparation"]["value_drift"]["factor"])
+    if lost == "calibration":
+        calibration = own["preparation"]["value_drift"]["calibration"]
+        calibration["factor"] = torch.zeros_like(calibration["factor"])
     elif lost == "scale":
         own["preparation"]["value_drift"]["scale"] = 0.0
     elif lost == "share":

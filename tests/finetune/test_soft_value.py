@@ -12,18 +12,19 @@ from tiltune.finetune.learning.batch import Batch
 from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.gradients import backward_likelihood
 from tiltune.finetune.learning.objectives import reinforce_kl
+from tiltune.finetune.learning.path_data import PathData
+from tiltune.finetune.learning.rows import states_of
 from tiltune.finetune.learning.soft_value import (
     SoftValue,
     fit_soft_value,
     importance_weight,
     standardized,
-    states_of,
 )
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.learning.value_network import ValueNetwork
 from tiltune.finetune.populations.importance import importance_population
 from tiltune.finetune.populations.population import Population
-from tiltune.samplers.denoiser import ResidualDenoiser, evaluate
+from tiltune.samplers.denoiser import ResidualDenoiser, estimated_data, evaluate
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
@@ -51,9 +52,14 @@ def exact(task, state, step):
     return (state.double() * g[step]).sum(1) + h[step] - task.log_z
 
 
+def fit(task, population, updates, seed=1):
+    data = PathData(task.prior(), population.trajectories)
+    return fit_soft_value(population, data, task.alpha, updates, torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture(scope="module")
 def fitted(task, population):
-    return fit_soft_value(population, task.chain, task.alpha, 250, torch.Generator().manual_seed(1))
+    return fit(task, population, 250)
 
 
 def test_it_learns_the_closed_form(task, population, fitted):
@@ -63,15 +69,38 @@ def test_it_learns_the_closed_form(task, population, fitted):
         step = torch.arange(10).repeat_interleave(400)
         fresh = rollout(task.prior(), None, 400, torch.Generator().manual_seed(5))
         states = fresh.states[:10].flatten(0, 1)
-        return (value(states, step) - exact(task, states, step)).square().mean().sqrt().item()
+        data = estimated_data(task.prior().denoiser, task.chain, states, step, None)
+        return (value(data, step) - exact(task, states, step)).square().mean().sqrt().item()
 
     nothing = error(lambda state, step: torch.zeros(len(state)))
     assert error(fitted) < 0.5 * nothing
     mixed = population.trajectories.energy[torch.randperm(4000, generator=torch.Generator().manual_seed(2))]
-    blind = fit_soft_value(
-        Population(population.trajectories.with_(energy=mixed)), task.chain, task.alpha, 100, torch.Generator().manual_seed(1)
-    )
+    blind = fit(task, Population(population.trajectories.with_(energy=mixed)), 100)
     assert error(blind) > 0.9 * nothing
+
+
+def test_what_the_prior_expects_along_paths_is_x_hat_whoever_evaluated_it(task):
+    """m + gain (s - signal m) of the closed form at every state, the terminal one itself; kept outputs cost no evaluation."""
+    prior = task.prior()
+    drawn = rollout(prior, None, 6, torch.Generator().manual_seed(2), keep_outputs=True)
+    step, path = torch.arange(11).repeat_interleave(6)[: 6 * (task.chain.last_trained + 2)], torch.arange(6).repeat(11)
+    path = path[: len(step)]
+    gain = torch.cat([task.gain, torch.ones(1, dtype=torch.float64)])[step, None].float()
+    closed = gain * drawn.states[step, path]
+    known = PathData(prior, drawn)
+    assert torch.allclose(known(step, path), closed, atol=1e-5)
+    assert torch.equal(known(step, path), PathData(prior, drawn.with_(prior_outputs=None))(step, path))
+    prior.denoiser = None  # nothing is left to evaluate, but what the last trained step leads to
+    before = step <= task.chain.last_trained
+    assert torch.allclose(PathData(prior, drawn)(step[before], path[before]), closed[before], atol=1e-5)
+
+
+def test_an_older_soft_value_is_refused(task, fitted):
+    state, steps = fitted.state_dict(), task.chain.last_trained + 1
+    SoftValue.from_state_dict(state, (2,), steps, torch.device("cpu"))
+    del state["sees"]
+    with pytest.raises(ValueError, match="earlier version"):
+        SoftValue.from_state_dict(state, (2,), steps, torch.device("cpu"))
 
 
 def test_a_path_is_judged_by_the_network_that_has_not_seen_it():
@@ -85,10 +114,10 @@ def test_a_path_is_judged_by_the_network_that_has_not_seen_it():
 def test_the_global_generator_is_left_alone(task, population):
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    first = fit_soft_value(population, task.chain, task.alpha, 3, torch.Generator().manual_seed(1))
+    first = fit(task, population, 3)
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(4)
-    second = fit_soft_value(population, task.chain, task.alpha, 3, torch.Generator().manual_seed(1))
+    second = fit(task, population, 3)
     for a, b in zip(first.networks[0].parameters(), second.networks[0].parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -221,8 +250,8 @@ class ExactValue:
     def __init__(self, task):
         self.task = task
 
-    def of_paths(self, state, step, path, group=None):
-        return exact(self.task, state, step).float()
+    def of_paths(self, data, step, path, group=None):
+        return exact(self.task, data / self.task.gain[step, None], step).float()
 
 
 def forward_kl(task, count, slope=1.0):

@@ -1,4 +1,4 @@
-"""The soft value's drift as teacher: targets against closed forms, factors that find out what an estimate is worth."""
+"""The soft value's drift as teacher: targets against closed forms, and what finds out what an estimate is worth."""
 
 import math
 from dataclasses import replace
@@ -9,6 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from tiltune.finetune.config.train import TrainConfig
+from tiltune.finetune.learning.calibration import Calibration, calibrate
+from tiltune.finetune.learning.path_data import PathData
 from tiltune.finetune.learning.soft_value import SoftValue, fit_soft_value, importance_weight
 from tiltune.finetune.learning.step_bound import StepBound
 from tiltune.finetune.learning.trainer import Trainer
@@ -54,15 +56,26 @@ def exact(task, state, step):
     return (state * g[step]).sum(1) + h[step]
 
 
+def seen(task, state, step):
+    """x_hat = m + gain (s - signal m) at these states; a terminal state is what it is."""
+    gain = torch.cat([task.gain, torch.ones(1, dtype=torch.float64)]).float()
+    return gain[step, None] * state  # the mean is 0
+
+
+def state_of(task, data, step):
+    """The states whose x_hat this is."""
+    return data / seen(task, torch.ones_like(data), step)
+
+
 class Estimates(SoftValue):
     """Two estimates of log h that are given, functions (state, step, path) → [N], in place of the networks'."""
 
-    def __init__(self, first, second):
-        self.both, self.times = (first, second), 1.0
+    def __init__(self, task, first, second):
+        self.task, self.both, self.times = task, (first, second), 1.0
 
-    def estimates(self, state, step, path, times, group=None):
+    def estimates(self, data, step, path, times, group=None):
         assert times == 1.0
-        return torch.stack([one(state, step, path) for one in self.both], 1)
+        return torch.stack([one(state_of(self.task, data, step), step, path) for one in self.both], 1)
 
 
 def truth(task, sign=1.0):
@@ -79,9 +92,24 @@ def noise(seed):
     return estimate
 
 
-def drift_of(task, population, first, second, seed=3):
-    value = first if second is None else Estimates(first, second)
-    return ValueDrift(task.prior(), population, value, task.alpha, torch.Generator().manual_seed(seed))
+def even(first=1.0, second=0.0):
+    """A calibration that takes the estimates at these factors everywhere, and no offset."""
+    factor = torch.tensor([[first, second]]).repeat(STEPS, 1)
+    return Calibration(factor, torch.zeros(STEPS, 1), torch.zeros(STEPS))
+
+
+def calibrated(task, population, value):
+    return calibrate(value, PathData(task.prior(), population.trajectories), population, task.alpha)
+
+
+def drift_of(task, population, first, second, calibration=None, seed=3):
+    value = first if second is None else Estimates(task, first, second)
+    return ValueDrift(task.prior(), population, value, calibration or even(), task.alpha, torch.Generator().manual_seed(seed))
+
+
+def target_of(drift, state, following, step, prior_output):
+    """Of next states of the tilted law, which count in full."""
+    return drift.target(state, following, step, prior_output, None, torch.ones_like(step) > 0)
 
 
 def best_shift(task):
@@ -210,121 +238,116 @@ def test_without_clipping_every_target_is_reachable(task):
     assert torch.equal(task.chain.kernel.reachable(state, step, torch.zeros_like(state), shift), shift)
 
 
-# --- targets and factors --------------------------------------------------------------------------------------------------
+# --- targets and calibration ------------------------------------------------------------------------------------------------
+
+
+def unweighed(drift):
+    """All of its rows count as the tilted law's: where log h is linear, every next state has the same target."""
+    target = drift.target
+    drift.target = lambda *given: target(*given[:-1], torch.ones_like(given[-1]))
+    return drift
+
+
+def stored(task, population, each=50):
+    """(state, next state, step, prior output) of stored paths, ``each`` of every step."""
+    step = torch.arange(STEPS - 1).repeat_interleave(each)
+    path = torch.arange(len(step))
+    state, following = (population.trajectories.states[at, path] for at in (step, step + 1))
+    return state, following, step, evaluate(task.prior().denoiser, task.chain, state, step, None)
 
 
 def test_the_exact_value_gives_the_optimal_policy(task, population):
     """Target = the optimal kernel's shift at states of every step, to 1e-5; with the other factor it is the other estimate's."""
-    drift = drift_of(task, population, truth(task), truth(task, -1.0))
-    step = torch.arange(STEPS - 1).repeat_interleave(50)
-    state = population.trajectories.states[step, torch.arange(len(step))]
-    prior_output = evaluate(task.prior().denoiser, task.chain, state, step, None)
+    state, following, step, prior_output = stored(task, population)
     optimal = task.chain.kernel.shift(state, step, evaluate(task.policy(), task.chain, state, step, None), prior_output)
     assert optimal.abs().max() > 0.3
     assert torch.allclose(optimal, best_shift(task)[step].float(), atol=1e-5)
-    drift.factor = torch.tensor([[1.0, 0.0]]).repeat(task.chain.num_kernels, 1)
-    assert torch.allclose(drift.target(state, step, prior_output), optimal, atol=1e-5)
-    drift.factor = drift.factor.flip(1)
-    assert torch.allclose(drift.target(state, step, prior_output), -optimal, atol=1e-5)
+    for sign in (1.0, -1.0):
+        drift = drift_of(task, population, truth(task), truth(task, -1.0), even(sign == 1.0, sign == -1.0))
+        assert torch.allclose(target_of(drift, state, following, step, prior_output), sign * optimal, atol=1e-5)
 
 
-def test_two_right_estimates_share_one_factor_of_1(task, population):
-    """Sum over the pair within 4 standard errors, 1/sqrt(paths · E|delta|²), and the pull of the expected .8; ``explained``
-    against Σ ½ |delta_k|² likewise. Both per unit of the measured direction."""
-    drift = drift_of(task, population, truth(task), truth(task))
-    drift.measure()
-    effective = 0.6 * 600  # at least: some paths are drawn several times
-    information = effective * best_shift(task).square().sum().item()
-    size = best_shift(task).square().sum(1)
-    mean = (drift.factor.sum(1).double() * size).sum() / size.sum()
-    assert mean.item() == pytest.approx(1.0, abs=4 / math.sqrt(information) + 5 / information)
-    assert torch.allclose(drift.factor[:, 0], drift.factor[:, 1], atol=1e-5)
-    closed = 0.5 * best_shift(task).square().sum().item()
-    assert drift.explained == pytest.approx(closed, abs=4 * math.sqrt(2 * closed / effective))
-    assert closed > 0.4
+@pytest.mark.parametrize("weighed", [True, False])
+def test_of_prior_paths_the_weighed_targets_have_the_optimal_mean(task, weighed):
+    """log h = a quadratic of the next state, whose optimal shift is known: the mean over 40,000 next states of the prior, weighed
+    by h(next) / h(state), within 5 standard errors (p < 1e-5); unweighed it is off by many."""
+    count, k, curve = 40_000, 3, 0.8
+    slope = torch.tensor([1.0, -0.5])
+    prior, generator = task.prior(), torch.Generator().manual_seed(11)
+    state = torch.tensor([[0.4, -0.2]]).repeat(count, 1)
+    step = torch.full((count,), k)
+    output = evaluate(prior.denoiser, task.chain, state, step, None)
+    mean, sigma = task.chain.kernel.mean(state, step, output)[0], task.chain.sigma[k].item()
+
+    def log_h(at, when, path):
+        """Of the next state -curve/2 |s|² + slope s; of this one, its log mean over the kernel, in closed form."""
+        ahead = (at @ slope) - 0.5 * curve * at.square().sum(1)
+        spread = 1 / (1 / sigma**2 + curve)
+        pull = mean / sigma**2 + slope
+        here = 0.5 * spread * pull.square().sum() - 0.5 * mean.square().sum() / sigma**2 + math.log(spread / sigma**2)
+        return torch.where(when == k + 1, ahead, here)
+
+    following = mean + sigma * torch.randn(count, 2, generator=generator)
+    drift = drift_of(task, Population(rollout(prior, None, 4, generator).with_(energy=torch.zeros(4))), log_h, log_h)
+    found = drift.target(state, following, step, output, None, torch.full((count,), not weighed))
+    spread = 1 / (1 / sigma**2 + curve)
+    closed = (spread * (mean / sigma**2 + slope) - mean) / sigma
+    off = (found.mean(0) - closed).abs() / (found.std(0) / math.sqrt(count))
+    assert off.max() < 5 if weighed else off.max() > 20
 
 
-def test_a_gradient_of_nothing_is_not_followed(task, population):
-    """Beside the truth: less than .1 of noise, with all of the nats. Two of noise: nearly no nats, and never fewer than -.02."""
-    drift = drift_of(task, population, truth(task), noise(4))
-    drift.measure()
-    late = drift.factor[3:]
-    assert (late[:, 0] > 0.6).all() and (late[:, 1].abs() < 0.1).all()
-    assert drift.explained > 0.3
-    drift = drift_of(task, population, noise(5), noise(4))
-    drift.measure()
-    assert drift.factor.abs().max() < 0.15
-    assert -0.02 < drift.explained < 0.05
+def test_two_right_estimates_are_mixed_to_the_truth(task, population):
+    """Their factors sum to 1 within 4 standard errors of a slope of log h, and the nats are those of KL(tilted || prior) of
+    states in closed form, ½ |g|² var(s_k), likewise."""
+    found = calibrated(task, population, Estimates(task, truth(task), truth(task)))
+    g = task.soft_value[0][1:STEPS].float()
+    states = population.trajectories.states[1:STEPS]
+    closed = 0.5 * torch.stack([torch.einsum("i,ij,j->", one, state.T.cov(), one) for one, state in zip(g, states, strict=True)])
+    effective = 0.3 * 4000
+    error = (2 * closed * effective).rsqrt()
+    assert ((found.factor[1:STEPS].sum(1) - 1).abs() < 4 * error).all()
+    assert torch.allclose(found.factor[:, 0], found.factor[:, 1], atol=1e-4)
+    assert ((found.nats[1:STEPS] - closed).abs() < 4 * (2 * closed / effective).sqrt() + 0.01).all()
+    assert closed[-1] > 0.4
 
 
-def test_of_an_estimate_and_its_opposite_the_right_one_is_followed(task, population):
-    """(1, -1) times the truth leaves the difference of the factors to be found, 1; their sum is not seen and stays at .8."""
-    drift = drift_of(task, population, truth(task), truth(task, -1.0))
-    assert drift.factor.unique().tolist() == [pytest.approx(0.4)]
-    drift.measure()
-    size = best_shift(task).square().sum(1)
-    along, against = (drift.factor.double() * size[:, None]).sum(0) / size.sum()
-    assert along.item() == pytest.approx(0.9, abs=0.2) and abs(against.item()) < 0.2
-    assert drift.explained > 0.3
+def test_an_estimate_of_nothing_is_not_followed(task, population):
+    """Beside the truth, and two of noise: factors of less than .1, no nats. Opposite estimates: the right one is followed."""
+    found = calibrated(task, population, Estimates(task, truth(task), noise(4)))
+    late = found.factor[4:STEPS]
+    assert (late[:, 0] > 0.8).all() and (late[:, 1].abs() < 0.1).all()
+    found = calibrated(task, population, Estimates(task, noise(5), noise(4)))
+    assert found.factor[2:].abs().max() < 0.15 and found.nats[1:].abs().max() < 0.05
+    found = calibrated(task, population, Estimates(task, truth(task), truth(task, -1.0)))
+    along, against = found.factor[4:STEPS].T
+    assert (along - against > 0.8).all()
 
 
 # --- cross-fitting --------------------------------------------------------------------------------------------------------
 
 
-class Constant(nn.Module):
-    """log h = a · s, twice."""
-
-    def __init__(self, a):
-        super().__init__()
-        self.a = torch.tensor(a)
-
-    def estimates(self, state, step, times, group=None):
-        return (state @ self.a)[:, None].expand(-1, 2)
-
-
-def test_a_path_is_judged_by_the_network_that_has_not_seen_it(task, population):
-    value = SoftValue((Constant([1.0, 0.0]), Constant([0.0, 2.0])), torch.tensor([0, 1, 1]))
-    drift = drift_of(task, population, value, None)
-    mean, step = torch.zeros(3, 2), torch.tensor([2, 4, 6])
-    sigma = task.chain.sigma[step].float()
-    judged = drift._gradients(mean, step, torch.tensor([0, 1, 2]))
-    for both in judged:
-        assert torch.allclose(both, sigma[:, None] * torch.tensor([[0.0, 2.0], [1.0, 0.0], [1.0, 0.0]]))
-    mean.requires_grad_(True)
-    for both in value.estimates(mean, step, None, 1.0).sum(0):  # of no path: the mean of both
-        assert torch.allclose(torch.autograd.grad(both, mean, retain_graph=True)[0], torch.tensor([0.5, 1.0]))
-
-
 class Memory(nn.Module):
-    """A network that knows by heart where each path of its half went next: its gradient at a kernel's mean is the noise that was
-    drawn there, or at the nearest mean that it knows."""
+    """A network that knows by heart the energies of the paths of its half, by their states; of others it says what is nearest."""
 
-    def __init__(self, means, noise, sigma):
+    def __init__(self, task, population, half):
         super().__init__()
-        self.means, self.noise, self.sigma = means, noise, sigma
+        self.task, self.states, self.reward = task, population.trajectories.states[:, half], -population.energy[half]
 
-    def estimates(self, state, step, times, group=None):
-        k = int(step[0]) - 1  # one step at a time, as `measure` asks
-        nearest = torch.cdist(state.detach(), self.means[k]).argmin(1)
-        return (state * self.noise[k][nearest] / self.sigma[k]).sum(1, keepdim=True).expand(-1, 2)
+    def estimates(self, data, step, times, group=None):
+        k = int(step[0])  # one step at a time, as `calibrate` asks
+        nearest = torch.cdist(state_of(self.task, data, step), self.states[k]).argmin(1)
+        return self.reward[nearest][:, None].expand(-1, 2)
 
 
-@pytest.mark.parametrize("seen", [False, True])
-def test_what_is_learned_by_heart_is_worth_nothing(task, population, seen):
-    """Judged by the other half, memory has no factor and no nats. Were it judged by itself, it would explain more than 3 nats."""
-    chain, states = task.chain, population.trajectories.states
-    outputs = [evaluate(task.prior().denoiser, chain, states[k], k, None) for k in range(chain.num_kernels)]
-    means = torch.stack([chain.kernel.mean(states[k], k, output) for k, output in enumerate(outputs)])
-    sigma = chain.sigma.float()
-    drawn = torch.stack([(states[k + 1] - means[k]) / sigma[k] for k in range(chain.num_kernels)])
+@pytest.mark.parametrize("by_heart", [False, True])
+def test_what_is_learned_by_heart_is_worth_nothing(task, population, by_heart):
+    """In an early state, which says little of the end: judged by the other half, memory has hardly any nats. Were it judged by
+    itself, it would have most of those that there are at the end."""
     half = torch.arange(4000) % 2
-    networks = [Memory(means[:, half == side], drawn[:, half == side], sigma) for side in (0, 1)]
-    drift = drift_of(task, population, SoftValue((networks[0], networks[1]), 1 - half if seen else half), None)
-    drift.measure()
-    if seen:
-        assert drift.explained > 3
-    else:
-        assert abs(drift.explained) < 0.1
+    networks = [Memory(task, population, half == side) for side in (0, 1)]
+    found = calibrated(task, population, SoftValue((networks[0], networks[1]), 1 - half if by_heart else half))
+    whole = 0.5 * torch.tensor([1.0, -0.5]).square().sum()
+    assert found.nats[1] > 0.8 * whole if by_heart else found.nats[1] < 0.15 * whole
 
 
 # --- learning -------------------------------------------------------------------------------------------------------------
@@ -351,35 +374,45 @@ def test_the_gradient_is_that_of_the_plain_formula(task, population, chunk):
 
     To .5%: the strides through 4000 rows give a step one row more or less than its share.
     """
-    kernels = task.chain.num_kernels
     policy = Shift(task)
     with torch.no_grad():
         policy.theta += 0.1
     miss = policy.theta.detach() - best_shift(task).float()
-    drift = drift_of(task, population, truth(task), truth(task, -1.0))
-    drift.factor, drift.chunk = torch.tensor([[1.0, 0.0]]).repeat(kernels, 1), chunk
+    drift = unweighed(drift_of(task, population, truth(task), truth(task, -1.0)))
+    drift.chunk = chunk
     loss = drift.backward(policy, 4000, lambda value: value)
     assert loss.item() == pytest.approx(0.5 * miss.square().sum().item(), rel=5e-3)
     assert torch.allclose(policy.theta.grad, miss, rtol=5e-3)
     gradient, policy.theta.grad = policy.theta.grad, None
     drift.backward(policy, 4000, lambda value: 8 * value)
     assert torch.allclose(policy.theta.grad, 8 * gradient, rtol=1e-2)
-    drift.factor = drift.factor.flip(1)  # the control: towards the opposite
+    drift.calibration = even(0.0, 1.0)  # the control: towards the opposite
     policy.theta.grad = None
     drift.backward(policy, 4000, lambda value: value)
     assert not torch.allclose(policy.theta.grad, gradient, atol=0.1)
 
 
-def test_half_of_the_rows_are_of_the_tilted_law(task, population):
-    """Mean energy over the rows' paths: halfway between the prior's and the tilted law's, within 5 standard errors (p < 1e-6)."""
+def test_half_of_the_rows_are_of_the_tilted_law(task, population, monkeypatch):
+    """Mean energy over the rows that count in full, and over those that are weighed: the tilted law's and the prior's, within 5
+    standard errors (p < 1e-5)."""
     drift = drift_of(task, population, truth(task), truth(task))
-    energy = population.trajectories.energy
-    tilted = (importance_weight(population, task.alpha) * energy).mean()
-    expected = 0.5 * (tilted + energy.mean())
-    drawn = energy[torch.multinomial(drift._mixture, 4000, replacement=True, generator=torch.Generator().manual_seed(6))]
-    error = drawn.std() / math.sqrt(len(drawn))
-    assert (drawn.mean() - expected).abs() < 5 * error
-    assert (drawn.mean() - tilted).abs() > 5 * error and (drawn.mean() - energy.mean()).abs() > 5 * error
+    energy, states, seen_rows = population.trajectories.energy, population.trajectories.states, []
+
+    def watched(state, following, step, prior_output, condition, tilted):
+        of = [(states[k] == one).all(1).nonzero()[0, 0] for k, one in zip(step.tolist(), state, strict=True)]
+        seen_rows.append((torch.stack(of), tilted))
+        return torch.zeros_like(state)
+
+    monkeypatch.setattr(drift, "target", watched)
+    for _ in range(4):
+        drift.backward(Shift(task), 1000, lambda value: value)
+    path, tilted = (torch.cat(each) for each in zip(*seen_rows, strict=True))
+    assert 0.4 < tilted.float().mean() < 0.6
+    of_target = (importance_weight(population, task.alpha) * energy).mean()
+    for kind, expected, other in ((tilted, of_target, energy.mean()), (~tilted, energy.mean(), of_target)):
+        error = energy[path[kind]].std() / math.sqrt(int(kind.sum()))
+        assert (energy[path[kind]].mean() - expected).abs() < 5 * error
+        assert (energy[path[kind]].mean() - other).abs() > 5 * error
 
 
 def held_out_of(task, count=4000, times=1.0):
@@ -394,11 +427,11 @@ class Milder(Estimates):
     """The exact log h, said to be learned at ``times`` the target's temperature: there it is smaller by as much."""
 
     def __init__(self, task, times):
-        super().__init__(truth(task), truth(task))
+        super().__init__(task, truth(task), truth(task))
         self.own, self.times = times, times
 
-    def estimates(self, state, step, path, times, group=None):
-        return torch.stack([one(state, step, path) for one in self.both], 1) * times / self.own
+    def estimates(self, data, step, path, times, group=None):
+        return torch.stack([one(state_of(self.task, data, step), step, path) for one in self.both], 1) * times / self.own
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(1.0, 1.0), (0.5, 2.0), (-1.0, 0.0)])
@@ -410,13 +443,12 @@ def test_targets_are_rescaled_to_what_the_policys_shift_is_worth(task, populatio
     policy = Shift(task)
     with torch.no_grad():
         policy.theta += learned * best_shift(task).float()
-    drift = ValueDrift(task.prior(), population, Milder(task, times), task.alpha, torch.Generator().manual_seed(3))
-    drift.factor = torch.tensor([[asked, 0.0]]).repeat(task.chain.num_kernels, 1)
+    drift = drift_of(task, population, Milder(task, times), None, even(asked))
     drift.rescale(policy, held_out_of(task, times=times), lambda sums: sums)
     assert drift.scale == pytest.approx(expected, abs=0.1 / abs(asked))
     state, step = population.trajectories.states[3, :5], torch.full((5,), 3)
     output = task.prior().denoiser(state, task.chain.timestep(step, state))
-    scaled = drift.target(state, step, output)
+    scaled = target_of(drift, state, state, step, output)
     assert torch.allclose(scaled, drift.scale * asked * best_shift(task)[3].float().expand_as(scaled), rtol=1e-4, atol=1e-6)
 
 
@@ -427,7 +459,7 @@ def test_few_paths_leave_the_scale_near_1_and_what_is_no_number_at_1(task, popul
     assert drift.scale == 1.0
     with torch.no_grad():
         policy.theta += best_shift(task).float()
-    drift.factor = torch.tensor([[0.25, 0.0]]).repeat(task.chain.num_kernels, 1)
+    drift.calibration = even(0.25)
     scales = []
     for count in (8, 4000):
         drift.rescale(policy, held_out_of(task, count), lambda sums: sums)
@@ -442,8 +474,7 @@ def test_few_paths_leave_the_scale_near_1_and_what_is_no_number_at_1(task, popul
 def test_bounds_shrink_while_the_policy_is_further_from_its_targets_than_the_prior(task, population):
     """And come back once it is not; the prior itself, no further than the prior, keeps its trust."""
     policy = Shift(task)
-    drift = drift_of(task, population, truth(task), truth(task))
-    drift.factor = torch.tensor([[1.0, 0.0]]).repeat(task.chain.num_kernels, 1)
+    drift = unweighed(drift_of(task, population, truth(task), truth(task)))
 
     def trust_after(updates, factor):
         with torch.no_grad():
@@ -481,14 +512,11 @@ def test_a_warm_start_takes_shorter_steps_where_it_trusts_less(task, population,
     assert limits[1] == pytest.approx([0.1 * limit for limit in limits[0]])
 
 
-def test_factors_are_kept(task, population):
+def test_the_scale_is_kept(task, population):
     drift = drift_of(task, population, truth(task), noise(4))
-    drift.measure()
     drift.scale = 1.5
     other = drift_of(task, population, truth(task), noise(4))
-    assert not torch.equal(other.factor, drift.factor)
     other.load_state_dict(drift.state_dict())
-    assert torch.equal(other.factor, drift.factor) and other.explained == drift.explained
     assert other.scale == 1.5
 
 
@@ -544,14 +572,12 @@ def test_the_cumulants_learn_the_optimal_drift(task, population):
 
     def left(energy):
         shuffled = Population(population.trajectories.with_(energy=energy))
-        value = fit_soft_value(shuffled, task.chain, task.alpha, 150, torch.Generator().manual_seed(1))
-        drift = drift_of(task, shuffled, value, None)
-        drift.factor = torch.tensor([[0.0, 1.0]]).repeat(task.chain.num_kernels, 1)
-        step = torch.arange(task.chain.num_kernels).repeat_interleave(100)
-        state = population.trajectories.states[step, torch.arange(len(step))]
-        output = evaluate(task.prior().denoiser, task.chain, state, step, None)
+        data = PathData(task.prior(), shuffled.trajectories)
+        value = fit_soft_value(shuffled, data, task.alpha, 150, torch.Generator().manual_seed(1))
+        drift = drift_of(task, shuffled, value, None, even(0.0, 1.0))
+        state, following, step, output = stored(task, population, 100)
         closed = best_shift(task)[step].float()
-        return ((drift.target(state, step, output) - closed).square().sum() / closed.square().sum()).item()
+        return ((target_of(drift, state, following, step, output) - closed).square().sum() / closed.square().sum()).item()
 
     energy = population.trajectories.energy
     assert left(energy) < 0.3

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tiltune.finetune.certificate.evidence import gather_evidence
 from tiltune.finetune.config.train import TrainConfig
+from tiltune.finetune.learning.calibration import Calibration
 from tiltune.finetune.learning.gradients import backward_trajectories
 from tiltune.finetune.learning.soft_value import SoftValue
 from tiltune.finetune.learning.step_bound import StepBound
@@ -155,24 +156,27 @@ class Linear(SoftValue):
         return torch.stack([(state * slope[step]).sum(1) for slope in self.slopes], 1)
 
 
-def test_a_teachers_factor_belongs_to_its_step() -> None:
+def test_a_teachers_calibration_belongs_to_its_step() -> None:
     prior = networks(CHAINS["ddpm"]())[0]
     prior = Prior(prior.denoiser.float(), prior.chain, (2,))
     drawn = rollout(prior, None, 64, torch.Generator().manual_seed(0))
     population = Population(drawn.with_(energy=drawn.terminal.square().sum(1)))
-    whole, window = (
-        ValueDrift(one, population, Linear(), 1.0, torch.Generator().manual_seed(1)) for one in (prior, windowed(prior))
-    )
-    whole.measure()
-    whole.factor = torch.rand(whole.factor.shape, generator=torch.Generator().manual_seed(4))
-    window.factor = whole.factor[FIRST : LAST + 1]
+    generator = torch.Generator().manual_seed(4)
+    states = prior.chain.num_steps + 1
+    factor, offset = torch.rand(states, 2, generator=generator), torch.rand(states, 1, generator=generator)
     step = torch.arange(FIRST, LAST + 1).repeat_interleave(10)
-    state = drawn.states[step, torch.arange(len(step))]
+    path = torch.arange(len(step))
+    state, following = (drawn.states[at, path] for at in (step, step + 1))
     output = evaluate(prior.denoiser, prior.chain, state, step, None)
-    expected = whole.target(state, step, output)
-    assert torch.equal(window.target(state, step, output), expected)
-    window.factor = window.factor.flip(0)
-    assert not torch.allclose(window.target(state, step, output), expected)  # control
+
+    def target(of: Prior, factor: Tensor) -> Tensor:
+        calibration = Calibration(factor, offset, torch.zeros(states))
+        drift = ValueDrift(of, population, Linear(), calibration, 1.0, generator)
+        return drift.target(state, following, step, output, None, step % 2 == 0)
+
+    expected = target(prior, factor)
+    assert torch.equal(target(windowed(prior), factor), expected)
+    assert not torch.allclose(target(windowed(prior), factor.flip(0)), expected)  # control
 
 
 def test_what_is_measured_lies_inside_the_window() -> None:
