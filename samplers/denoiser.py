@@ -45,19 +45,13 @@ def evaluate_in_parts(denoiser: Denoiser, chain: Chain, state: States, k: int, c
     return torch.cat([evaluate(denoiser, chain, state[place], k, selected(condition, place)) for place in places])
 
 
-def estimated_data(
-    prior: Denoiser, chain: Chain, state: States, step: Index, condition: Condition | None, output: States | None = None
-) -> States:
-    """The data as the prior expects them: x_hat at states of steps 0 to K, with a graph; a terminal state is what it is.
-
-    output: the prior's at these states, where it is known.
-    """
+def estimated_data(prior: Denoiser, chain: Chain, state: States, step: Index, condition: Condition | None) -> States:
+    """The data as the prior expects them: x_hat at states of steps 0 to K, with a graph; a terminal state is what it is."""
     last = step == chain.num_steps
     if bool(last.all()):
         return state
     before = step.clamp(max=chain.num_steps - 1)
-    if output is None:
-        output = evaluate(prior, chain, state, before, condition)
+    output = evaluate(prior, chain, state, before, condition)
     return torch.where(last.view(-1, *[1] * (state.ndim - 1)), state, chain.kernel.clean(state, before, output))
 
 

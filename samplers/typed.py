@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from .shapes import Index
@@ -31,16 +31,6 @@ def unique(values: Real[Tensor, " n"]) -> Real[Tensor, " distinct"]:
 def unique_with_inverse(values: Real[Tensor, " n"]) -> tuple[Real[Tensor, " distinct"], Index]:
     """(the distinct values in ascending order, for each value its index among them)."""
     return torch.unique(values, return_inverse=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-
-def unique_with_counts(values: Real[Tensor, " n"]) -> tuple[Real[Tensor, " distinct"], Int[Tensor, " distinct"]]:
-    """(the distinct values in ascending order, how often each occurs)."""
-    return torch.unique(values, return_counts=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-
-def solve(matrix: Float[Tensor, " n n"], right: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """x with matrix x = right. Errors: torch.linalg.LinAlgError for a singular matrix."""
-    return cast(Tensor, torch.linalg.solve(matrix, right))  # pyright: ignore[reportUnknownMemberType]
 
 
 def symmetric_pinv(matrix: Float[Tensor, " n n"]) -> Float[Tensor, " n n"]:

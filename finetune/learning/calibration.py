@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...samplers.shapes import Index
 from ..estimators import effective_number
 from ..populations.population import Population
 from .path_data import PathData
@@ -39,6 +40,14 @@ class Calibration(NamedTuple):
     nats: Float[Tensor, " states"]
 
 
+class Sides(NamedTuple):
+    """Of one condition: its paths, and their weights toward the tilted law and the prior, of sum 1 each."""
+
+    path: Index
+    tilted: Float[Tensor, " n"]
+    plain: Float[Tensor, " n"]
+
+
 @torch.no_grad()
 def calibrate(
     soft_value: SoftValue, data: PathData, population: Population, alpha: float, on_progress: Callable[[], None] | None = None
@@ -56,15 +65,13 @@ def calibrate(
             estimates[k, some] = soft_value.estimates(data(step, some), step, some, 1.0, group[some]).double()
         if on_progress:
             on_progress()
-    effective = effective_number(population.log_weight(alpha), population.trajectories.groups)
     tilted, plain = (importance_weight(population, each).double() for each in (alpha, math.inf))
-    factor = _best(estimates, population, tilted, plain, effective)
+    groups = population.trajectories.groups
+    sides = [Sides(index, *(weight[index] / weight[index].sum() for weight in (tilted, plain))) for index in groups]
+    factor = _best(estimates, sides, effective_number(population.log_weight(alpha), groups))
     log_h = torch.einsum("kne,ke->kn", estimates, factor)
-    parts = [
-        (index, *(weight[index] / weight[index].sum() for weight in (tilted, plain))) for index in population.trajectories.groups
-    ]
-    offset = torch.stack([_log_mean(log_h[:, index], base) for index, _, base in parts], 1)
-    nats = torch.stack([log_h[:, index] @ weight for index, weight, _ in parts], 1) - offset
+    offset = torch.stack([_log_mean(log_h[:, side.path], side.plain) for side in sides], 1)
+    nats = torch.stack([log_h[:, side.path] @ side.tilted for side in sides], 1) - offset
     return Calibration(factor.float(), offset.float(), nats.mean(1).float())
 
 
@@ -72,16 +79,9 @@ def _log_mean(value: Float[Tensor, "states n"], weight: Float[Tensor, " n"]) -> 
     return (value + weight.log()).logsumexp(1)
 
 
-def _best(
-    estimates: Float[Tensor, "states n 2"],
-    population: Population,
-    tilted: Float[Tensor, " n"],
-    plain: Float[Tensor, " n"],
-    effective: float,
-) -> Float[Tensor, "states 2"]:
+def _best(estimates: Float[Tensor, "states n 2"], sides: list[Sides], effective: float) -> Float[Tensor, "states 2"]:
     """The factors of the largest bound, less what they are from `EXPECTED`; all steps at once, since none sees another."""
-    groups = population.trajectories.groups
-    parts = [(estimates[:, index], *(weight[index] / weight[index].sum() for weight in (tilted, plain))) for index in groups]
+    parts = [(estimates[:, side.path], side) for side in sides]
     factor = torch.full((len(estimates), 2), EXPECTED, dtype=torch.float64, device=estimates.device, requires_grad=True)
     search = torch.optim.LBFGS([factor], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -89,9 +89,9 @@ def _best(
         search.zero_grad()
         with torch.enable_grad():
             far = 0.5 * (factor - EXPECTED).square().sum() / (SPREAD**2 * effective)
-            for each, weight, base in parts:
+            for each, side in parts:
                 value = torch.einsum("kne,ke->kn", each, factor)
-                far = far - (value @ weight - _log_mean(value, base)).sum() / len(parts)
+                far = far - (value @ side.tilted - _log_mean(value, side.plain)).sum() / len(parts)
             far.backward()  # pyright: ignore[reportUnknownMemberType]
         return far.detach()
 

@@ -9,11 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...samplers.condition import selected
-from ...samplers.denoiser import estimated_data, evaluate_in_parts
+from ...samplers.denoiser import evaluate_in_parts
 from ...samplers.prior import Prior
 from ...samplers.shapes import Index, States
-from ...samplers.trajectory import Trajectories, rows_at_once
+from ...samplers.trajectory import Trajectories
 
 
 class PathData:
@@ -50,13 +49,11 @@ class PathData:
     def _last(self) -> States:
         """Of the states that the last trained step leads to."""
         prior, k = self.prior, self.prior.chain.last_trained + 1
-        everyone = torch.arange(len(self.paths), device=self.paths.states.device)
-        parts = torch.split(everyone, rows_at_once(prior.shape, prior.device))
-        return torch.cat([self._at(k, part) for part in parts])
-
-    def _at(self, k: int, path: Index) -> States:
-        condition, step = selected(self.paths.condition, path), torch.full_like(path, k)
-        return estimated_data(self.prior.denoiser, self.prior.chain, self.paths.states[k, path], step, condition)
+        state = self.paths.states[k]
+        if k == prior.chain.num_steps:
+            return state
+        output = evaluate_in_parts(prior.denoiser, prior.chain, state, k, self.paths.condition)
+        return prior.chain.kernel.clean(state, k, output)
 
     def spread(self) -> Float[Tensor, " steps"]:
         """Standard deviation over paths and dimensions at each step, 1 before the first trained one."""

@@ -97,12 +97,8 @@ class Preparation:
 
     def _learn_value(self, population: Population, times: float) -> None:
         """The soft value, and where the warm start follows it, its calibration."""
-        config, generator, paths, kernels = (
-            self.config,
-            self.noise.generator,
-            population.trajectories,
-            self.prior.chain.num_kernels,
-        )
+        config, generator = self.config, self.noise.generator
+        paths, kernels = population.trajectories, self.prior.chain.num_kernels
         updates, follows = config.soft_value_updates, config.warm_start == "value_drift"
         steps = 2 * updates + kernels * (paths.prior_outputs is None) + (kernels + 1) * follows
         with self.bar(steps, "soft value, two networks") as bar:
