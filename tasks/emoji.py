@@ -67,15 +67,13 @@ def category(*wanted: str) -> ClassEnergy:
 
 def recipe() -> RunConfig:
     """Redder pictures for six prompts at K = 20: the training of a prior that nothing is known of, with three times its paths,
-    for longer and at a lower rate."""
+    for longer."""
     train = replace(
         pretrained_recipe().train,
         alpha=0.2,
         population_size=12_000,
         soft_value_updates=1500,
-        warm_start_updates=1200,
-        warm_start_learning_rate=1.5e-4,
-        ema_decay=0.99,
+        warm_start_updates=800,
     )
     return RunConfig(
         task="emoji",

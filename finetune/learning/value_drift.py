@@ -35,11 +35,10 @@ from .calibration import Calibration
 from .gradients import MAX_CHUNK, Gather, NoSync, Scale
 from .rows import step_share, stratified
 from .soft_value import LARGEST, SoftValue, importance_weight
+from .trust import Trust
 
 RESCALED_AT = 0.5  # share of the warm start after which the policy's own shift says what the targets are worth
 RESCALED, MOST = 0.6, 3.0  # the factor from that: Gaussian around 1, with this spread before it is measured; its largest value
-SHRUNK, GROWN = 0.9, 1.02  # an update's bound, after one by which the policy is further from its targets than the prior, or not
-RECENT = 0.9  # decay of the averages that tell
 EASED, EVEN_FROM = 0.8, 0.7  # power to which narrow kernels count less at first; share of the warm start where all count in nats
 
 
@@ -47,8 +46,7 @@ class ValueDrift:
     """Targets for the policy's shift, and the gradient of learning them.
 
     no_sync: goes around a forward and backward of the policy that another one will follow. chunk: rows at once.
-    trust: share of an update's bound in nats that the noise of its gradient leaves.
-    calibration: of log h. scale: of the targets (`rescale`).
+    calibration: of log h. scale: of the targets (`rescale`). trust: how far updates may go.
     """
 
     def __init__(
@@ -64,18 +62,17 @@ class ValueDrift:
         self.no_sync, self.chunk = no_sync, MAX_CHUNK
         self.prior, self.population, self.soft_value, self.calibration = prior, population, soft_value, calibration
         self.alpha, self.generator = alpha * soft_value.times, generator
-        self.scale, self.trust = 1.0, 1.0
-        self._misses = torch.zeros(2, dtype=torch.float64, device=prior.device)
+        self.scale, self.trust = 1.0, Trust()
         self._tilted, self._plain = (importance_weight(population, each) for each in (self.alpha, math.inf))
         self._moves = prior.chain.sensitivity.float().to(prior.device)
         self._probability = step_share(prior.chain).to(prior.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"calibration": self.calibration._asdict(), "scale": self.scale, "trust": self.trust, "misses": self._misses}
+        return {"calibration": self.calibration._asdict(), "scale": self.scale, "trust": self.trust.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.scale, self.trust = state_dict["scale"], state_dict["trust"]
-        self._misses = state_dict["misses"].to(self._misses)
+        self.scale = state_dict["scale"]
+        self.trust.load_state_dict(state_dict["trust"])
 
     def _log_h(self, data: States, step: Index, group: Index, times: float = 1.0) -> Float[Tensor, " n"]:
         """Nats, with a graph, at the temperature that was learned at; at one lower by ``times``, up to a constant of the step."""
@@ -139,6 +136,7 @@ class ValueDrift:
             doubt = variance * RESCALED**-2
             c = (mean_drawn * mean_expected + doubt) / (mean_expected**2 + doubt)
             self.scale = min(max(c, 0.0), MOST)
+        self.trust.renew()
 
     def eased(self, progress: float) -> Float[Tensor, " kernels"]:
         """What each trained step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.
@@ -164,7 +162,7 @@ class ValueDrift:
         )
         path = torch.where(tilted, of_tilted, of_prior)
         total = torch.zeros((), device=states.device)
-        misses = torch.zeros_like(self._misses)
+        sides = torch.zeros(2, dtype=torch.float64, device=states.device)
         parts = list(zip(*(torch.split(rows, self.chunk) for rows in (row, path, tilted)), strict=True))
         for of, paths, kind in parts:
             at, condition = chain.step_of_row(of), selected(self.population.trajectories.condition, paths)
@@ -176,19 +174,10 @@ class ValueDrift:
                 output = evaluate(policy, chain, state, at, condition)
                 miss = chain.kernel.shift(state, at, output, prior_output, straight=True) - target
                 share = eased[of] / (count * self._probability[of])
-                missed, asked = (0.5 * share * side.flatten(1).square().sum(1) for side in (miss, target))
+                asked, missed = (0.5 * share * side.flatten(1).square().sum(1) for side in (target, miss))
                 loss = scale(missed.sum())
                 backward(loss)
             total += loss.detach()
-            misses += torch.stack([missed.detach(), asked]).double().sum(1)
-        self._believe(misses)
+            sides += torch.stack([asked, missed.detach()]).double().sum(1)
+        self.trust.observe(*floats(sides))
         return total
-
-    def _believe(self, misses: Float[Tensor, " 2"]) -> None:
-        """Set ``trust`` by the losses of policy and prior on the same rows [2].
-
-        An update that is too long for the noise of its gradient leaves the policy further from its targets than the prior is.
-        """
-        self._misses = RECENT * self._misses + (1 - RECENT) * misses
-        policy, prior = floats(self._misses)
-        self.trust = self.trust * SHRUNK if policy > prior else min(1.0, self.trust * GROWN)

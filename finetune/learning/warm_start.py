@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from jaxtyping import Float
@@ -61,11 +62,13 @@ def _update(state: TrainState, bar: Any, update: int, total: int) -> None:
     forward = state.preparation.forward_kl
     loss_scale = scaler.get_scale()
     with uninterrupted():
-        trust = 1.0 if drift is None else state.processes.mean(drift.trust)
-        nats = state.optimization.step(trust * config.warm_start_step_nats)
+        bound = math.inf if drift is None else state.processes.mean(drift.trust.nats)
+        nats = state.optimization.step(min(bound, config.warm_start_step_nats))
         record: dict[str, Any] = {"loss": state.processes.mean(loss.item() / loss_scale), "step_nats": nats}
         if nats is None:
             record["skipped"] = True
+        if drift is not None and update == 0:
+            record["soft_value_nats"] = drift.calibration.nats[-1].item()
         if forward is not None and forward.alpha > config.alpha:
             record["alpha"] = forward.alpha
         every = max(1, total // WATCHES)

@@ -14,6 +14,7 @@ from tiltune.finetune.learning.path_data import PathData
 from tiltune.finetune.learning.soft_value import SoftValue, fit_soft_value, importance_weight
 from tiltune.finetune.learning.step_bound import StepBound
 from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.learning.trust import Trust
 from tiltune.finetune.learning.value_drift import ValueDrift
 from tiltune.finetune.learning.value_network import ValueNetwork
 from tiltune.finetune.populations.held_out import HeldOut
@@ -471,28 +472,25 @@ def test_few_paths_leave_the_scale_near_1_and_what_is_no_number_at_1(task, popul
     assert drift.scale == 1.0
 
 
-def test_bounds_shrink_while_the_policy_is_further_from_its_targets_than_the_prior(task, population):
-    """And come back once it is not; the prior itself, no further than the prior, keeps its trust."""
+def test_trust_sees_what_the_targets_ask_for_and_what_the_policy_misses(task, population):
+    """Weighed as the loss is at that time."""
     policy = Shift(task)
     drift = unweighed(drift_of(task, population, truth(task), truth(task)))
-
-    def trust_after(updates, factor):
+    drift._moves = torch.linspace(0.5, 2.0, len(drift._moves))
+    seen = []
+    drift.trust.observe = lambda *sides: seen.append(sides)
+    nats = {progress: (0.5 * drift.eased(progress)[:, None] * best_shift(task).square()).sum().item() for progress in (0.0, 1.0)}
+    assert nats[0.0] < 0.9 * nats[1.0]
+    for factor, progress in ((0.0, 0.0), (2.5, 1.0)):
         with torch.no_grad():
             policy.theta.copy_(factor * best_shift(task).float())
-        for _ in range(updates):
-            drift.backward(policy, 200, lambda value: 8 * value)
-        return drift.trust
-
-    assert trust_after(5, 0.0) == 1.0
-    shrunk = trust_after(5, 2.5)  # |2.5 - 1| > 1
-    assert shrunk < 0.9**3
-    assert trust_after(30, 0.5) > shrunk
-    other = drift_of(task, population, truth(task), truth(task))
-    other.load_state_dict(drift.state_dict())
-    assert other.trust == drift.trust and torch.equal(other._misses, drift._misses)
+        drift.backward(policy, 800, lambda value: 8 * value, progress)
+    (asked, missed), (again, far) = seen
+    assert asked == missed == pytest.approx(nats[0.0], rel=0.01)
+    assert again == pytest.approx(nats[1.0], rel=0.01) and far == pytest.approx(1.5**2 * nats[1.0], rel=0.01)
 
 
-def test_a_warm_start_takes_shorter_steps_where_it_trusts_less(task, population, monkeypatch):
+def test_a_warm_start_takes_no_longer_steps_than_trust_or_the_config_allow(task, population, monkeypatch):
     limits = []
     shorten = StepBound.shorten
 
@@ -501,23 +499,25 @@ def test_a_warm_start_takes_shorter_steps_where_it_trusts_less(task, population,
         return shorten(self, before, weights, limit)
 
     monkeypatch.setattr(StepBound, "shorten", watched)
-    for trust in (1.0, 0.1):
+    for nats in (1e-3, 1e-4, 10.0):
         limits.append([])
-        monkeypatch.setattr(ValueDrift, "_believe", lambda self, misses, trust=trust: setattr(self, "trust", trust))
+        monkeypatch.setattr(Trust, "nats", nats)
         config = TrainConfig(
             population_size=60, soft_value_updates=2, warm_start="value_drift", warm_start_updates=6, warm_start_rows=16
         )
         Trainer(task.prior(), task.energy, replace(config, updates=0), policy=Shift(task), progress=False).train()
-    assert len(limits[0]) == len(limits[1]) > 2
+    assert len(limits[0]) == len(limits[1]) == len(limits[2]) > 2
     assert limits[1] == pytest.approx([0.1 * limit for limit in limits[0]])
+    assert limits[2] == pytest.approx([1e3 * limit for limit in limits[0]])  # warm_start_step_nats, 1
 
 
-def test_the_scale_is_kept(task, population):
+def test_scale_and_trust_are_kept(task, population):
     drift = drift_of(task, population, truth(task), noise(4))
     drift.scale = 1.5
+    drift.trust.observe(2.0, 1.0)
     other = drift_of(task, population, truth(task), noise(4))
     other.load_state_dict(drift.state_dict())
-    assert other.scale == 1.5
+    assert other.scale == 1.5 and other.trust.state_dict() == drift.trust.state_dict()
 
 
 # --- cumulants ------------------------------------------------------------------------------------------------------------
