@@ -56,8 +56,10 @@ def test_a_hundred_million_parameters_train_within_8_gb(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stable_diffusion_in_its_own_size_takes_an_update_within_16_gb(tmp_path: Path) -> None:
-    """The UNet and the decoder of Stable Diffusion 1.5 with random weights; LoRA, K = 10, a group of two, guidance 7.5."""
+@pytest.mark.parametrize("steps", (2, 10))
+def test_stable_diffusion_in_its_own_size_takes_an_update_within_16_gb(tmp_path: Path, steps: int) -> None:
+    """The UNet and the decoder of Stable Diffusion 1.5 with random weights; LoRA, a group of two, guidance 7.5. The few steps
+    take a fifth of the time, and show the same memory."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -79,5 +81,5 @@ def test_stable_diffusion_in_its_own_size_takes_an_update_within_16_gb(tmp_path:
     StableDiffusionPipeline(**parts, **none, scheduler=scheduler).save_pretrained(tmp_path / "prior")
     del network, vae, parts
     asked = ["--prompts", "a cat", "--policy", "lora", "--rank", 4, "--updates", 1, "--batch-size", 2, "--threads", 2]
-    peak, expected = trained(tmp_path, "--steps", 10, *asked, "--gradient-checkpointing")
+    peak, expected = trained(tmp_path, "--steps", steps, *asked, "--gradient-checkpointing")
     assert peak < 16 and peak == pytest.approx(expected, rel=0.2)
