@@ -66,7 +66,6 @@ class Preparation:
         self.soft_value: SoftValue | None = None
         self.forward_kl: ForwardKL | None = None
         self.value_drift: ValueDrift | None = None
-        self._calibration: Calibration | None = None
         self._settled: dict[str, Any] = {"population": None, "value_drift": None}
 
     def run(self, log_z: LogZ) -> None:
@@ -86,17 +85,15 @@ class Preparation:
         weights, count = self.processes.gather(population.log_weight(alpha)), self.prior.num_conditions
         group = self.processes.gather(population.trajectories.group)
         self.effective = effective_number(weights, members(group, count))
-        if config.soft_value_updates:
-            self._learn_value(population, times)
-        self._make_teachers()
+        self._make_teachers(self._learn_value(population, times) if config.soft_value_updates else None)
         if population.tempering is not None:
             assert self.forward_kl is not None
             self.forward_kl.alpha = math.inf
             self._cool()
         self._check_bridge()
 
-    def _learn_value(self, population: Population, times: float) -> None:
-        """The soft value, and where the warm start follows it, its calibration."""
+    def _learn_value(self, population: Population, times: float) -> Calibration | None:
+        """Set ``soft_value``; returns its calibration where the warm start follows it."""
         config, generator = self.config, self.noise.generator
         paths, kernels = population.trajectories, self.prior.chain.num_kernels
         updates, follows = config.soft_value_updates, config.warm_start == "value_drift"
@@ -107,10 +104,9 @@ class Preparation:
             value = fit_soft_value(population, data, config.alpha, updates, generator, bar.update, times, waves=waves)
             own = calibrate(value, data, population, times * config.alpha, bar.update) if follows else None
         self.soft_value = value
-        if own is not None:
-            self._calibration = Calibration(*(self.processes.gather(part[None]).mean(0) for part in own))
         # What the prior said along the paths has served.
         self.population = replace(population, trajectories=population.trajectories.with_(prior_outputs=None))
+        return None if own is None else Calibration(*(self.processes.gather(part[None]).mean(0) for part in own))
 
     def _populate(self) -> tuple[Population, float]:
         """The population, and the temperature at which it can stand for a tilted law, over the target's; sets ``held_out``."""
@@ -197,16 +193,16 @@ class Preparation:
             return None
         return HeldOut.draw(self.prior, paths, alpha, times, generator)
 
-    def _make_teachers(self) -> None:
-        """`ForwardKL` and, where the warm start follows it, `ValueDrift`."""
+    def _make_teachers(self, calibration: Calibration | None) -> None:
+        """`ForwardKL` and, where there is a calibration to follow the soft value by, `ValueDrift`."""
         config, generator, population = self.config, self.noise.generator, self.population
         assert population is not None
         no_sync = partial(self.processes.no_sync, self.policy)
         self.forward_kl = ForwardKL(self.prior, self.policy, population, self.soft_value, config, generator, no_sync)
-        if config.warm_start != "value_drift":
+        if calibration is None:
             return
-        assert self.soft_value is not None and self._calibration is not None
-        drift = ValueDrift(self.prior, population, self.soft_value, self._calibration, config.alpha, generator, no_sync)
+        assert self.soft_value is not None
+        drift = ValueDrift(self.prior, population, self.soft_value, calibration, config.alpha, generator, no_sync)
         few = population.trajectories.select(torch.arange(6, device=self.prior.device) % len(population))
         rows = self.size["warm_start_rows"]
         with no_sync():
@@ -256,9 +252,8 @@ class Preparation:
             steps = prior.chain.last_trained + 1
             self.soft_value = SoftValue.from_state_dict(state_dict["soft_value"], prior.shape, steps, device)
         drift = state_dict["value_drift"]
-        if drift is not None:
-            self._calibration = Calibration(**{name: part.to(device) for name, part in drift["calibration"].items()})
-        self._make_teachers()
+        known = None if drift is None else {name: part.to(device) for name, part in drift["calibration"].items()}
+        self._make_teachers(None if known is None else Calibration(**known))
         assert self.forward_kl is not None
         self.forward_kl.load_state_dict(state_dict["forward_kl"])
         if self.value_drift is not None and drift is not None:

@@ -79,7 +79,7 @@ def draw_exact(
         def log_potential(data: Tensor) -> Tensor:
             return -meter(data, **context_of(policy.prior.condition(len(data)))) / run.config.train.alpha
 
-        twist = None if soft_value is None else Twist(partial(_value, run.prior, soft_value, row), candidates)
+        twist = None if soft_value is None else Twist(partial(_value, policy.prior, soft_value, row), candidates)
         total, before = proposals if proposals is not None else max(10 * count, 1000), meter.calls
         with progress_bar(total, "proposals") as advance:
             drawn = importance_resample(
@@ -96,10 +96,9 @@ def draw_exact(
 
 
 def _value(prior: Prior, soft_value: SoftValue, row: int, state: Tensor, k: int) -> Tensor:
-    """log h of states at step ``k`` of the condition ``row``, nats."""
+    """log h of states at step ``k``, nats. prior: of one condition, which is the ``row`` of those that the soft value knows."""
     step, group = (torch.full((len(state),), number, device=state.device) for number in (k, row))
-    condition = None if prior.condition_table is None else Condition(prior.condition_table, group)
-    return soft_value(estimated_data(prior.denoiser, prior.chain, state, step, condition), step, group)
+    return soft_value(estimated_data(prior.denoiser, prior.chain, state, step, prior.condition(len(state))), step, group)
 
 
 def trust(exact: Exact) -> str:

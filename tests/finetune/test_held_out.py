@@ -250,11 +250,14 @@ def test_no_learning_rate_ends_worse_than_the_prior(task, times, warm_start):
 
 
 def test_without_bound_and_kept_weights_the_highest_rate_ends_far_worse(task, monkeypatch):
-    """The control for the test above: the warm start `tlm` at 1000 times the rate."""
+    """The control for the test above: the warm start `tlm` at 1000 times the rate. How far a run goes that nothing holds is
+    chance (18 to 1e30 times the prior's gap, six seeds), so the worst of three counts."""
     monkeypatch.setattr(StepBound, "shorten", lambda self, before, weights, limit: 0.0)
     monkeypatch.setattr(Kept, "offer", lambda self, nats, weights, **rest: self.weights.__setitem__(slice(None), weights))
-    result = Trainer(task.prior(), task.energy, rates(1000.0), policy=policy_of(task.prior()), progress=False).train()
-    assert not gap_of(task, result.policy)[0] < 30 * gap_of(task, task.prior().denoiser)[0]
+    configs = [rates(1000.0, seed=seed) for seed in range(3)]
+    results = [Trainer(task.prior(), task.energy, one, policy=policy_of(task.prior()), progress=False).train() for one in configs]
+    bar = 100 * gap_of(task, task.prior().denoiser)[0]
+    assert not all(gap_of(task, result.policy)[0] < bar for result in results)
 
 
 @pytest.mark.parametrize("sabotaged", [True, False])
