@@ -36,13 +36,17 @@ def evaluate(denoiser: Denoiser, chain: Chain, state: States, step: Steps, condi
 
 
 @torch.no_grad()
-def evaluate_in_parts(denoiser: Denoiser, chain: Chain, state: States, k: int, condition: Condition | None) -> States:
-    """`evaluate` at step k, `rows_at_once` states at a time: a large network then takes the memory of few of them."""
+def evaluate_in_parts(denoiser: Denoiser, chain: Chain, state: States, step: Steps, condition: Condition | None) -> States:
+    """`evaluate`, `rows_at_once` states at a time: a large network then takes the memory of few of them."""
     rows = rows_at_once(tuple(state.shape[1:]), state.device)
     if len(state) <= rows:
-        return evaluate(denoiser, chain, state, k, condition)
-    places = [slice(first, first + rows) for first in range(0, len(state), rows)]
-    return torch.cat([evaluate(denoiser, chain, state[place], k, selected(condition, place)) for place in places])
+        return evaluate(denoiser, chain, state, step, condition)
+    outputs: list[States] = []
+    for first in range(0, len(state), rows):
+        place = slice(first, first + rows)
+        at = step if isinstance(step, int) else step[place]
+        outputs.append(evaluate(denoiser, chain, state[place], at, selected(condition, place)))
+    return torch.cat(outputs)
 
 
 def estimated_data(prior: Denoiser, chain: Chain, state: States, step: Index, condition: Condition | None) -> States:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...samplers.condition import Condition, selected
-from ...samplers.denoiser import evaluate
+from ...samplers.denoiser import evaluate_in_parts
 from ...samplers.prior import Prior
 from ...samplers.shapes import AnyShape, Index, States
 from ...samplers.trajectory import Trajectories
@@ -81,7 +81,7 @@ class StepBound:
 
     def _evaluate(self) -> States:
         assert self.state is not None
-        return evaluate(self.policy, self.prior.chain, self.state, self.step, self.condition)
+        return evaluate_in_parts(self.policy, self.prior.chain, self.state, self.step, self.condition)
 
     def _nats(self, output: States) -> float:
         """The mean over the processes."""

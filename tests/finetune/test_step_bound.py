@@ -7,7 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from tiltune.finetune.learning.step_bound import GROWTH, StepBound
+from tiltune.finetune.learning.step_bound import GROWTH, ROWS, StepBound
+from tiltune.samplers import denoiser
 from tiltune.samplers.denoiser import ResidualDenoiser
 from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.rollout import rollout
@@ -103,6 +104,19 @@ def moved_by(task, policy, before, states):
     for own, weight in zip(trained(policy), after, strict=True):
         own.copy_(weight)
     return total
+
+
+def test_a_large_network_sees_few_states_at_once(task, states, monkeypatch):
+    """The nats are those of all states at once; without the split sixteen of Stable Diffusion's, both halves, take its memory."""
+    at_once, nats = [], []
+    for rows in (100, 3):
+        monkeypatch.setattr(denoiser, "rows_at_once", lambda shape, device, rows=rows: rows)
+        policy = nonlinear(task.prior())
+        policy.register_forward_pre_hook(lambda _, inputs: at_once.append(len(inputs[0])))
+        bound = bound_of(task, policy, states)
+        nats.append(bound.shorten(step(policy, 1e-3), trained(policy), math.inf))
+    assert nats[1] == pytest.approx(nats[0], rel=1e-4) and nats[0] > 0
+    assert at_once == 2 * [ROWS] + 2 * (ROWS // 3 * [3] + [ROWS % 3])
 
 
 def test_a_constant_shift_has_the_nats_of_its_closed_form(task, states):
