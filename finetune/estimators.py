@@ -1,4 +1,4 @@
-"""Estimators from log-weights: log Z, ELBO, EUBO, effective sample sizes, Pareto-k, each with its standard error.
+"""Estimators from log-weights: log Z, ELBO, EUBO, effective sample sizes, each with its standard error.
 
 ``log_weight`` is lw = -E/alpha - Λ of a policy trajectory; ``target_weight`` normalized weights of the tilted law.
 """
@@ -73,43 +73,6 @@ def mean(value: Float[Tensor, " n"]) -> tuple[float, float]:
     """Plain mean and its standard error."""
     value = value.double()
     return value.mean().item(), (value.std() / math.sqrt(len(value))).item()
-
-
-def pareto_k(log_weight: Float[Tensor, " n"]) -> float:
-    """Shape of a generalised Pareto fitted to the largest weights: above .7 the mean of the weights cannot be trusted.
-
-    The tail is min(N/5, 3 sqrt(N)) weights (Vehtari et al. 2024, arXiv 1507.02646); the fit is Zhang and Stephens 2009
-    with the weak prior of the former. Fewer than 5 tail points, or a flat tail, give inf and -inf.
-
-    Energies of few values, a count of bytes for one, give tied weights, and a tail cannot begin inside a tie: it begins above
-    it, or where fewer than 5 are above, below it. Its foot is halfway between the last value below and the first one in it.
-    """
-    finite = log_weight[torch.isfinite(log_weight)].double().cpu()
-    tail_size = int(min(len(finite) / 5, 3 * math.sqrt(len(finite))))
-    if tail_size < 5:
-        return math.inf
-    ordered = (finite - finite.max()).exp().sort().values
-    tie = ordered[-tail_size - 1]
-    # Nearly equal largest weights (an energy that is flat in its best mode) are no tail at all.
-    if ordered[-1] - tie <= 1e-3 * tie:
-        return -math.inf
-    inside = ordered - tie > 1e-9 * (ordered[-1] - tie)
-    if inside.sum() < 5:
-        inside = ordered >= tie
-    tail, below = ordered[inside], ordered[~inside]
-    if len(below) == 0:
-        return math.inf
-    excess = tail - 0.5 * (below[-1] + tail[0])
-    tail_size = len(tail)
-    count = 30 + int(math.sqrt(tail_size))
-    quartile = excess[int(tail_size / 4 + 0.5) - 1]
-    grid = torch.arange(1, count + 1, dtype=torch.float64)
-    theta = 1 / excess[-1] + (1 - (count / (grid - 0.5)).sqrt()) / (3 * quartile)
-    shape = torch.log1p(-theta[:, None] * excess).mean(1)
-    profile = tail_size * (torch.log(-theta / shape) - shape - 1)
-    theta_hat = (profile.softmax(0) * theta).sum()
-    k = torch.log1p(-theta_hat * excess).mean().item()
-    return (k * tail_size + 0.5 * 10) / (tail_size + 10)
 
 
 def start_variance(log_weight: Float[Tensor, " starts rollouts"]) -> tuple[float, float]:

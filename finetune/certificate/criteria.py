@@ -15,6 +15,7 @@ STANDARD_ERRORS = 2.6  # 99% of a normal law lie within
 MIN_TARGET_ESS = 300.0
 MAX_TARGET_WEIGHT = 0.02
 MAX_PARETO_K = 0.7
+MAX_UNSEEN = 0.05  # share of the target's weight that a tail with a larger k may hold beyond the largest weight drawn
 MAX_START_VARIANCE = 0.05
 # The shown difference from which a policy fails although the target side is too thin for a task's own criteria.
 GROSS = 0.15
@@ -87,19 +88,32 @@ def target_side_doubts(metrics: dict[str, Any]) -> list[str]:
 
 
 def thin_target(metrics: dict[str, Any]) -> list[str]:
-    """Too few effective target samples, or weights with a tail so heavy that their number cannot be trusted."""
+    """Too few effective target samples, or weights with a tail so heavy that their number cannot be trusted.
+
+    A large Pareto-k alone says how the tail falls, not what is in it: both are asked.
+    """
     doubts = []
     if metrics["target_ess"] < MIN_TARGET_ESS:
         doubts.append(f"the target side has {metrics['target_ess']:.0f} effective samples, fewer than {MIN_TARGET_ESS:.0f}")
-    if metrics["target_pareto_k"] > MAX_PARETO_K:
-        doubts.append(f"the target side's Pareto-k is {metrics['target_pareto_k']:.2f}, above {MAX_PARETO_K}")
+    if _heavy(metrics):
+        unseen = metrics["target_unseen"]
+        part = f"{unseen:.0%}" if math.isfinite(unseen) else "any part"
+        doubts.append(
+            f"the target side's Pareto-k is {metrics['target_pareto_k']:.2f}, above {MAX_PARETO_K}: {part} of its weight may lie"
+            " in samples that were not drawn"
+        )
     return doubts
+
+
+def _heavy(metrics: dict[str, Any]) -> bool:
+    """Whether the tail of the target's weights may hold more than was drawn shows."""
+    return not (metrics["target_pareto_k"] <= MAX_PARETO_K or metrics["target_unseen"] <= MAX_UNSEEN)
 
 
 def rollouts_to_trust(metrics: dict[str, Any], size: int) -> int | None:
     """The rollouts a side with which `target_side_doubts` would find nothing, where their number is all that is missing."""
     times = max(MIN_TARGET_ESS / max(metrics["target_ess"], 1e-300), metrics["target_max_weight"] / MAX_TARGET_WEIGHT)
-    if times <= 1 or not metrics["target_pareto_k"] <= MAX_PARETO_K:
+    if times <= 1 or _heavy(metrics):
         return None
     return math.ceil(11 * times * size / 1000) * 100
 

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..estimators import ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
+from ..estimators import ess, log_mean_exp, mean, start_variance, weighted_mean
+from ..weight_tail import pareto_k, weight_tail
 from .bins import BINS, filled, weighted_quantiles
 from .evidence import Evidence
 from .reference import reference_metrics
@@ -29,6 +30,7 @@ def path_metrics(evidence: Evidence) -> dict[str, Any]:
     target_lw = evidence.log_weight_on_target
     reverse, forward = log_mean_exp(lw), forward_log_z(evidence)
     inverse = weighted_mean((target_lw.double() - forward[0]).exp(), target)[0]
+    tail = weight_tail(evidence.target_log_weight)
     residual = -(lw[finite] - reverse[0])
     metrics: dict[str, Any] = {
         "log_z": reverse[0],
@@ -46,7 +48,8 @@ def path_metrics(evidence: Evidence) -> dict[str, Any]:
         "violation_rate": (~finite).double().mean().item(),
         "target_ess": target_effective(evidence),
         "target_max_weight": target.max().item(),
-        "target_pareto_k": pareto_k(evidence.target_log_weight),
+        "target_pareto_k": tail.k,
+        "target_unseen": tail.unseen,
         "kl_per_step": [round(value, 6) for value in evidence.step_kl.tolist()],
     }
     if evidence.climbed is not None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ...finetune.certificate.criteria import MAX_PARETO_K
 from ...finetune.energies.energy import EnergyMeter
-from ...finetune.estimators import pareto_k
 from ...finetune.learning.soft_value import SoftValue
 from ...finetune.runs.bar import progress_bar
 from ...finetune.runs.run import Run
+from ...finetune.weight_tail import pareto_k
 from ...samplers.condition import Condition, context_of, members
 from ...samplers.denoiser import estimated_data
 from ...samplers.moves import PARTS

@@ -28,6 +28,7 @@ KNOWN = {
     "target_ess": 5000.0,
     "target_max_weight": 0.001,
     "target_pareto_k": 0.2,
+    "target_unseen": 0.001,
 }
 
 MET, MISSED, UNKNOWN = Criterion("good", 0.1, 0.2), Criterion("bad", 0.3, 0.2), Criterion("lost", math.nan, 0.2)
@@ -78,12 +79,22 @@ def test_known_truth_without_a_reference_gap_leaves_it_out() -> None:
     assert judge_known({**KNOWN, "gap": 50.0, "gap_reference": None})[0] == "pass"
 
 
-@pytest.mark.parametrize(("name", "value"), [("target_ess", 250.0), ("target_max_weight", 0.03), ("target_pareto_k", 0.8)])
-def test_doubts_about_the_target_side_are_inconclusive_never_a_failure(name: str, value: float) -> None:
-    metrics = {**KNOWN, name: value}
+@pytest.mark.parametrize(
+    "side",
+    [{"target_ess": 250.0}, {"target_max_weight": 0.03}, {"target_pareto_k": 0.8, "target_unseen": 0.1}],
+)
+def test_doubts_about_the_target_side_are_inconclusive_never_a_failure(side: dict[str, float]) -> None:
+    metrics = {**KNOWN, **side}
     assert len(target_side_doubts(metrics)) == 1
     assert judge_known(metrics)[0] == "inconclusive"
     assert judge_known({**metrics, "mode_tv": 0.5})[0] == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("k", "unseen", "doubts"), [(0.9, 0.03, 0), (0.9, 0.06, 1), (1.2, math.inf, 1), (0.3, 0.06, 0), (math.nan, math.nan, 1)]
+)
+def test_a_heavy_tail_is_a_doubt_where_it_may_hold_much(k: float, unseen: float, doubts: int) -> None:
+    assert len(target_side_doubts({**KNOWN, "target_pareto_k": k, "target_unseen": unseen})) == doubts
 
 
 def test_a_criterion_that_is_expected_and_not_there_is_a_doubt() -> None:
@@ -111,8 +122,9 @@ def test_a_policy_that_is_worse_than_its_prior_is_called_so(policy: float, prior
 
 
 def test_the_rollouts_that_the_target_side_lacks() -> None:
-    enough = {"target_ess": 400.0, "target_max_weight": 0.01, "target_pareto_k": 0.3}
+    enough = {"target_ess": 400.0, "target_max_weight": 0.01, "target_pareto_k": 0.3, "target_unseen": 0.01}
     assert rollouts_to_trust(enough, 1000) is None
     assert rollouts_to_trust(enough | {"target_ess": 150.0}, 1000) == 2200  # twice as many, and a tenth more
     assert rollouts_to_trust(enough | {"target_max_weight": 0.06}, 1000) == 3300
-    assert rollouts_to_trust(enough | {"target_ess": 150.0, "target_pareto_k": 0.9}, 1000) is None  # no number mends a tail
+    heavy = {"target_ess": 150.0, "target_pareto_k": 0.9, "target_unseen": 0.2}
+    assert rollouts_to_trust(enough | heavy, 1000) is None  # no number mends a tail

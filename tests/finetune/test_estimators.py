@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiltune.finetune.estimators import adequate_alpha, ess, log_mean_exp, mean, pareto_k, start_variance, weighted_mean
+from tiltune.finetune.estimators import adequate_alpha, ess, log_mean_exp, mean, start_variance, weighted_mean
 
 
 def log_weights(count: int = 500, seed: int = 0) -> torch.Tensor:
@@ -87,55 +87,6 @@ def test_standard_errors_are_those_of_repeated_draws(estimator: str) -> None:
     spread = float(np.std(values, ddof=1))
     assert spread == pytest.approx(float(np.mean(errors)), rel=0.12)
     assert abs(float(np.mean(values)) - truth) < 4 * spread / 20 + 0.001
-
-
-@pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
-def test_pareto_k_recovers_a_known_tail(shape: float) -> None:
-    """Generalised Pareto weights of shape k: a tail of 424 fits k to (1 + k)/sqrt(424); the mean of 40 within .05.
-
-    The bar also holds the weak prior's pull toward .5, 10/434 of the distance.
-    """
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(40):
-        uniform = torch.rand(20_000, generator=generator, dtype=torch.float64)
-        weight = (uniform ** (-shape) - 1) / shape
-        found.append(pareto_k((weight + 1e-9).log()))
-    assert abs(float(np.mean(found)) - shape) < 0.05
-    assert float(np.std(found)) < 1.4 * (1 + shape) / math.sqrt(424)
-
-
-@pytest.mark.parametrize("stride", [0.05, 0.25])
-@pytest.mark.parametrize("shape", [0.3, 1.0])
-def test_pareto_k_of_energies_in_few_values(shape: float, stride: float) -> None:
-    """Log-weights cut to multiples of a stride are a Pareto law in steps, many tied weights each; 20 draws.
-
-    The mean is within .1 of the shape: at the coarse stride a light tail holds some eight values, and their foot is a guess.
-    """
-    generator = torch.Generator().manual_seed(4)
-    found = []
-    for _ in range(20):
-        exponential = -torch.rand(20_000, generator=generator, dtype=torch.float64).log()
-        found.append(pareto_k((exponential * shape / stride).floor() * stride))
-    assert max(abs(k - shape) for k in found) < 0.3, "a tie at the tail's foot gave up to 15"
-    assert float(np.mean(found)) == pytest.approx(shape, abs=0.1)
-
-
-def test_pareto_k_of_two_values() -> None:
-    number = torch.arange(20_000)
-    assert pareto_k(torch.where(number < 2000, 3.0, 0.0)) == -math.inf, "the larger weights are all equal"
-    assert pareto_k(torch.where(number < 50, 3.0, 0.0)) < 0.7
-    assert pareto_k(torch.where(number < 3, 3.0, 0.0)) == math.inf, "three weights are no tail"
-
-
-def test_pareto_k_of_little_data_light_tails_and_zero_weights() -> None:
-    generator = torch.Generator().manual_seed(0)
-    assert pareto_k(torch.randn(20, generator=generator)) == math.inf
-    assert pareto_k(torch.zeros(1000)) == -math.inf
-    assert pareto_k(torch.rand(20_000, generator=generator).log()) < 0.1
-    lw = torch.randn(20_000, generator=generator)
-    assert pareto_k(torch.cat([lw, torch.full((50,), -math.inf)])) == pytest.approx(pareto_k(lw), abs=0.05)
-    assert pareto_k(lw + 700) == pytest.approx(pareto_k(lw), abs=0.02)
 
 
 @pytest.mark.parametrize("planted", [0.0, 0.05, 0.4])
