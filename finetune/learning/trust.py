@@ -4,9 +4,9 @@ A regression on targets t of a policy's shift delta explains, on rows that no up
 
     e = sum_k E [½ |t|² - ½ |delta - t|²]        nats; 0 at the prior
 
-The noise of the targets moves the whole network by each update, and a narrow kernel, which has next to nothing to learn, is moved
-by the most nats. Updates that are long beside what there is to learn lose more there than they win elsewhere, and e falls below
-what it was. While e grows they are not too long. No network is evaluated for this.
+The noise of an update moves the whole network, and a narrow kernel, which has next to nothing to learn, is moved by the most
+nats. Long updates pay while e rises: what the targets ask for is far away. Once e rises no longer, they only keep that noise
+alive. No network is evaluated for this.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-RECENT = 0.9  # decay of the average of e
-ERRORS = 2.0  # standard errors of that average by which it must be below its best
-SHRUNK, GROWN = 0.9, 1.05  # the share after such an update, and after any other
-LEAST, MOST = 0.01, 1.0  # bounds of the share: what is learned to the end still has to be cleaned of the noise of longer updates
+RECENT, EARLIER = 0.9, 0.97  # decays of the two averages of e that are compared
+ERRORS = 1.0  # standard errors of the first by which it must be above the second
+SHRUNK = 0.95  # the share after an update for which it is not
+LEAST = 0.01  # of the share
 
 
 class Trust:
@@ -25,8 +25,8 @@ class Trust:
 
     def __init__(self) -> None:
         self.share = 1.0
-        self._asked = self._seen = self._variance = self._best = 0.0
-        self._mean: float | None = 0.0
+        self._asked = self._seen = self._variance = self._earlier = 0.0
+        self._recent: float | None = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -34,9 +34,11 @@ class Trust:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
 
-    def renew(self) -> None:
-        """The targets are others from now on: what was explained of the old ones is no measure for these."""
-        self._mean, self._variance, self._best = None, 0.0, -math.inf
+    def rescale(self, factor: float) -> None:
+        """The targets are ``factor`` times what they were: the policy has that far to go, and what was explained of the old ones
+        is no measure for the new ones."""
+        self._recent, self._variance = None, 0.0
+        self.share = max(self.share, min(1.0, abs(1.0 - factor)))
 
     def observe(self, asked: float, missed: float) -> None:
         """The sums over an update's rows of ½ |t|² and ½ |delta - t|², weighed as in its loss. What is no number says nothing:
@@ -45,14 +47,15 @@ class Trust:
             return
         self._asked, self._seen = self._asked + asked, self._seen + 1
         explained = asked - missed
-        before = explained if self._mean is None else self._mean
-        away = explained - before
-        self._mean = before + (1 - RECENT) * away
+        if self._recent is None:
+            self._recent = self._earlier = explained
+        away = explained - self._recent
+        self._recent += (1 - RECENT) * away
+        self._earlier += (1 - EARLIER) * (explained - self._earlier)
         self._variance = RECENT * self._variance + (1 - RECENT) * away**2
-        self._best = max(self._best, self._mean)
         error = math.sqrt(self._variance * (1 - RECENT) / (1 + RECENT))
-        fell = self._mean < self._best - ERRORS * error
-        self.share = max(LEAST, self.share * SHRUNK) if fell else min(MOST, self.share * GROWN)
+        if not self._recent - self._earlier > ERRORS * error:
+            self.share = max(LEAST, self.share * SHRUNK)
 
     @property
     def nats(self) -> float:

@@ -136,7 +136,7 @@ class ValueDrift:
             doubt = variance * RESCALED**-2
             c = (mean_drawn * mean_expected + doubt) / (mean_expected**2 + doubt)
             self.scale = min(max(c, 0.0), MOST)
-        self.trust.renew()
+        self.trust.rescale(self.scale)
 
     def eased(self, progress: float) -> Float[Tensor, " kernels"]:
         """What each trained step's miss counts at ``progress`` (0 to 1) of a warm start: 1 in its last part.
@@ -161,7 +161,6 @@ class ValueDrift:
             torch.multinomial(weight, count, replacement=True, generator=self.generator) for weight in (self._tilted, self._plain)
         )
         path = torch.where(tilted, of_tilted, of_prior)
-        total = torch.zeros((), device=states.device)
         sides = torch.zeros(2, dtype=torch.float64, device=states.device)
         parts = list(zip(*(torch.split(rows, self.chunk) for rows in (row, path, tilted)), strict=True))
         for of, paths, kind in parts:
@@ -175,9 +174,7 @@ class ValueDrift:
                 miss = chain.kernel.shift(state, at, output, prior_output, straight=True) - target
                 share = eased[of] / (count * self._probability[of])
                 asked, missed = (0.5 * share * side.flatten(1).square().sum(1) for side in (target, miss))
-                loss = scale(missed.sum())
-                backward(loss)
-            total += loss.detach()
+                backward(scale(missed.sum()))
             sides += torch.stack([asked, missed.detach()]).double().sum(1)
         self.trust.observe(*floats(sides))
-        return total
+        return scale(sides[1].float())

@@ -445,8 +445,10 @@ def test_targets_are_rescaled_to_what_the_policys_shift_is_worth(task, populatio
     with torch.no_grad():
         policy.theta += learned * best_shift(task).float()
     drift = drift_of(task, population, Milder(task, times), None, even(asked))
+    drift.trust.share = 0.01
     drift.rescale(policy, held_out_of(task, times=times), lambda sums: sums)
     assert drift.scale == pytest.approx(expected, abs=0.1 / abs(asked))
+    assert drift.trust.share == pytest.approx(max(0.01, min(1.0, abs(1 - drift.scale)))), "updates may go as far as they have to"
     state, step = population.trajectories.states[3, :5], torch.full((5,), 3)
     output = task.prior().denoiser(state, task.chain.timestep(step, state))
     scaled = target_of(drift, state, state, step, output)
