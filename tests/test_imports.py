@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("samplers", "finetune", "tasks", "launch")
 # Rooms of finetune, from the ground up; those of one line know nothing of each other.
 ROOMS = (
-    ("config", "distributed", "estimators", "strict_json"),
+    ("config", "distributed", "estimators", "weight_tail", "strict_json"),
     ("energies",),
     ("populations",),
     ("learning", "certificate"),

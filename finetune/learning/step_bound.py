@@ -30,6 +30,7 @@ AIM = 0.7  # share of the bound that a shortened step aims at, so that the next 
 GROWTH = 1.05  # of the share of the optimizer's step that is tried next
 TRIES = 12
 FLOOR = 1e-3  # of the bound, below which a schedule does not lower it
+SMALL = 0.01  # nats up to which a step is taken that no shortening makes smaller
 
 
 class StepBound:
@@ -94,10 +95,11 @@ class StepBound:
         """Move ``weights`` back toward ``before`` until the step from there is at most ``limit`` nats; returns its nats.
 
         A step that is above the limit at every length that was tried is not taken: 0 nats. One that leads to no number at any
-        length says nothing of the next one's.
+        length says nothing of the next one's. Nats go with the square of a length. Where they fall by less than the length itself
+        did, they are those of rounding in a large network, and a small step is taken as it is.
         """
         full = [weight.clone() for weight in weights]
-        share, nats = self.share, math.inf
+        share, nats, shortened, longer = self.share, math.inf, 1.0, math.inf
         self.share = min(1.0, self.share * GROWTH)
         for _ in range(TRIES):
             if self.share < 1.0:
@@ -105,10 +107,14 @@ class StepBound:
                     weight.copy_(torch.lerp(old, new, self.share))
             output = self._evaluate()
             nats = self._nats(output)
-            if nats <= limit:
+            rounding = shortened < 0.5 and shortened * longer < nats < SMALL
+            if rounding:
+                self.share /= shortened  # the longer one would have done
+            if nats <= limit or rounding:
                 self._output = output
                 return nats
-            self.share *= min(0.9, max(0.1, math.sqrt(AIM * limit / nats))) if math.isfinite(nats) else 0.1
+            shortened, longer = min(0.9, max(0.1, math.sqrt(AIM * limit / nats))) if math.isfinite(nats) else 0.1, nats
+            self.share *= shortened
         for weight, old in zip(weights, before, strict=True):
             weight.copy_(old)
         if not math.isfinite(nats):
