@@ -63,7 +63,7 @@ class TrainConfig:
     warm_start_learning_rate: float = 3e-3
     """Peak of the warm start's own one-cycle schedule."""
     warm_start_step_nats: float = 1.0
-    """step_nats of the warm start. value_drift moves by at most what its targets ask for, and by less where updates lose."""
+    """step_nats of the warm start. value_drift moves by at most what its targets ask for, and by less once they gain no more."""
     soft_value_updates: int = 0
     """Updates of a learned soft value, log E_prior[exp(-E/alpha) | state]: it takes variance out of the warm start and is the
     baseline of reinforce_kl. Worth its time on images, where the population has few effective paths. 0: none."""
