@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from ...samplers.bridge import bridge_of, forgets_given_next
 from ...samplers.condition import Condition, selected
-from ...samplers.denoiser import evaluate
+from ...samplers.denoiser import evaluate, evaluate_in_parts
 from ...samplers.prior import Prior
 from ...samplers.shapes import Index, States
 from ...samplers.trajectory import rows_at_once
@@ -215,11 +215,7 @@ class ForwardKL:
         step = chain.step_of_row(torch.arange(chain.num_kernels, device=self.prior.device)).repeat_interleave(per_step)
         with torch.no_grad():
             state, following, condition = self.rows(step)
-            chunk = rows_at_once(self.prior.shape, self.prior.device)
-            parts = [slice(first, first + chunk) for first in range(0, len(step), chunk)]
-            output = torch.cat(
-                [evaluate(self.prior.denoiser, chain, state[rows], step[rows], selected(condition, rows)) for rows in parts]
-            )
+            output = evaluate_in_parts(self.prior.denoiser, chain, state, step, condition)
             z = chain.kernel.standardize(following, state, step, output)
         residual = z.flatten(1).square().sum(1).reshape(-1, per_step).mean(1).sqrt()
         return 0.5 * residual / residual.sum() + 0.5 / chain.num_kernels

@@ -58,8 +58,8 @@ def test_a_hundred_million_parameters_train_within_8_gb(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 10])
 def test_stable_diffusion_in_its_own_size_takes_an_update_within_16_gb(tmp_path: Path, steps: int) -> None:
-    """The UNet and the decoder of Stable Diffusion 1.5 with random weights; LoRA, a group of two, guidance 7.5. The few steps
-    take a fifth of the time, and show the same memory."""
+    """The UNet and the decoder of Stable Diffusion 1.5 with random weights; LoRA, a group of two, guidance 7.5. Two steps
+    are for whoever has less time."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
