@@ -10,8 +10,9 @@ ALIKE = 0.05  # nats by which two policies that are judged by the same noise are
 
 
 class Kept:
-    """The weights that came closest to the target so far, and by how much they are closer than the prior, nats.
+    """The weights that came closest to the target so far.
 
+    nats: by how much the best that was offered is closer than the prior. weights: the last that were not told apart from it.
     falls: offers in a row that lay clearly below it.
     """
 
@@ -19,10 +20,10 @@ class Kept:
         self.weights, self.nats, self.falls = [weight.clone() for weight in weights], 0.0, 0
 
     def offer(self, nats: float, weights: list[AnyShape], *, slack: float = 0.0, alike: float = 0.0) -> bool:
-        """Whether ``weights`` are kept: they are if they are closer, or less close by less than ``alike``, and closer than the
-        prior. ``slack``: nats that an offer may lie below without counting as a fall."""
+        """Whether ``weights`` are kept: those that are closer than the prior, and closer than the best or less close by less than
+        ``alike``. ``slack``: nats that an offer may lie below without counting as a fall."""
         if nats > max(0.0, self.nats - alike):
-            self.nats, self.falls = nats, 0
+            self.nats, self.falls = max(self.nats, nats), 0
             for own, weight in zip(self.weights, weights, strict=True):
                 own.copy_(weight)
             return True

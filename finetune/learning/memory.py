@@ -11,7 +11,7 @@ import torch
 
 from ...samplers.log_ratio import rows_of
 from ...samplers.rollout import draw_start, step
-from ...samplers.trajectory import Trajectories
+from ...samplers.trajectory import Trajectories, rows_at_once
 from .behaviors import needs_population
 from .gradients import backward_rows, chunk_rows
 from .state import TrainState
@@ -41,14 +41,18 @@ def estimate_memory(state: TrainState) -> MemoryEstimate | None:
     """What the updates of this training will hold at their peak; None for a small network, one in shards, and where the system
     does not tell.
 
-    One chunk of the second pass, one step of a rollout and one decoding are run on noise to see what they take, and leave
-    nothing behind. What the energy takes is not in it.
+    One chunk of the second pass, one step of a rollout and one decoding are run on noise to see what they take. A process on a
+    CPU keeps some of what it has freed, so all three are counted from where the first began. What the energy takes is not in it.
     """
     prior, config = state.prior, state.config
     weights = sum(weight.numel() for weight in state.policy.parameters())
     if weights < LARGE or state.processes.sharded or not _tells(prior.device):
         return None
-    here = _now(prior.device)
+    here = _begin(prior.device)
+    _run_chunk(state)
+    _run_step(state)
+    _run_decoding(state)
+    peak = _peak(prior.device) - here
     path = 4 * (prior.chain.num_steps + 1) * math.prod(prior.shape)
     population = state.size["population_size"] if needs_population(config) else 0
     outputs = 2 if config.soft_value_updates else 1  # the soft value is learned from what the prior said along the paths
@@ -59,43 +63,34 @@ def estimate_memory(state: TrainState) -> MemoryEstimate | None:
             "paths of the population": path * (population * outputs + population // 4),
             "paths of an update": path * state.size["batch_size"] * (2 if config.epochs > 1 else 1),
             "gradients, moments and copies of what is trained": COPIES * trained,
-            "one chunk, step or decoding": max(_peak_of_chunk(state), _peak_of_step(state), _peak_of_decoding(state)),
+            "one chunk, step or decoding": max(0, peak),
         }
     )
 
 
-def _peak_of_chunk(state: TrainState) -> int:
-    """Of the forward and backward pass of one chunk of the second pass."""
+def _run_chunk(state: TrainState) -> None:
+    """The forward and backward pass of one chunk of the second pass."""
     prior, policy = state.prior, state.wrapped
     paths = _noise(state, min(6, max(2, state.size["batch_size"])))
     with state.processes.no_sync(policy):
         total = prior.chain.num_kernels * state.size["batch_size"]
         rows = chunk_rows(policy, prior.chain, paths, state.config.memory_mb, total=total)
         found = rows_of(paths, prior.chain, slice(0, rows))
-        before = _begin(prior.device)
         backward_rows(policy, prior.chain, *found[:3], torch.zeros(len(found[0]), device=prior.device), found[3])
-        peak = _peak(prior.device) - before
     for weight in state.policy.parameters():
         weight.grad = None
-    return max(0, peak)
 
 
-def _peak_of_step(state: TrainState) -> int:
-    """Of one denoising step of a rollout."""
+def _run_step(state: TrainState) -> None:
+    """One denoising step of a rollout, or of as many states as stored ones are evaluated at once (`StepBound`, `HeldOut`)."""
     prior = state.prior
-    paths = _noise(state, state.size["batch_size"], states=1)
-    before = _begin(prior.device)
-    k = prior.chain.trained[0]
-    step(prior, state.wrapped, paths.states[0], k, paths.states[0], paths.condition)
-    return max(0, _peak(prior.device) - before)
+    paths = _noise(state, max(state.size["batch_size"], rows_at_once(prior.shape, prior.device)), states=1)
+    step(prior, state.wrapped, paths.states[0], prior.chain.trained[0], paths.states[0], paths.condition)
 
 
-def _peak_of_decoding(state: TrainState) -> int:
-    """Of making samples of a batch's last states."""
-    paths = _noise(state, state.size["batch_size"], states=1)
-    before = _begin(state.prior.device)
-    state.prior.to_data(paths.states[0])
-    return max(0, _peak(state.prior.device) - before)
+def _run_decoding(state: TrainState) -> None:
+    """Samples of a batch's last states."""
+    state.prior.to_data(_noise(state, state.size["batch_size"], states=1).states[0])
 
 
 def _noise(state: TrainState, count: int, states: int | None = None) -> Trajectories:

@@ -30,8 +30,9 @@ JUDGED, EACH = 256, 16  # rollouts that show what a phase has reached: of all co
 class Monitor:
     """Looks at the policy on held-out paths, which nothing is learned from, and on rollouts of its own.
 
-    watched: the best weights within the warm start, by the held-out paths alone. closest: the best of the ends of phases, the
-    prior at first. improvement: how much closer than the prior they are; None before anything was judged.
+    watched: the last weights of the warm start of which none before are clearly better, by the held-out paths alone. closest: the
+    best of the ends of phases, the prior at first. improvement: how much closer than the prior they are; None before anything was
+    judged.
     """
 
     def __init__(
@@ -56,16 +57,32 @@ class Monitor:
         self.processes.refuse_other_weights(self.optimization.weights)
         if held_out is None:
             return {}
-        eubo, gain, error = (self.processes.mean(value) for value in held_out.look(self.policy))
-        return {"eubo": eubo, "gain": gain, "eubo_se": error / math.sqrt(self.processes.count)}
+        return self._summary(held_out.look(self.policy))
+
+    def _summary(self, look: Look) -> dict[str, float]:
+        eubo, gain = self.processes.mean(look.eubo), self.processes.mean(look.gain)
+        return {"eubo": eubo, "gain": gain, "eubo_se": self._error(look.error)}
+
+    def _error(self, error: float) -> float:
+        """That of a mean over the processes."""
+        return self.processes.mean(error) / math.sqrt(self.processes.count)
 
     @torch.no_grad()
     def watch(self, held_out: HeldOut | None) -> dict[str, float]:
-        """`look` at the policy as it would be if the phase ended here, which is kept if it is the best."""
+        """`look` at the policy as it would be if the phase ended here, which is kept unless an earlier one was clearly better.
+
+        That is more than a standard error of what it was better by on the same paths, path by path. What all policies have in
+        common falls out there, so that it is smaller than the error of either's gain.
+        """
         with self.optimization.averaged():
-            found = self.look(held_out)
-            if held_out is not None:
-                self.watched.offer(found["gain"], self.optimization.weights, slack=found["eubo_se"])
+            self.processes.refuse_other_weights(self.optimization.weights)
+            if held_out is None:
+                return {}
+            look = held_out.look(self.policy)
+            found, apart = self._summary(look), self._error(held_out.error(look.by_path - held_out.best))
+            self.watched.offer(found["gain"], self.optimization.weights, slack=found["eubo_se"], alike=apart)
+            if self.watched.nats == found["gain"]:
+                held_out.best = look.by_path
         return found
 
     def judged(self, global_step: int) -> bool:
@@ -105,10 +122,10 @@ class Monitor:
 
     def _gained(self, look: Look, log_weight: Float[Tensor, " n"], own: Float[Tensor, " m"]) -> tuple[float, float]:
         """(nats by which the policy is closer than the prior, standard error) of one condition."""
-        gain, error = self.processes.mean(look.gain), self.processes.mean(look.error)
+        gain = self.processes.mean(look.gain)
         nats = gain + (log_weight.mean() - own.mean()).item()
         sides = [side.std().item() / math.sqrt(len(side)) for side in (log_weight, own)]
-        return nats if math.isfinite(nats) else -math.inf, math.hypot(error / math.sqrt(self.processes.count), *sides)
+        return nats if math.isfinite(nats) else -math.inf, math.hypot(self._error(look.error), *sides)
 
     def _by_condition(
         self, value: Float[Tensor, " batch"], valid: Bool[Tensor, " batch"], group: Int[Tensor, " batch"]

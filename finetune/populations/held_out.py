@@ -29,18 +29,20 @@ DRAWN, EACH = 160, 16
 
 class Look(NamedTuple):
     """What the held-out paths say of a policy: its EUBO, at their temperature; the nats of KL(tilted || prior) that it takes
-    away at the target's, and their standard error."""
+    away at the target's, their standard error, and what each path says of them."""
 
     eubo: float
     gain: float
     error: float
+    by_path: Float[Tensor, " batch"]
 
 
 class HeldOut:
     """Tilted paths, with weights that sum to 1, out of prior paths that no phase learns from.
 
     paths: the trajectories; weight; eubo: the prior's, -E/alpha averaged over them; times: their temperature ``alpha`` over
-    the target's; prior_outputs: what the prior says at their states, which every look needs.
+    the target's; prior_outputs: what the prior says at their states, which every look needs. best: `Look.by_path` of the best
+    policy so far, which others are compared with path by path; at first that of the prior, which gains nothing.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class HeldOut:
         alpha: float,
         times: float = 1.0,
         prior_outputs: States | None = None,
+        best: Float[Tensor, " batch"] | None = None,
     ) -> None:
         assert paths.energy is not None
         self.prior, self.paths, self.weight, self.alpha, self.times = prior, paths, weight, alpha, times
+        self.best = torch.zeros_like(weight) if best is None else best
         self.prior_outputs = outputs(prior.chain, prior.denoiser, paths) if prior_outputs is None else prior_outputs
         eubos = [self._eubo(*part) for part in self._weights()]
         self.eubo = sum(eubos) / len(eubos)
@@ -68,13 +72,13 @@ class HeldOut:
     def state_dict(self) -> dict[str, Any]:
         paths = self.paths
         tensors = {"states": paths.states, "energy": paths.energy, "weight": self.weight, "outputs": self.prior_outputs}
-        tensors["group"] = paths.group
+        tensors |= {"group": paths.group, "best": self.best}
         return {"alpha": self.alpha, "times": self.times, **tensors}
 
     @classmethod
     def from_state_dict(cls, prior: Prior, state: dict[str, Any]) -> HeldOut:
-        weight, outputs = (state[name].to(prior.device) for name in ("weight", "outputs"))
-        return cls(prior, trajectories_of(state, prior), weight, state["alpha"], state["times"], outputs)
+        weight, outputs, best = (state[name].to(prior.device) for name in ("weight", "outputs", "best"))
+        return cls(prior, trajectories_of(state, prior), weight, state["alpha"], state["times"], outputs, best)
 
     def moments(self, policy: Denoiser, target: Target | None = None) -> Float[Tensor, " moments batch"]:
         """`shift_moments` of the policy on these paths."""
@@ -83,22 +87,28 @@ class HeldOut:
     def look(self, policy: Denoiser) -> Look:
         """With delta the policy's shift, E<z, delta> - E ½|delta|² is what its EUBO is below the prior's. Where the paths are of
         a milder law than the target, E<z, delta> grows from there by ``times``, if log h is linear."""
-        eubos, gains, errors = zip(*self.look_by_condition(policy), strict=True)
-        count = len(eubos)
-        return Look(sum(eubos) / count, sum(gains) / count, math.hypot(*errors) / count)
+        along, size = self.moments(policy)
+        by_path = self.times * along - size
+        return Look(self.eubo - self._mean(along - size), self._mean(by_path), self.error(by_path), by_path)
 
     def look_by_condition(self, policy: Denoiser) -> list[Look]:
         """`look` at each condition on its own."""
         along, size = self.moments(policy)
         looks: list[Look] = []
         for index, weight in self._weights():
-            part = along[index], size[index]
-            gained = (weight * (part[0] - part[1])).sum().item()
-            nats = self.times * part[0] - part[1]
-            mean = (weight * nats).sum()
-            error = math.sqrt((weight * (nats - mean)).square().sum().item())
-            looks.append(Look(self._eubo(index, weight) - gained, mean.item(), error))
+            nats, plain = self.times * along[index] - size[index], along[index] - size[index]
+            gained = (weight * plain).sum().item()
+            looks.append(Look(self._eubo(index, weight) - gained, (weight * nats).sum().item(), _error(nats, weight), nats))
         return looks
+
+    def error(self, by_path: Float[Tensor, " batch"]) -> float:
+        """Standard error of the mean over conditions of such values."""
+        errors = [_error(by_path[index], weight) for index, weight in self._weights()]
+        return math.hypot(*errors) / len(errors)
+
+    def _mean(self, by_path: Float[Tensor, " batch"]) -> float:
+        means = [(weight * by_path[index]).sum().item() for index, weight in self._weights()]
+        return sum(means) / len(means)
 
     def _weights(self) -> list[tuple[Index, Float[Tensor, " n"]]]:
         """The paths of each condition with their weights, of sum 1."""
@@ -110,3 +120,8 @@ class HeldOut:
     def _eubo(self, index: Index, weight: Float[Tensor, " n"]) -> float:
         assert self.paths.energy is not None
         return -(weight * self.paths.energy[index].double()).sum().item() / self.alpha
+
+
+def _error(nats: Float[Tensor, " n"], weight: Float[Tensor, " n"]) -> float:
+    """Standard error of the weighted mean of one condition."""
+    return math.sqrt((weight * (nats - (weight * nats).sum())).square().sum().item())

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..shapes import States
 
-# Latents a decoder's call takes, and pixels: it works at full resolution, where a batch of a rollout's size does not fit.
-DECODE_BATCH, DECODE_PIXELS = 16, 2**21
+# Latents a decoder's call takes, and pixels: it works at full resolution, where one picture of 512 x 512 takes 1 GB.
+DECODE_BATCH, DECODE_PIXELS = 16, 2**18
 
 
 class LatentDecoder(nn.Module):
