@@ -5,10 +5,10 @@ The tilted path law's own kernels move the prior's mean by (Stein's identity, h 
     delta_k(s_k) = E_tilted[z_k | s_k] = sigma_k E_tilted[grad log h_{k+1}(s_{k+1}) | s_k]
 
 exactly. So sigma_k grad log h_{k+1} at the next state of a tilted path is a target for the policy's shift, without the noise z;
-at the next state of a prior path it is one with the weight h_{k+1}(s_{k+1}) / h_k(s_k). log h is a function of x_hat
-(`SoftValue`), and its gradient goes back through the prior's network. It varies from next state to next state, and a policy
-that learns its mean at each state learns delta. At the kernel's mean alone it would learn the gradient at one point, which is
-larger.
+at a next state that another kernel q drew it is one with the weight h_{k+1}(s_{k+1}) / h_k(s_k) · prior / q. log h is a function
+of x_hat (`SoftValue`), and its gradient goes back through the prior's network. It varies from next state to next state, and a
+policy that learns its mean at each state learns delta. At the kernel's mean alone it would learn the gradient at one point, which
+is larger.
 
 log h is mixed from two estimates (`calibrate`). Halfway, what the policy's own shift is worth is measured on held-out paths, and
 the targets are multiplied by that (`rescale`): where log h is wrong, in size or altogether, it is learned less or not at all.
@@ -24,17 +24,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ...samplers.condition import Condition, selected
+from ...samplers.condition import Condition
 from ...samplers.denoiser import estimated_data, evaluate
 from ...samplers.prior import Prior
 from ...samplers.shapes import Index, States
 from ...samplers.typed import backward, floats
 from ..populations.held_out import HeldOut
 from ..populations.population import Population
+from .both_laws import BothLaws
 from .calibration import Calibration
 from .gradients import MAX_CHUNK, Gather, NoSync, Scale
-from .rows import step_share, stratified
-from .soft_value import LARGEST, SoftValue, importance_weight
+from .soft_value import LARGEST, SoftValue
 from .trust import Trust
 
 RESCALED_AT = 0.5  # share of the warm start after which the policy's own shift says what the targets are worth
@@ -46,7 +46,7 @@ class ValueDrift:
     """Targets for the policy's shift, and the gradient of learning them.
 
     no_sync: goes around a forward and backward of the policy that another one will follow. chunk: rows at once.
-    calibration: of log h. scale: of the targets (`rescale`). trust: how far updates may go.
+    calibration: of log h. scale: of the targets (`rescale`). trust: how far updates may go. laws: whose steps are learned from.
     """
 
     def __init__(
@@ -63,16 +63,17 @@ class ValueDrift:
         self.prior, self.population, self.soft_value, self.calibration = prior, population, soft_value, calibration
         self.alpha, self.generator = alpha * soft_value.times, generator
         self.scale, self.trust = 1.0, Trust()
-        self._tilted, self._plain = (importance_weight(population, each) for each in (self.alpha, math.inf))
+        self.laws = BothLaws(prior, population, self.alpha, generator)
         self._moves = prior.chain.sensitivity.float().to(prior.device)
-        self._probability = step_share(prior.chain).to(prior.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"calibration": self.calibration._asdict(), "scale": self.scale, "trust": self.trust.state_dict()}
+        parts = {"trust": self.trust.state_dict(), "laws": self.laws.state_dict()}
+        return {"calibration": self.calibration._asdict(), "scale": self.scale, **parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.scale = state_dict["scale"]
         self.trust.load_state_dict(state_dict["trust"])
+        self.laws.load_state_dict(state_dict["laws"])
 
     def _log_h(self, data: States, step: Index, group: Index, times: float = 1.0) -> Float[Tensor, " n"]:
         """Nats, with a graph, at the temperature that was learned at; at one lower by ``times``, up to a constant of the step."""
@@ -87,12 +88,14 @@ class ValueDrift:
         prior_output: States,
         condition: Condition | None,
         tilted: Bool[Tensor, " n"],
+        log_ratio: Float[Tensor, " n"] | None = None,
         times: float | None = None,
     ) -> States:
         """A shift whose mean over next states is to be learned at ``state``, as far as a clipped x_hat can follow.
 
-        following: next states, of the tilted law where ``tilted`` is true, else of the prior. times: the temperature that was
-        learned at over the one of the target; the run's own where None.
+        following: next states, of the tilted law where ``tilted`` is true, else of the prior, or of a kernel with this
+        ``log_ratio`` to it there, nats. times: the temperature that was learned at over the one of the target; the run's own
+        where None.
         """
         chain, network = self.prior.chain, self.prior.denoiser
         times = self.soft_value.times if times is None else times
@@ -105,7 +108,8 @@ class ValueDrift:
         with torch.no_grad():
             ahead = colder if times == 1.0 else self._log_h(data, step + 1, group)
             here = self._log_h(chain.kernel.clean(state, step, prior_output), step, group)
-            weight = torch.where(tilted, torch.ones_like(here), (ahead - here).clamp(max=LARGEST).exp())
+            drawn = ahead - here if log_ratio is None else ahead - here - log_ratio
+            weight = torch.where(tilted, torch.ones_like(here), drawn.clamp(max=LARGEST).exp())
             shift = self.scale * weight.view(-1, *[1] * (state.ndim - 1)) * shift
             return chain.kernel.reachable(state, step, prior_output, shift)
 
@@ -124,7 +128,7 @@ class ValueDrift:
             noise = torch.randn(state.shape, generator=self.generator, device=state.device, dtype=state.dtype)
             following = self.prior.chain.kernel.sample(state, step, prior_output, noise)
             of_prior = torch.zeros_like(step, dtype=torch.bool)
-            return self.target(state, following, step, prior_output, condition, of_prior, self.alpha / held_out.alpha)
+            return self.target(state, following, step, prior_output, condition, of_prior, times=self.alpha / held_out.alpha)
 
         along, _, asked = held_out.moments(policy, claimed)
         weight = held_out.weight
@@ -148,31 +152,23 @@ class ValueDrift:
         return (self._moves / self._moves.median()).clamp(min=1.0) ** -power
 
     def backward(self, policy: nn.Module, count: int, scale: Scale, progress: float = 1.0) -> Float[Tensor, ""]:
-        """Accumulate the gradient of sum_k E ½ |delta_policy - target|² on ``count`` stored rows, half of the tilted law's, half
-        of the prior's.
+        """Accumulate the gradient of sum_k E ½ |delta_policy - target|² on ``count`` steps of both laws (`BothLaws`).
 
         Returns the loss, nats but for `eased`, scaled. ``scale``: that of a gradient scaler.
         """
-        eased = self.eased(progress)
-        chain, states = self.prior.chain, self.population.trajectories.states
-        row = stratified(self._probability, count, self.generator)
-        tilted = torch.rand(count, generator=self.generator, device=states.device) < 0.5
-        of_tilted, of_prior = (
-            torch.multinomial(weight, count, replacement=True, generator=self.generator) for weight in (self._tilted, self._plain)
-        )
-        path = torch.where(tilted, of_tilted, of_prior)
-        sides = torch.zeros(2, dtype=torch.float64, device=states.device)
-        parts = list(zip(*(torch.split(rows, self.chunk) for rows in (row, path, tilted)), strict=True))
-        for of, paths, kind in parts:
-            at, condition = chain.step_of_row(of), selected(self.population.trajectories.condition, paths)
-            state = states[at, paths]
+        eased, chain = self.eased(progress), self.prior.chain
+        drawn = self.laws.draw(count)
+        sides = torch.zeros(2, dtype=torch.float64, device=drawn.state.device)
+        parts = drawn.split(self.chunk)
+        for part in parts:
+            state, following, at, condition, tilted, log_ratio, weight = part
             with torch.no_grad():
                 prior_output = evaluate(self.prior.denoiser, chain, state, at, condition)
-            target = self.target(state, states[at + 1, paths], at, prior_output, condition, kind)
-            with nullcontext() if of is parts[-1][0] else self.no_sync():
+            target = self.target(state, following, at, prior_output, condition, tilted, log_ratio)
+            with nullcontext() if part is parts[-1] else self.no_sync():
                 output = evaluate(policy, chain, state, at, condition)
                 miss = chain.kernel.shift(state, at, output, prior_output, straight=True) - target
-                share = eased[of] / (count * self._probability[of])
+                share = eased[chain.row_of_step(at)] * weight
                 asked, missed = (0.5 * share * side.flatten(1).square().sum(1) for side in (target, miss))
                 backward(scale(missed.sum()))
             sides += torch.stack([asked, missed.detach()]).double().sum(1)

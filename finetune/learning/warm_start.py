@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..distributed.signals import uninterrupted
+from .both_laws import EVERY
 from .forward_kl import ForwardKL
 from .state import TrainState
 from .value_drift import RESCALED_AT
@@ -87,4 +88,6 @@ def _backward(state: TrainState, update: int, total: int) -> Float[Tensor, ""]:
         return forward.backward(rows, scale)
     if update == round(RESCALED_AT * total) and held_out is not None:
         drift.rescale(state.wrapped, held_out, state.processes.gather)
+    if update % EVERY == 0:
+        drift.laws.renew(state.wrapped, rows, state.processes.poll)
     return drift.backward(state.wrapped, rows, scale, update / total)

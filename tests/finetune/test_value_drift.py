@@ -11,7 +11,7 @@ from torch import nn
 from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.learning.calibration import Calibration, calibrate
 from tiltune.finetune.learning.path_data import PathData
-from tiltune.finetune.learning.soft_value import SoftValue, fit_soft_value, importance_weight
+from tiltune.finetune.learning.soft_value import SoftValue, fit_soft_value
 from tiltune.finetune.learning.step_bound import StepBound
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.learning.trust import Trust
@@ -245,7 +245,7 @@ def test_without_clipping_every_target_is_reachable(task):
 def unweighed(drift):
     """All of its rows count as the tilted law's: where log h is linear, every next state has the same target."""
     target = drift.target
-    drift.target = lambda *given: target(*given[:-1], torch.ones_like(given[-1]))
+    drift.target = lambda *given: target(*given[:5], torch.ones_like(given[5]))
     return drift
 
 
@@ -381,6 +381,7 @@ def test_the_gradient_is_that_of_the_plain_formula(task, population, chunk):
     miss = policy.theta.detach() - best_shift(task).float()
     drift = unweighed(drift_of(task, population, truth(task), truth(task, -1.0)))
     drift.chunk = chunk
+    drift.laws.renew(task.prior().denoiser, 400)  # of log-ratio 0
     loss = drift.backward(policy, 4000, lambda value: value)
     assert loss.item() == pytest.approx(0.5 * miss.square().sum().item(), rel=5e-3)
     assert torch.allclose(policy.theta.grad, miss, rtol=5e-3)
@@ -393,27 +394,30 @@ def test_the_gradient_is_that_of_the_plain_formula(task, population, chunk):
     assert not torch.allclose(policy.theta.grad, gradient, atol=0.1)
 
 
-def test_half_of_the_rows_are_of_the_tilted_law(task, population, monkeypatch):
-    """Mean energy over the rows that count in full, and over those that are weighed: the tilted law's and the prior's, within 5
-    standard errors (p < 1e-5)."""
-    drift = drift_of(task, population, truth(task), truth(task))
-    energy, states, seen_rows = population.trajectories.energy, population.trajectories.states, []
-
-    def watched(state, following, step, prior_output, condition, tilted):
-        of = [(states[k] == one).all(1).nonzero()[0, 0] for k, one in zip(step.tolist(), state, strict=True)]
-        seen_rows.append((torch.stack(of), tilted))
-        return torch.zeros_like(state)
-
-    monkeypatch.setattr(drift, "target", watched)
-    for _ in range(4):
-        drift.backward(Shift(task), 1000, lambda value: value)
-    path, tilted = (torch.cat(each) for each in zip(*seen_rows, strict=True))
-    assert 0.4 < tilted.float().mean() < 0.6
-    of_target = (importance_weight(population, task.alpha) * energy).mean()
-    for kind, expected, other in ((tilted, of_target, energy.mean()), (~tilted, energy.mean(), of_target)):
-        error = energy[path[kind]].std() / math.sqrt(int(kind.sum()))
-        assert (energy[path[kind]].mean() - expected).abs() < 5 * error
-        assert (energy[path[kind]].mean() - other).abs() > 5 * error
+def test_steps_are_of_the_tilted_law_and_of_the_policy(task, population):
+    """The mean of the noise that was drawn at each step: the optimal shift of the tilted law's, the policy's own shift of the
+    others, within 5 standard errors (p < 1e-5), and off each other's (the control). Both take half of the steps. The
+    log-ratios are the policy's on its own steps, 0 on the tilted law's."""
+    policy = Shift(task)
+    with torch.no_grad():
+        policy.theta -= 0.5 * best_shift(task).float()
+    laws, kernel = drift_of(task, population, truth(task), truth(task)).laws, task.chain.kernel
+    laws.renew(policy, 40_000)
+    state, following, step, _, tilted, log_ratio, weight = laws.draw(40_000)
+    assert 0.48 < tilted.float().mean() < 0.52
+    prior_output = evaluate(task.prior().denoiser, task.chain, state, step, None)
+    z = kernel.standardize(following, state, step, prior_output)
+    shift = kernel.shift(state, step, evaluate(policy, task.chain, state, step, None), prior_output)
+    expected = torch.where(tilted, 0.0, kernel.log_ratio_from_states(z, shift))
+    assert torch.allclose(log_ratio, expected.detach(), atol=1e-4)
+    assert weight.sum().item() == pytest.approx(task.chain.num_kernels, rel=1e-2)
+    best = best_shift(task).float()
+    for kind, own, other in ((tilted, best, policy.theta.detach()), (~tilted, policy.theta.detach(), best)):
+        for k in range(1, task.chain.num_kernels):
+            here = z[kind & (step == k)]
+            error = here.std(0) / math.sqrt(min(len(here), 1000))  # paths are drawn more than once
+            assert ((here.mean(0) - own[k]).abs() < 5 * error).all()
+        assert ((z[kind].mean(0) - other[step[kind]].mean(0)).abs() > 0.1).any()
 
 
 def held_out_of(task, count=4000, times=1.0):
@@ -486,6 +490,7 @@ def test_trust_sees_what_the_targets_ask_for_and_what_the_policy_misses(task, po
     for factor, progress in ((0.0, 0.0), (2.5, 1.0)):
         with torch.no_grad():
             policy.theta.copy_(factor * best_shift(task).float())
+        drift.laws.renew(task.prior().denoiser, 80)
         drift.backward(policy, 800, lambda value: 8 * value, progress)
     (asked, missed), (again, far) = seen
     assert asked == missed == pytest.approx(nats[0.0], rel=0.01)
