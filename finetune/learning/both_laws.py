@@ -5,9 +5,9 @@ What a policy is judged by is its gap, and that is the sum of both:
     EUBO - ELBO = KL(tilted || policy) + KL(policy || tilted)
                 = sum_k E_tilted[½ |delta_k - delta*_k|²] + sum_k E_policy[½ |delta_k - delta*_k|²] + const
 
-for kernels of one variance, delta* the shift that is best at a state; the second sum where log h is linear over a kernel. So it is
-at the states of these two laws that a policy has to be right, and nowhere else. Of the tilted law there is the population. The policy's own paths are drawn anew from time to
-time, and cost no energy calls: a target needs none.
+for kernels of one variance, delta* the shift that is best at a state; the second sum where log h is linear over a kernel. So it
+is at the states of these two laws that a policy has to be right, and nowhere else. Of the tilted law there is the population. The
+policy's own paths are drawn anew from time to time, and cost no energy calls: a target needs none.
 """
 
 from __future__ import annotations
