@@ -60,7 +60,7 @@ class ValueDrift:
         no_sync: NoSync = nullcontext,
     ) -> None:
         self.no_sync, self.chunk = no_sync, MAX_CHUNK
-        self.prior, self.population, self.soft_value, self.calibration = prior, population, soft_value, calibration
+        self.prior, self.soft_value, self.calibration = prior, soft_value, calibration
         self.alpha, self.generator = alpha * soft_value.times, generator
         self.scale, self.trust = 1.0, Trust()
         self.laws = BothLaws(prior, population, self.alpha, generator)
