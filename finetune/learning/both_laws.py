@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...samplers.condition import Condition
+from ...samplers.condition import Condition, selected
 from ...samplers.denoiser import Denoiser
 from ...samplers.prior import Prior
 from ...samplers.rollout import rollout
 from ...samplers.shapes import Index, States
 from ...samplers.trajectory import Trajectories
-from ..populations.population import Population
+from ..populations.population import Population, trajectories_of
 from .rows import step_share, stratified
 from .soft_value import importance_weight
 
@@ -51,12 +51,12 @@ class Steps(NamedTuple):
 
     def split(self, size: int) -> list[Steps]:
         """Parts of ``size`` at most."""
+        state, following, step, condition, *rest = self
         parts: list[Steps] = []
-        for first in range(0, len(self.step), size):
+        for first in range(0, len(step), size):
             place = slice(first, first + size)
-            condition = None if self.condition is None else self.condition.select(place)
-            state, following, step, _, *rest = self
-            parts.append(Steps(state[place], following[place], step[place], condition, *(each[place] for each in rest)))
+            others = (each[place] for each in rest)
+            parts.append(Steps(state[place], following[place], step[place], selected(condition, place), *others))
         return parts
 
 
@@ -72,15 +72,10 @@ class BothLaws:
 
     def state_dict(self) -> dict[str, Any]:
         own = self.own
-        return {} if own is None else {"states": own.states, "log_ratio": own.step_log_ratio, "group": own.group}
+        return {} if own is None else {"states": own.states, "step_log_ratio": own.step_log_ratio, "group": own.group}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not state_dict:
-            self.own = None
-            return
-        states, log_ratio, group = (state_dict[name].to(self.prior.device) for name in ("states", "log_ratio", "group"))
-        table = self.prior.condition_table
-        self.own = Trajectories(states, log_ratio, condition=None if table is None else Condition(table, group))
+        self.own = trajectories_of(state_dict, self.prior) if state_dict else None
 
     def renew(self, policy: Denoiser, rows: int, on_step: Callable[[], None] | None = None) -> None:
         """Draw paths of ``policy``, so many that of ``rows`` an update each of their steps is taken about once; no gradient."""

@@ -27,11 +27,11 @@ FURTHEST = 4.0  # times alpha up to which what is learned at a milder temperatur
 
 
 def trajectories_of(state: dict[str, Any], prior: Prior) -> Trajectories:
-    """The trajectories whose states, energy and group a ``state_dict`` holds."""
-    kept = {name: state[name].to(prior.device) for name in ("states", "energy", "group")}
+    """The trajectories whose states and group a ``state_dict`` holds, with their energy and step_log_ratio if it has them."""
+    states, group = (state[name].to(prior.device) for name in ("states", "group"))
+    more = {name: state[name].to(prior.device) for name in ("energy", "step_log_ratio") if name in state}
     table = prior.condition_table
-    condition = None if table is None else Condition(table, kept["group"])
-    return Trajectories(kept["states"], energy=kept["energy"], condition=condition)
+    return Trajectories(states, condition=None if table is None else Condition(table, group), **more)
 
 
 @dataclass(frozen=True, eq=False)
