@@ -183,7 +183,7 @@ def chunk_rows(
             total_kept += storage.nbytes()
         if total_kept > enough:
             raise _Enough
-        return tensor
+        return tensor.detach()  # the graph and an output that it keeps would hold each other for ever
 
     def bytes_for(count: int) -> int:
         nonlocal total_kept

@@ -37,7 +37,7 @@ class _Kept:
     """One saved tensor; the graph lets go of it when it is freed."""
 
     def __init__(self, meter: KeptBytes, tensor: Tensor) -> None:
-        self.meter, self.tensor = meter, tensor
+        self.meter, self.tensor = meter, tensor.detach()  # an output would hold the graph, and the graph it
         self.key, self.bytes = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
         holders = meter.holders.get(self.key, 0)
         meter.holders[self.key] = holders + 1

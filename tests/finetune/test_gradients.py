@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -220,6 +222,40 @@ def test_chunk_rows_fits_its_budget() -> None:
     assert 0.5 < kept.peak / 2**20 < 1.3
     one = rollout(case.prior, case.policy, 1, torch.Generator().manual_seed(0))
     assert 1 <= chunk_rows(case.policy, chain, one, 1e6) <= 20
+
+
+class Squashed(nn.Module):
+    """A network whose last layer keeps its own output for the backward pass; that output, by weak reference."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.outputs = network, list[weakref.ref[Tensor]]()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output = self.network(*inputs).tanh()
+        self.outputs.append(weakref.ref(output))
+        return output
+
+
+@pytest.mark.parametrize("budget_mb", [1e-6, 1.0])
+def test_nothing_that_was_measured_stays_in_memory(budget_mb: float) -> None:
+    prior, policy, trajectories = make_setting(brownian_chain(8))
+    squashed = Squashed(policy)
+    chunk_rows(squashed, prior.chain, trajectories, budget_mb)
+    with KeptBytes([]) as kept:
+        squashed(trajectories.states[0], torch.zeros(trajectories.states.shape[1], dtype=torch.long))
+    assert squashed.outputs and not any(output() is not None for output in squashed.outputs)
+    assert kept.peak > 0 and kept.now == 0
+
+
+def test_an_output_that_its_graph_keeps_as_it_is_stays_in_memory() -> None:
+    """The control: what the measurement would leave behind if it did not detach what it is shown."""
+    _, policy, trajectories = make_setting(brownian_chain(8))
+    squashed = Squashed(policy)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        squashed(trajectories.states[0], torch.zeros(trajectories.states.shape[1], dtype=torch.long))
+    gc.collect()
+    assert squashed.outputs[0]() is not None
 
 
 def gradient_by(prior: Prior, policy: nn.Module, trajectories: Trajectories, g: Tensor, sampled: Sampled | None) -> Tensor:
