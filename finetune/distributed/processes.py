@@ -168,6 +168,12 @@ class Processes:
             return value
         return self.gather(torch.tensor([value], device=self.device, dtype=torch.float64)).mean().item()
 
+    def most(self, number: int) -> int:
+        """The largest of them over the processes."""
+        if self.count == 1:
+            return number
+        return int(self.gather(torch.tensor([number], device=self.device)).max())
+
     def mean_of(self, values: Tensor) -> Tensor:
         """[n] over the processes, each on its own."""
         return values if self.count == 1 else self.gather(values[None]).mean(0)

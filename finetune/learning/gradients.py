@@ -209,7 +209,7 @@ def chunk_rows(
     enough = math.inf
     few, more = min(2, rows), min(6, rows)
     if more == few:
-        return total
+        return min(total, most)
     # The difference leaves the weights, which are kept once whatever the chunk, out of the count.
     per_row = max(1.0, (bytes_for(more) - bytes_for(few)) / (more - few))
     return int(min(total, most, max(1, budget_mb * 2**20 // per_row)))

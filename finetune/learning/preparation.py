@@ -66,7 +66,7 @@ class Preparation:
         self.soft_value: SoftValue | None = None
         self.forward_kl: ForwardKL | None = None
         self.value_drift: ValueDrift | None = None
-        self._settled: dict[str, Any] = {"population": None, "value_drift": None}
+        self._settled: dict[str, Any] = {"population": None, "forward_kl": None, "value_drift": None}
 
     def run(self, log_z: LogZ) -> None:
         """Probe the energy, then make what the config needs. ``log_z`` starts at the population's estimate.
@@ -131,15 +131,18 @@ class Preparation:
     @property
     def reached(self) -> float:
         """The temperature to which a plain warm start has followed a population that climbed or cools; infinite elsewhere."""
-        plain = self.population is not None and self.population.tempering is not None and self.soft_value is None
+        plain = self.renewable and self.soft_value is None
         return self.forward_kl.alpha if plain and self.forward_kl is not None else math.inf
 
+    @property
+    def renewable(self) -> bool:
+        """Whether the population has climbed, so that the policy's paths may join it; the prior's own paths stay as they are."""
+        return self.population is not None and self.population.tempering is not None
+
     def renew(self, policy: nn.Module) -> None:
-        """Give a population that has climbed new paths of ``policy``; nothing to do for one of the prior's own paths."""
+        """Give a population that has climbed new paths of ``policy``."""
         population, forward = self.population, self.forward_kl
-        if population is None or population.tempering is None:
-            return
-        assert forward is not None
+        assert population is not None and forward is not None
         count, generator = self.size["population_size"], self.noise.generator
         self.population = forward.population = renewed(
             self.energies, population, policy, count, self.config.alpha, generator, self.bar
@@ -191,7 +194,7 @@ class Preparation:
                     stacklevel=2,
                 )
             return None
-        return HeldOut.draw(self.prior, paths, alpha, times, generator)
+        return HeldOut.draw(self.prior, paths, alpha, times, generator, self.processes.most)
 
     def _make_teachers(self, calibration: Calibration | None) -> None:
         """`ForwardKL` and, where there is a calibration to follow the soft value by, `ValueDrift`."""
@@ -227,8 +230,9 @@ class Preparation:
 
     def settle(self) -> None:
         """A step is complete: `state_dict` is of now."""
-        drift = None if self.value_drift is None else self.value_drift.state_dict()
-        self._settled = {"population": self.population, "value_drift": drift}
+        teachers = {"forward_kl": self.forward_kl, "value_drift": self.value_drift}
+        now = {name: None if teacher is None else teacher.state_dict() for name, teacher in teachers.items()}
+        self._settled = {"population": self.population, **now}
 
     def state_dict(self) -> dict[str, Any]:
         """Of this process: its paths, and what it learned on them."""
@@ -236,7 +240,7 @@ class Preparation:
         return {
             "effective": self.effective,
             **{name: None if part is None else part.state_dict() for name, part in parts.items()},
-            "forward_kl": None if self.forward_kl is None else self.forward_kl.state_dict(),
+            "forward_kl": self._settled["forward_kl"],
             "value_drift": self._settled["value_drift"],
         }
 

@@ -92,7 +92,7 @@ class Trainer:
         Errors: ValueError where this trainer has trained before.
         """
         if self._begun:
-            raise ValueError("this trainer has trained; make a new one, on the trained policy to go on from it.")
+            raise ValueError("this trainer has trained; make a new one.")
         self._begun, started, state = True, time.perf_counter(), self.state
         if not self._restored:
             state.preparation.run(state.log_z)

@@ -31,26 +31,35 @@ def updates(state: TrainState) -> None:
     """All updates that are left."""
     config = state.config
     first = config.warm_start_updates if config.warm_start != "none" else 0
-    if state.global_step == first:
-        if first and (config.forward_rows or set(config.shares) & NEEDS_POPULATION):
-            state.preparation.renew(state.wrapped)
-        reached = state.preparation.reached if first else math.inf
-        state.temperature.begin(reached)
-        population = state.preparation.population
-        if math.isfinite(reached) and population is not None:  # which knows more of log Z than before it was renewed
-            state.log_z.set(state.processes.mean_of(population.log_z(state.temperature.alpha).double()))
-        if state.objective.learns_soft_value:
-            assert state.preparation.soft_value is not None
-            state.critic.begin(state.preparation.soft_value)
     chunk: int | None = None
     with (
         state.log.bar(config.updates, config.objective) as bar,
         state.phase(first, config.updates, config.learning_rate, epochs=config.epochs) as steps,
     ):
+        if state.global_step == first:  # within the phase: a first update that breaks off is begun again from before this
+            _begin(state, first)
         for update in steps:
             if state.global_step > first and over_budget(state.log.history[-1], config.max_kl):
                 break
             chunk = _update(state, bar, update, chunk)
+
+
+def _begin(state: TrainState, first: int) -> None:
+    """What stands before the first update, number ``first`` of the run: new paths, the temperature, log Z and the critic."""
+    config, preparation = state.config, state.preparation
+    if first and preparation.renewable and (config.forward_rows or set(config.shares) & NEEDS_POPULATION):
+        preparation.renew(state.wrapped)
+        assert preparation.population is not None
+        state.measure_steps_on(preparation.population.trajectories)
+        state.bound.begin()
+    population = preparation.population
+    reached = preparation.reached if first else math.inf
+    state.temperature.begin(reached)
+    if math.isfinite(reached) and population is not None:  # which knows more of log Z than before it was renewed
+        state.log_z.set(state.processes.mean_of(population.log_z(state.temperature.alpha).double()))
+    if state.objective.learns_soft_value:
+        assert preparation.soft_value is not None
+        state.critic.begin(preparation.soft_value)
 
 
 def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:

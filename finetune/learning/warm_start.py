@@ -42,7 +42,7 @@ def warm_start(state: TrainState) -> None:
                         break
                     if update == first > 0:
                         forward.measure_slope()
-                    if preparation.value_drift is None and _renews(forward, update, total):
+                    if preparation.value_drift is None and preparation.renewable and _renews(forward, update, total):
                         preparation.renew(state.wrapped)
                     _update(state, bar, update, total)
     if state.global_step <= total:
@@ -50,6 +50,7 @@ def warm_start(state: TrainState) -> None:
         if preparation.held_out is not None and not state.monitor.judged(total):
             state.optimization.set_weights(state.monitor.watched.weights)
             state.judge("the warm start")
+    preparation.value_drift = None  # it has served, and holds paths of its own
 
 
 def _renews(forward: ForwardKL, update: int, total: int) -> bool:
@@ -70,7 +71,7 @@ def _update(state: TrainState, bar: Any, update: int, total: int) -> None:
             record["skipped"] = True
         if drift is not None and update == 0:
             record["soft_value_nats"] = drift.calibration.nats[-1].item()
-        if forward is not None and forward.alpha > config.alpha:
+        if drift is None and forward is not None and forward.alpha > config.alpha:
             record["alpha"] = forward.alpha
         every = max(1, total // WATCHES)
         if update == 0 or (update + 1) % every == 0 or update == total - 1:

@@ -53,7 +53,7 @@ def climbed(
             )
         return _uncharted(first), None
     last = state.islands - 1
-    held_out = HeldOut.draw(prior, state.target(last, alpha), alpha, 1.0, generator)
+    held_out = HeldOut.draw(prior, state.target(last, alpha), alpha, 1.0, generator, processes.most)
     return state.population(range(last), paths, alpha), held_out
 
 

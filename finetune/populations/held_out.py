@@ -9,6 +9,7 @@ heart.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -63,10 +64,24 @@ class HeldOut:
         self.eubo = sum(eubos) / len(eubos)
 
     @classmethod
-    def draw(cls, prior: Prior, population: Population, alpha: float, times: float, generator: torch.Generator) -> HeldOut:
-        """Paths of the population by their weight at ``times`` the target's temperature ``alpha``."""
+    def draw(
+        cls,
+        prior: Prior,
+        population: Population,
+        alpha: float,
+        times: float,
+        generator: torch.Generator,
+        most: Callable[[int], int] = int,
+    ) -> HeldOut:
+        """Paths of the population by their weight at ``times`` the target's temperature ``alpha``.
+
+        most: the largest of such a number over the processes. As many paths are held by each, the last ones of weight 0: a
+        policy in shards must be evaluated equally often everywhere.
+        """
         drawn = max(DRAWN, EACH * prior.num_conditions)
         index, count = population.draw(drawn, times * alpha, generator).unique(return_counts=True)
+        lacking = most(len(index)) - len(index)
+        index, count = torch.cat([index, index[:1].expand(lacking)]), torch.cat([count, count.new_zeros(lacking)])
         return cls(prior, population.trajectories.select(index), count.double() / count.sum(), times * alpha, times)
 
     def state_dict(self) -> dict[str, Any]:

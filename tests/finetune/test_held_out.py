@@ -149,6 +149,19 @@ def test_the_last_weights_are_kept_unless_earlier_ones_are_clearly_better(task, 
     assert monitor.watched.weights[0].unique().tolist() == [2.0 if kept else 1.0]
 
 
+def test_where_another_process_holds_more_paths_as_many_are_looked_at_and_the_rest_count_nothing(task):
+    """A policy in shards is then evaluated equally often everywhere."""
+    paths, policy = Population(paths_of(task, 300)), moved(task, 1.0)[0]
+    own, padded = (
+        HeldOut.draw(task.prior(), paths, task.alpha, 1.0, torch.Generator().manual_seed(1), most)
+        for most in (int, lambda number: number + 7)
+    )
+    assert len(padded.paths) == len(own.paths) + 7 and padded.eubo == pytest.approx(own.eubo, abs=1e-9)
+    one, two = own.look(policy), padded.look(policy)
+    assert two[:3] == pytest.approx(one[:3], abs=1e-6)
+    assert padded.error(two.by_path - one.by_path[0]) == pytest.approx(own.error(one.by_path - one.by_path[0]), abs=1e-6)
+
+
 def test_a_restored_set_is_the_same(task):
     held_out = HeldOut.draw(task.prior(), Population(paths_of(task, 300)), task.alpha, 1.0, torch.Generator().manual_seed(1))
     policy, _ = moved(task, 1.0)

@@ -16,6 +16,7 @@ from tiltune.finetune.config.train import TrainConfig
 from tiltune.finetune.distributed.signals import Preempted
 from tiltune.finetune.energies.cache import CachedEnergy
 from tiltune.finetune.energies.error import EnergyError
+from tiltune.finetune.learning.forward_kl import ForwardKL
 from tiltune.finetune.learning.metrics_log import MetricsLog
 from tiltune.finetune.learning.objective_table import OBJECTIVES
 from tiltune.finetune.learning.state import FORMAT
@@ -204,6 +205,45 @@ def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache
     resumed = trainer_of(task, config, CachedEnergy(task.energy) if cache else task.energy)
     resumed.load_state_dict(*kept[-1])
     assert same(ended(resumed), whole)
+
+
+def test_a_climb_that_is_renewed_by_the_policy_goes_on_from_wherever_it_was_broken_off(task, monkeypatch):
+    """Each call of the energy and of the teacher after the first step is interrupted: within renewals by the policy, behind them,
+    in judgements and in updates. The population, the temperature that it carries and the noise are then of one moment."""
+    sizes = replace(SIZES, population_size=240, warm_start_updates=10, updates=2)
+    config = replace(sizes, population="smc", objective="rtb", behavior={"on_policy": 0.5, "tilted_prior": 0.5})
+    calls, stop, kept = [0], [0], []
+    backward = ForwardKL.backward
+
+    def called():
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            raise Preempted("SIGTERM")
+
+    def energy(x):
+        called()
+        return task.energy(x)
+
+    def teach(*arguments):
+        called()
+        return backward(*arguments)
+
+    def run():
+        calls[0] = 0
+        kept.clear()
+        return trainer_of(task, config, energy, on_checkpoint=lambda trainer: kept.append((calls[0], both(trainer))))
+
+    monkeypatch.setattr(ForwardKL, "backward", teach)
+    whole = ended(run())
+    first, last = kept[0][0] + 1, calls[0] + 1
+    assert last - first > 15
+    for number in range(first, last):
+        stop[0] = number
+        assert run().train().interrupted
+        stop[0], state = 0, kept[-1][1]
+        resumed = trainer_of(task, config, energy)
+        resumed.load_state_dict(*state)
+        assert same(ended(resumed), whole), number
 
 
 @pytest.mark.parametrize("written", [{"format": FORMAT - 1}, {}])
