@@ -117,7 +117,8 @@ class ResidualDenoiser(nn.Module):
         self._prior: tuple[Denoiser] = (prior,)  # in a tuple, so that it does not register as a submodule
 
     def forward(self, state: States, timestep: Timestep, condition: Condition | None = None) -> States:
-        with torch.no_grad():
+        # Its weights are frozen; at a state that asks for a gradient it has one (`estimated_data`).
+        with torch.set_grad_enabled(torch.is_grad_enabled() and state.requires_grad):
             prior = self._prior[0](state, timestep, condition).to(state.dtype)
         sees_prior = isinstance(self.residual, DiffusersDenoiser) and getattr(self.residual.model, "sees_prior", False)
         inputs = {"prior_output": prior} if sees_prior else {}

@@ -42,6 +42,19 @@ RESCALED, MOST = 0.6, 3.0  # the factor from that: Gaussian around 1, with this 
 EASED, EVEN_FROM = 0.8, 0.7  # power to which narrow kernels count less at first; share of the warm start where all count in nats
 
 
+def refuse_without_gradient(prior: Prior) -> None:
+    """Errors: ValueError for a prior whose output has no gradient by the state. x_hat has one even so, which is then wrong."""
+    chain = prior.chain
+    state = torch.zeros(1, *prior.shape, device=prior.device, requires_grad=True)
+    step = torch.full((1,), chain.trained[0], device=prior.device)
+    with torch.enable_grad():
+        if not evaluate(prior.denoiser, chain, state, step, prior.condition(1)).requires_grad:
+            raise ValueError(
+                "warm_start value_drift takes a gradient through the prior's network, and this one's output has none: it runs"
+                " under torch.no_grad, or outside of torch. Let it build a graph, or take --warm-start tlm."
+            )
+
+
 class ValueDrift:
     """Targets for the policy's shift, and the gradient of learning them.
 

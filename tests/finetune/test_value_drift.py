@@ -15,11 +15,13 @@ from tiltune.finetune.learning.soft_value import SoftValue, fit_soft_value
 from tiltune.finetune.learning.step_bound import StepBound
 from tiltune.finetune.learning.trainer import Trainer
 from tiltune.finetune.learning.trust import Trust
-from tiltune.finetune.learning.value_drift import ValueDrift
+from tiltune.finetune.learning.value_drift import ValueDrift, refuse_without_gradient
 from tiltune.finetune.learning.value_network import ValueNetwork
 from tiltune.finetune.populations.held_out import HeldOut
 from tiltune.finetune.populations.population import Population
-from tiltune.samplers.denoiser import evaluate
+from tiltune.samplers.denoiser import ResidualDenoiser, estimated_data, evaluate
+from tiltune.samplers.mlp import MLPDenoiser
+from tiltune.samplers.prior import Prior
 from tiltune.samplers.rollout import rollout
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 from toys.linear_gaussian import LinearGaussian
@@ -255,6 +257,23 @@ def stored(task, population, each=50):
     path = torch.arange(len(step))
     state, following = (population.trajectories.states[at, path] for at in (step, step + 1))
     return state, following, step, evaluate(task.prior().denoiser, task.chain, state, step, None)
+
+
+def test_a_prior_without_a_gradient_is_refused_and_a_residual_one_has_its_own(task):
+    """x_hat of a residual policy that serves as a prior has the derivative that finite differences find."""
+    prior = task.prior()
+    refuse_without_gradient(prior)
+    dark = Prior(torch.no_grad()(prior.denoiser), prior.chain, prior.shape)
+    with pytest.raises(ValueError, match="has none"):
+        refuse_without_gradient(dark)
+    network = MLPDenoiser(width=8, depth=1, fourier_features=2)
+    residual = Prior(ResidualDenoiser(prior.denoiser, network), prior.chain, prior.shape)
+    refuse_without_gradient(residual)
+    state, step = torch.zeros(1, 2, requires_grad=True), torch.tensor([4])
+    found = torch.autograd.grad(estimated_data(residual.denoiser, prior.chain, state, step, None).sum(), state)[0]
+    with torch.no_grad():
+        ahead, here = (estimated_data(residual.denoiser, prior.chain, at, step, None) for at in (state + 1e-2, state))
+    assert torch.allclose(found, (ahead - here) / 1e-2, rtol=1e-3)
 
 
 def test_the_exact_value_gives_the_optimal_policy(task, population):
