@@ -97,10 +97,10 @@ def thin_target(metrics: dict[str, Any]) -> list[str]:
         doubts.append(f"the target side has {metrics['target_ess']:.0f} effective samples, fewer than {MIN_TARGET_ESS:.0f}")
     if _heavy(metrics):
         unseen = metrics["target_unseen"]
-        part = f"{unseen:.0%}" if math.isfinite(unseen) else "any part"
+        part = f"{unseen:.0%} of" if math.isfinite(unseen) else "any multiple of"
         doubts.append(
-            f"the target side's Pareto-k is {metrics['target_pareto_k']:.2f}, above {MAX_PARETO_K}: {part} of its weight may lie"
-            " in samples that were not drawn"
+            f"the target side's Pareto-k is {metrics['target_pareto_k']:.2f}, above {MAX_PARETO_K}: samples that were not"
+            f" drawn may hold {part} the weight of those that were"
         )
     return doubts
 

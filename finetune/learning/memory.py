@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 
+from ...samplers.denoiser import evaluate
 from ...samplers.log_ratio import rows_of
 from ...samplers.rollout import draw_start, step
 from ...samplers.trajectory import Trajectories, rows_at_once
 from .behaviors import needs_population
 from .gradients import backward_rows, chunk_rows
+from .preparation import held_out_size
 from .state import TrainState
+from .value_drift import refuse_without_gradient
 
 LARGE = 10_000_000  # weights of the network from which on a training says what it needs
 COPIES = 6  # of what is trained: gradient, two moments of Adam, running average, two best states so far
@@ -41,8 +44,9 @@ def estimate_memory(state: TrainState) -> MemoryEstimate | None:
     """What the updates of this training will hold at their peak; None for a small network, one in shards, and where the system
     does not tell.
 
-    One chunk of the second pass, one step of a rollout and one decoding are run on noise to see what they take. A process on a
-    CPU keeps some of what it has freed, so all three are counted from where the first began. What the energy takes is not in it.
+    One chunk of the second pass, one of the warm start's teacher, one step of a rollout and one decoding are run on noise to see
+    what they take. A process on a CPU keeps some of what it has freed, so all are counted from where the first began. What the
+    energy takes is not in it, nor the layers of a population that climbs.
     """
     prior, config = state.prior, state.config
     weights = sum(weight.numel() for weight in state.policy.parameters())
@@ -50,6 +54,8 @@ def estimate_memory(state: TrainState) -> MemoryEstimate | None:
         return None
     here = _begin(prior.device)
     _run_chunk(state)
+    if config.warm_start == "value_drift":
+        _run_teacher(state)
     _run_step(state)
     _run_decoding(state)
     peak = _peak(prior.device) - here
@@ -60,7 +66,7 @@ def estimate_memory(state: TrainState) -> MemoryEstimate | None:
     return MemoryEstimate(
         {
             "networks and libraries": here,
-            "paths of the population": path * (population * outputs + population // 4),
+            "paths of the population": path * (population * outputs + held_out_size(prior, population, state.processes.count)),
             "paths of an update": path * state.size["batch_size"] * (2 if config.epochs > 1 else 1),
             "gradients, moments and copies of what is trained": COPIES * trained,
             "one chunk, step or decoding": max(0, peak),
@@ -79,6 +85,18 @@ def _run_chunk(state: TrainState) -> None:
         backward_rows(policy, prior.chain, *found[:3], torch.zeros(len(found[0]), device=prior.device), found[3])
     for weight in state.policy.parameters():
         weight.grad = None
+
+
+def _run_teacher(state: TrainState) -> None:
+    """The gradient through the prior that a chunk of `ValueDrift` takes."""
+    prior, config, rows = state.prior, state.config, state.size["warm_start_rows"]
+    refuse_without_gradient(prior)
+    paths = _noise(state, 6)
+    with state.processes.no_sync(state.wrapped):
+        count = chunk_rows(state.wrapped, prior.chain, paths, config.memory_mb, rows, total=rows)
+    following, _, step, condition = rows_of(paths, prior.chain, slice(0, count))
+    following = following.clone().requires_grad_(True)
+    torch.autograd.grad(evaluate(prior.denoiser, prior.chain, following, step, condition).sum(), following)
 
 
 def _run_step(state: TrainState) -> None:

@@ -40,6 +40,11 @@ FOLLOWED = 0.1  # of as many as the population has of the prior: the effective p
 HELD_OUT, EACH = 1000, 100  # prior paths that nothing is learned from: of all conditions, of each; a quarter of the population
 
 
+def held_out_size(prior: Prior, population_size: int, processes: int) -> int:
+    """Prior paths that a process holds out beside such a population of its own."""
+    return min(max(HELD_OUT, EACH * prior.num_conditions) // processes, population_size // 4)
+
+
 class Preparation:
     """Each part is None where the config has no use for it.
 
@@ -177,8 +182,7 @@ class Preparation:
     def _hold_out(self, times: float) -> HeldOut | None:
         """Prior paths for watching what is learned, at ``times`` the target's temperature; None where their energies say
         nothing."""
-        wanted = max(HELD_OUT, EACH * self.prior.num_conditions)
-        size = min(wanted // self.processes.count, self.size["population_size"] // 4)
+        size = held_out_size(self.prior, self.size["population_size"], self.processes.count)
         if size < 2:
             return None
         alpha, generator = self.config.alpha, self.noise.generator

@@ -2,8 +2,8 @@
 
 h_k is the density ratio of tilted to prior states at step k, so a classifier of the two estimates it: with w the population's
 weights of mean 1, the minimum of E[w softplus(-f) + softplus(f)] is f = log h_k. Two networks, each trained on half of the
-population, so that no path is ever judged by a network that has seen its energy. They do not see the state itself but what the
-prior expects of the data there, x_hat (`estimated_data`).
+population: `of_paths` and `calibrate` judge a path by the one that has not seen its energy. They do not see the state itself but
+what the prior expects of the data there, x_hat (`estimated_data`).
 
 The same networks give a second estimate: the first two cumulants of -E/alpha given the state, m and v, by least squares, so
 that log h ≈ m + v/2 + const. It learns from the energies of all paths, where the classifier learns from the few that have weight,
