@@ -17,7 +17,6 @@ from .behaviors import needs_population
 from .gradients import backward_rows, chunk_rows
 from .preparation import held_out_size
 from .state import TrainState
-from .value_drift import refuse_without_gradient
 
 LARGE = 10_000_000  # weights of the network from which on a training says what it needs
 COPIES = 6  # of what is trained: gradient, two moments of Adam, running average, two best states so far
@@ -90,7 +89,6 @@ def _run_chunk(state: TrainState) -> None:
 def _run_teacher(state: TrainState) -> None:
     """The gradient through the prior that a chunk of `ValueDrift` takes."""
     prior, config, rows = state.prior, state.config, state.size["warm_start_rows"]
-    refuse_without_gradient(prior)
     paths = _noise(state, 6)
     with state.processes.no_sync(state.wrapped):
         count = chunk_rows(state.wrapped, prior.chain, paths, config.memory_mb, rows, total=rows)

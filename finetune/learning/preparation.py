@@ -34,7 +34,7 @@ from .log_z import LogZ
 from .noise import Noise
 from .path_data import PathData
 from .soft_value import WAVES, SoftValue, fit_soft_value
-from .value_drift import ValueDrift, refuse_without_gradient
+from .value_drift import ValueDrift
 
 FOLLOWED = 0.1  # of as many as the population has of the prior: the effective paths whose law a policy may follow
 HELD_OUT, EACH = 1000, 100  # prior paths that nothing is learned from: of all conditions, of each; a quarter of the population
@@ -83,8 +83,6 @@ class Preparation:
         self._probe()
         if not needs_population(config):
             return
-        if config.warm_start == "value_drift":
-            refuse_without_gradient(self.prior)
         population, times = self._populate()
         self.population = population
         # The forward estimate is a better start for a learned log Z than 0, and costs nothing.

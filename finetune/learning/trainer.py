@@ -24,6 +24,7 @@ from .improvement import Improvement
 from .objective_table import OBJECTIVES
 from .state import TrainState
 from .updates import updates
+from .value_drift import refuse_without_gradient
 from .warm_start import warm_start
 
 
@@ -57,8 +58,8 @@ class Trainer:
     training: `state_dict` and `own_state_dict` are then of that step.
     on_record: is given each line of metrics with the number of steps before it, in the process that writes.
 
-    Errors: ValueError for a pair of objective and behavior that cannot be right; EnergyError for an unusable energy,
-    found on four prior samples before any training.
+    Errors: ValueError for a pair of objective and behavior that cannot be right, or a prior that the warm start cannot use;
+    EnergyError for an unusable energy, found on four prior samples before any training.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Trainer:
         assert not wrong, f"config admitted {wrong} for {config.objective}"
         if "noised_back" in config.shares:
             bridge_of(prior.chain)  # refuses a chain that cannot be noised back, before any work
+        if config.warm_start == "value_drift":
+            refuse_without_gradient(prior)
         if policy is None:
             policy = trainable_copy(prior)
         if not isinstance(policy, Policy):
