@@ -13,7 +13,8 @@ from tiltune.samplers.mlp import MLPDenoiser
 from tiltune.samplers.prior import Prior
 from tiltune.samplers.schedulers.dispatch import chain_from_scheduler
 
-ROWS, LAYERS, WIDTH = 4, 64, 2**18
+# Blocks of 32 MB: malloc takes these from the system and gives them back, whatever a test before has left in its heap.
+ROWS, LAYERS, WIDTH = 4, 8, 2**21
 KEPT = 4 * LAYERS * WIDTH * ROWS  # bytes that a gradient through `Deep` holds, 256 MB; without one, two layers
 
 
