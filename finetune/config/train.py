@@ -73,8 +73,9 @@ class TrainConfig:
     """What stands for the target before the policy does. importance: prior trajectories weighted by exp(-E/alpha). smc: prior
     trajectories that climb to the target by tempered sequential Monte Carlo. auto: smc where too few of them have weight."""
     forward_rows: int = 0
-    """Transitions of the population's tilted paths whose likelihood every update raises besides: the forward KL, in the
-    objective's own units, so that what the warm start has covered stays covered. Needs the soft value. 0: none."""
+    """Transitions from which every update learns what the warm start followed, in the objective's own units, so that what it has
+    covered stays covered: the forward KL on the population's tilted paths, or the targets of value_drift. Needs the soft value.
+    0: none."""
     tempering_ess: float | None = 0.3
     """Raise alpha until this share of a batch is effective, and lower it as the policy follows. None: never."""
     huber: float | None = 20.0

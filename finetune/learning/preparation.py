@@ -49,7 +49,8 @@ class Preparation:
     """Each part is None where the config has no use for it.
 
     population: prior paths with energies; effective: how many of them are, of all processes. held_out: other paths, for
-    watching. soft_value: log h, learned on the population. forward_kl, value_drift: what a warm start follows.
+    watching. soft_value: log h, learned on the population. forward_kl, value_drift: what a warm start follows, and updates with
+    forward_rows.
     """
 
     def __init__(
@@ -152,6 +153,8 @@ class Preparation:
         self.population = forward.population = renewed(
             self.energies, population, policy, count, self.config.alpha, generator, self.bar
         )
+        if self.value_drift is not None:
+            self.value_drift.learn_from(self.population)
         self._cool()
 
     def _cool(self) -> None:

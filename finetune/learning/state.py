@@ -35,7 +35,7 @@ from .step_bound import StepBound
 from .step_guard import StepGuard
 from .temperature import Temperature
 
-FORMAT = 13  # of a checkpoint's state; 1 was that of 0.3.0
+FORMAT = 14  # of a checkpoint's state; 1 was that of 0.3.0
 SHARED_SIZES = ("batch_size", "population_size", "warm_start_rows", "forward_rows")  # the processes split these
 ON_ALL = (FloatingPointError, EnergyError, ProcessError)  # errors that all processes raise at the same place
 

@@ -18,10 +18,11 @@ from ..distributed.signals import uninterrupted
 from .batch import Batch
 from .batch_metrics import batch_metrics
 from .behaviors import NEEDS_POPULATION
+from .both_laws import EVERY
 from .critic import VALUE_STEPS
 from .drawing import draw_batch
 from .drift import over_budget
-from .gradients import backward_trajectories, chunk_rows, objective_gradient
+from .gradients import Scale, backward_trajectories, chunk_rows, objective_gradient
 from .objectives import CollapsedWeights
 from .rows import sampled_steps
 from .state import TrainState
@@ -71,6 +72,9 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
     if state.objective.learns_soft_value:
         batch = replace(batch, soft_value=state.critic(trajectories, state.temperature.alpha))
     loss, gradients = _gradient(state, batch)
+    drift = state.preparation.value_drift
+    if drift is not None and update % EVERY == 0:
+        drift.laws.renew(state.wrapped, state.size["forward_rows"], state.processes.poll)
     if state.bound.state is None:  # without a population
         state.measure_steps_on(trajectories)
         state.bound.begin()
@@ -143,7 +147,7 @@ def _learn_value(state: TrainState, trajectories: Trajectories, batch: Batch, gr
 
 
 def _backward(state: TrainState, trajectories: Trajectories, g: Float[Tensor, " kernels batch"], chunk: int | None) -> int:
-    """Pass 2, and the forward KL beside it where asked for; returns the rows of a chunk."""
+    """Pass 2, and the warm start's teacher beside it where asked for; returns the rows of a chunk."""
     config, policy, chain = state.config, state.wrapped, state.prior.chain
 
     no_sync = partial(state.processes.no_sync, policy)
@@ -160,7 +164,15 @@ def _backward(state: TrainState, trajectories: Trajectories, g: Float[Tensor, " 
         sampled = sampled_steps(chain, len(trajectories), config.step_share, state.noise.generator)
     backward_trajectories(policy, chain, trajectories, scale(g), chunk, no_sync, last, sampled)
     if config.forward_rows:
-        forward = state.preparation.forward_kl
-        assert forward is not None
-        forward.backward(state.size["forward_rows"], scale, state.temperature.alpha**state.objective.alpha_power)
+        _backward_teacher(state, scale, state.temperature.alpha**state.objective.alpha_power)
     return chunk
+
+
+def _backward_teacher(state: TrainState, scale: Scale, factor: float) -> None:
+    """``factor`` times the gradient of what the warm start followed."""
+    drift, forward, rows = state.preparation.value_drift, state.preparation.forward_kl, state.size["forward_rows"]
+    if drift is not None:
+        drift.backward(state.wrapped, rows, lambda value: scale(factor * value))
+        return
+    assert forward is not None
+    forward.backward(rows, scale, factor)

@@ -5,10 +5,10 @@ The tilted path law's own kernels move the prior's mean by (Stein's identity, h 
     delta_k(s_k) = E_tilted[z_k | s_k] = sigma_k E_tilted[grad log h_{k+1}(s_{k+1}) | s_k]
 
 exactly. So sigma_k grad log h_{k+1} at the next state of a tilted path is a target for the policy's shift, without the noise z;
-at a next state that another kernel q drew it is one with the weight h_{k+1}(s_{k+1}) / h_k(s_k) · prior / q. log h is a function
-of x_hat (`SoftValue`), and its gradient goes back through the prior's network. It varies from next state to next state, and a
-policy that learns its mean at each state learns delta. At the kernel's mean alone it would learn the gradient at one point, which
-is larger.
+at a next state that another kernel q drew it is one with the weight h_{k+1}(s_{k+1}) / h_k(s_k) · prior / q, which is cut at
+`HEAVIEST`. log h is a function of x_hat (`SoftValue`), and its gradient goes back through the prior's network. It varies from
+next state to next state, and a policy that learns its mean at each state learns delta. At the kernel's mean alone it would learn
+the gradient at one point, which is larger.
 
 log h is mixed from two estimates (`calibrate`). Halfway, what the policy's own shift is worth is measured on held-out paths, and
 the targets are multiplied by that (`rescale`): where log h is wrong, in size or altogether, it is learned less or not at all.
@@ -34,11 +34,12 @@ from ..populations.population import Population
 from .both_laws import BothLaws
 from .calibration import Calibration
 from .gradients import MAX_CHUNK, Gather, NoSync, Scale
-from .soft_value import LARGEST, SoftValue
+from .soft_value import SoftValue
 from .trust import Trust
 
 RESCALED_AT = 0.5  # share of the warm start after which the policy's own shift says what the targets are worth
 RESCALED, MOST = 0.6, 3.0  # the factor from that: Gaussian around 1, with this spread before it is measured; its largest value
+HEAVIEST = 4.0  # of the weights of next states that another law drew; beyond it a few of them would be all that is learned from
 EASED, EVEN_FROM = 0.8, 0.7  # power to which narrow kernels count less at first; share of the warm start where all count in nats
 
 
@@ -76,8 +77,12 @@ class ValueDrift:
         self.prior, self.soft_value, self.calibration = prior, soft_value, calibration
         self.alpha, self.generator = alpha * soft_value.times, generator
         self.scale, self.trust = 1.0, Trust()
-        self.laws = BothLaws(prior, population, self.alpha, generator)
+        self.learn_from(population)
         self._moves = prior.chain.sensitivity.float().to(prior.device)
+
+    def learn_from(self, population: Population) -> None:
+        """Its tilted paths are the ones to learn from. The policy's own are to be drawn anew (`BothLaws.renew`)."""
+        self.laws = BothLaws(self.prior, population, self.alpha, self.generator)
 
     def state_dict(self) -> dict[str, Any]:
         parts = {"trust": self.trust.state_dict(), "laws": self.laws.state_dict()}
@@ -122,7 +127,7 @@ class ValueDrift:
             ahead = colder if times == 1.0 else self._log_h(data, step + 1, group)
             here = self._log_h(chain.kernel.clean(state, step, prior_output), step, group)
             drawn = ahead - here if log_ratio is None else ahead - here - log_ratio
-            weight = torch.where(tilted, torch.ones_like(here), drawn.clamp(max=LARGEST).exp())
+            weight = torch.where(tilted, torch.ones_like(here), drawn.clamp(max=math.log(HEAVIEST)).exp())
             shift = self.scale * weight.view(-1, *[1] * (state.ndim - 1)) * shift
             return chain.kernel.reachable(state, step, prior_output, shift)
 

@@ -50,7 +50,8 @@ def warm_start(state: TrainState) -> None:
         if preparation.held_out is not None and not state.monitor.judged(total):
             state.optimization.set_weights(state.monitor.watched.weights)
             state.judge("the warm start")
-    preparation.value_drift = None  # it has served, and holds paths of its own
+    if not config.forward_rows:
+        preparation.value_drift = None  # it has served, and holds paths of its own
 
 
 def _renews(forward: ForwardKL, update: int, total: int) -> bool:

@@ -21,6 +21,7 @@ from tiltune.finetune.learning.metrics_log import MetricsLog
 from tiltune.finetune.learning.objective_table import OBJECTIVES
 from tiltune.finetune.learning.state import FORMAT
 from tiltune.finetune.learning.trainer import Trainer
+from tiltune.finetune.learning.value_drift import ValueDrift
 from tiltune.finetune.runs import checkpoint, checkpointer
 from tiltune.finetune.runs.lock import RunLock
 from tiltune.finetune.runs.run import open_run
@@ -207,13 +208,17 @@ def test_broken_off_within_a_step_it_goes_on_from_the_last_whole_one(call, cache
     assert same(ended(resumed), whole)
 
 
-def test_a_climb_that_is_renewed_by_the_policy_goes_on_from_wherever_it_was_broken_off(task, monkeypatch):
+@pytest.mark.parametrize(
+    ("teacher", "own"),
+    [(ForwardKL, {}), (ValueDrift, {"warm_start": "value_drift", "soft_value_updates": 3, "forward_rows": 16})],
+)
+def test_a_climb_that_is_renewed_by_the_policy_goes_on_from_wherever_it_was_broken_off(task, monkeypatch, teacher, own):
     """Each call of the energy and of the teacher after the first step is interrupted: within renewals by the policy, behind them,
     in judgements and in updates. The population, the temperature that it carries and the noise are then of one moment."""
     sizes = replace(SIZES, population_size=240, warm_start_updates=10, updates=2)
-    config = replace(sizes, population="smc", objective="rtb", behavior={"on_policy": 0.5, "tilted_prior": 0.5})
+    config = replace(sizes, population="smc", objective="rtb", behavior={"on_policy": 0.5, "tilted_prior": 0.5}, **own)
     calls, stop, kept = [0], [0], []
-    backward = ForwardKL.backward
+    backward = teacher.backward
 
     def called():
         calls[0] += 1
@@ -233,7 +238,7 @@ def test_a_climb_that_is_renewed_by_the_policy_goes_on_from_wherever_it_was_brok
         kept.clear()
         return trainer_of(task, config, energy, on_checkpoint=lambda trainer: kept.append((calls[0], both(trainer))))
 
-    monkeypatch.setattr(ForwardKL, "backward", teach)
+    monkeypatch.setattr(teacher, "backward", teach)
     whole = ended(run())
     first, last = kept[0][0] + 1, calls[0] + 1
     assert last - first > 15

@@ -316,6 +316,23 @@ def test_of_prior_paths_the_weighed_targets_have_the_optimal_mean(task, weighed)
     assert off.max() < 5 if weighed else off.max() > 20
 
 
+def test_a_weight_is_cut_where_one_next_state_would_decide(task, population):
+    """h(next) / h(state) is e^3 and e^-1: the first counts 4 times and not 20 times, the second as it is; of the tilted law both
+    count once."""
+    state, following, step, output = (part[:2] for part in stored(task, population))
+    ratio = torch.tensor([3.0, -1.0])
+
+    def log_h(at, when, path):
+        return exact(task, at, when) + torch.where(
+            when == step + 1, ratio + exact(task, state, step) - exact(task, at, when).detach(), 0
+        )
+
+    drift = drift_of(task, population, log_h, log_h)
+    plain, weighed = (drift.target(state, following, step, output, None, torch.tensor([tilted] * 2)) for tilted in (True, False))
+    assert torch.allclose(plain, best_shift(task)[step].float(), atol=1e-5)
+    assert torch.allclose(weighed, torch.tensor([[4.0], [math.exp(-1)]]) * plain, rtol=1e-4)
+
+
 def test_two_right_estimates_are_mixed_to_the_truth(task, population):
     """Their factors sum to 1 within 4 standard errors of a slope of log h, and the nats are those of KL(tilted || prior) of
     states in closed form, ½ |g|² var(s_k), likewise."""
@@ -535,6 +552,28 @@ def test_a_warm_start_takes_no_longer_steps_than_trust_or_the_config_allow(task,
     assert len(limits[0]) == len(limits[1]) == len(limits[2]) > 2
     assert limits[1] == pytest.approx([0.1 * limit for limit in limits[0]])
     assert limits[2] == pytest.approx([1e3 * limit for limit in limits[0]])  # warm_start_step_nats, 1
+
+
+@pytest.mark.parametrize(("warm_start", "rows"), [("value_drift", 24), ("value_drift", 0), ("tlm", 24)])
+def test_updates_learn_beside_the_objective_what_the_warm_start_followed(task, monkeypatch, warm_start, rows):
+    """Of the targets of value_drift, at steps of both laws, alpha times the gradient, as reinforce_kl has it; elsewhere never."""
+    asked = []
+    learn = ValueDrift.backward
+
+    def watched(self, policy, count, scale, progress=1.0):
+        asked.append((count, scale(torch.ones(())).item(), progress, len(self.laws.own)))
+        return learn(self, policy, count, scale, progress)
+
+    monkeypatch.setattr(ValueDrift, "backward", watched)
+    sizes = {"warm_start_updates": 3, "warm_start_rows": 16, "updates": 2, "batch_size": 4, "forward_rows": rows}
+    sizes["tempering_ess"] = None
+    config = TrainConfig("reinforce_kl", 0.5, population_size=60, soft_value_updates=2, warm_start=warm_start, **sizes)
+    trainer = Trainer(task.prior(), task.energy, config, policy=Shift(task), progress=False)
+    trainer.train()
+    of_updates = [each for each in asked if each[0] == 24]
+    assert len(asked) - len(of_updates) == (3 if warm_start == "value_drift" else 0)
+    assert of_updates == ([(24, 0.5, 1.0, 35)] * 2 if warm_start == "value_drift" and rows else [])
+    assert (trainer.state.preparation.value_drift is None) == (warm_start == "tlm" or not rows)
 
 
 def test_scale_and_trust_are_kept(task, population):
