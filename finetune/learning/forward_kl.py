@@ -201,11 +201,11 @@ class ForwardKL:
     @cached_property
     def _chunk(self) -> int:
         """Rows of the population at once, so that their graph fits ``memory_mb``."""
-        trajectories = self.population.trajectories
-        few = trajectories.select(torch.arange(6, device=self.prior.device) % len(trajectories))
         most = max(self.config.warm_start_rows, self.config.forward_rows)
         with self.no_sync():
-            return chunk_rows(self.policy, self.prior.chain, few, self.config.memory_mb, most, total=most)
+            return chunk_rows(
+                self.policy, self.prior.chain, self.population.trajectories, self.config.memory_mb, most, total=most
+            )
 
     @cached_property
     def _step_probability(self) -> Float[Tensor, " kernels"]:

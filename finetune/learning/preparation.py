@@ -213,10 +213,9 @@ class Preparation:
             return
         assert self.soft_value is not None
         drift = ValueDrift(self.prior, population, self.soft_value, calibration, config.alpha, generator, no_sync)
-        few = population.trajectories.select(torch.arange(6, device=self.prior.device) % len(population))
         rows = self.size["warm_start_rows"]
         with no_sync():
-            drift.chunk = chunk_rows(self.policy, self.prior.chain, few, config.memory_mb, rows, total=rows)
+            drift.chunk = chunk_rows(self.policy, self.prior.chain, population.trajectories, config.memory_mb, rows, total=rows)
         self.value_drift = drift
 
     def _check_bridge(self) -> None:
