@@ -24,8 +24,8 @@ from torch import Tensor
 
 
 class WeightTail(NamedTuple):
-    """k: Pareto-k; above .7 the mean of the weights cannot be trusted by its standard error. unseen: what
-    weights above the largest one drawn may hold, by the fitted tail, over all that was drawn; infinite for k of 1 and more."""
+    """k: Pareto-k; above .7 the mean of the weights cannot be trusted by its standard error. unseen: what weights
+    above the largest one drawn may hold, by the fitted tail, over all that was drawn; infinite for k of 1 and more."""
 
     k: float
     unseen: float

@@ -83,6 +83,11 @@ class BothLaws:
         count = max(FEWEST, EACH * self.prior.num_conditions, wanted)
         self.own = rollout(self.prior, policy, count, self.generator, on_step=on_step)
 
+    def keep_fresh(self, update: int, policy: Denoiser, rows: int, on_step: Callable[[], None] | None = None) -> None:
+        """`renew` before the update of this number, in its phase, if it is time."""
+        if update % EVERY == 0:
+            self.renew(policy, rows, on_step)
+
     def draw(self, count: int) -> Steps:
         """``count`` steps by `step_share`."""
         own, paths, generator, chain = self.own, self.population.trajectories, self.generator, self.prior.chain

@@ -18,7 +18,6 @@ from ..distributed.signals import uninterrupted
 from .batch import Batch
 from .batch_metrics import batch_metrics
 from .behaviors import NEEDS_POPULATION
-from .both_laws import EVERY
 from .critic import VALUE_STEPS
 from .drawing import draw_batch
 from .drift import over_budget
@@ -73,8 +72,8 @@ def _update(state: TrainState, bar: Any, update: int, chunk: int | None) -> int:
         batch = replace(batch, soft_value=state.critic(trajectories, state.temperature.alpha))
     loss, gradients = _gradient(state, batch)
     drift = state.preparation.value_drift
-    if drift is not None and update % EVERY == 0:
-        drift.laws.renew(state.wrapped, state.size["forward_rows"], state.processes.poll)
+    if drift is not None:
+        drift.laws.keep_fresh(update, state.wrapped, state.size["forward_rows"], state.processes.poll)
     if state.bound.state is None:  # without a population
         state.measure_steps_on(trajectories)
         state.bound.begin()

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..distributed.signals import uninterrupted
-from .both_laws import EVERY
 from .forward_kl import ForwardKL
 from .state import TrainState
 from .value_drift import RESCALED_AT
@@ -90,6 +89,5 @@ def _backward(state: TrainState, update: int, total: int) -> Float[Tensor, ""]:
         return forward.backward(rows, scale)
     if update == round(RESCALED_AT * total) and held_out is not None:
         drift.rescale(state.wrapped, held_out, state.processes.gather)
-    if update % EVERY == 0:
-        drift.laws.renew(state.wrapped, rows, state.processes.poll)
+    drift.laws.keep_fresh(update, state.wrapped, rows, state.processes.poll)
     return drift.backward(state.wrapped, rows, scale, update / total)
